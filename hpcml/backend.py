@@ -1,0 +1,93 @@
+"""Which array module, device and number type a computation uses, and how many threads it may take.
+
+NumPy on the CPU, CuPy on a GPU, behind the same calls: code that holds an array asks `xp(array)`
+for its module and never names one. CuPy is imported when the first GPU array is asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from hpcml.errors import UserError
+
+Array = Any  # numpy.ndarray or cupy.ndarray: CuPy is optional, so there is no common static type
+
+PRECISIONS = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def xp(array: Array) -> ModuleType:
+    """Return the array module (numpy or cupy) that `array` belongs to."""
+    return np if isinstance(array, np.ndarray | np.generic) else device_module("cuda")
+
+
+@functools.cache
+def device_module(kind: str) -> ModuleType:
+    """Return numpy for "cpu" and cupy for "cuda"; a UserError says what is missing."""
+    if kind == "cpu":
+        return np
+    if kind != "cuda":
+        raise UserError(f'device.kind="{kind}" is unknown: set "cpu" or "cuda"')
+    try:
+        import cupy
+    except ImportError as error:
+        raise UserError(
+            f'device.kind="cuda" needs CuPy ({error}): install hpcml[cuda13] or set device.kind="cpu"'
+        ) from None
+    return cupy  # type: ignore[no-any-return]
+
+
+def is_array(value: object) -> bool:
+    """Whether `value` is an array of NumPy or, if it has been imported, of CuPy."""
+    if isinstance(value, np.ndarray):
+        return True
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(value, cupy.ndarray)
+
+
+def dtype(name: Any) -> np.dtype[Any]:
+    """Return the NumPy dtype of "fp32", "float32", "bf16", ...; bfloat16 comes from ml_dtypes."""
+    name = PRECISIONS.get(name, name) if isinstance(name, str) else name
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    try:
+        return np.dtype(name)
+    except TypeError:
+        raise UserError(f"dtype {name!r} is unknown: use one of {', '.join(PRECISIONS)}") from None
+
+
+def set_threads(count: int) -> None:
+    """Give BLAS and the compiled loops `count` threads each: cores per rank, or ranks fight."""
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(limits=count)
+    os.environ["OMP_NUM_THREADS"] = str(count)  # for what is loaded later
+    if "numba" in sys.modules:
+        import numba
+
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let malloc keep large freed blocks instead of returning them to the system.
+
+    A training step frees and asks for the same large buffers again and again; with glibc's default
+    each one is a new mapping whose pages fault on first touch, five times slower than reuse.
+    Elsewhere than glibc this does nothing.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # constants of glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, (1 << 31) - 1)

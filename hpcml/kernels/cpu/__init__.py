@@ -1,0 +1,64 @@
+"""CPU kernels compiled by numba: `load(dtype)` first, then call them like functions.
+
+Arrays are C-contiguous unless a kernel says otherwise, and already checked: a kernel checks nothing.
+"""
+
+from __future__ import annotations
+
+from hpcml import backend
+from hpcml.kernels.cpu import blas, jit
+from hpcml.kernels.cpu.attention import attention, attention_backward
+from hpcml.kernels.cpu.pointwise import (
+    NORM_BLOCK,
+    adam_update,
+    add_bias,
+    column_sums,
+    gelu,
+    gelu_backward,
+    gelu_tanh,
+    gelu_tanh_backward,
+    sgd_update,
+    sum_of_squares,
+)
+from hpcml.kernels.cpu.random import dropout, random_normal, random_uniform, random_words
+from hpcml.kernels.cpu.rows import (
+    cross_entropy,
+    cross_entropy_backward,
+    embedding_backward,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_weight_gradient,
+)
+
+__all__ = [
+    "NORM_BLOCK",
+    "adam_update",
+    "add_bias",
+    "attention",
+    "attention_backward",
+    "column_sums",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "dropout",
+    "embedding_backward",
+    "gelu",
+    "gelu_backward",
+    "gelu_tanh",
+    "gelu_tanh_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_weight_gradient",
+    "load",
+    "random_normal",
+    "random_uniform",
+    "random_words",
+    "sgd_update",
+    "sum_of_squares",
+]
+
+
+def load(dtype: str) -> None:
+    """Make the kernels for "float32" or "float64" ready: from disk, or compiled once per machine."""
+    backend.keep_freed_memory()
+    blas.register()
+    jit.load(dtype)

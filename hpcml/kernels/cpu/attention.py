@@ -1,0 +1,143 @@
+"""Exact attention in tiles of queries, without storing the probabilities.
+
+Forward keeps the output and the logarithm of each row's sum of exponentials; backward makes the
+probabilities again tile by tile (Dao et al. 2022, "FlashAttention", sections 3.1 and B.2). A tile
+of 32 to 64 queries against the keys up to the diagonal stays in the second-level cache.
+
+q (B, H, T, D), k, v (B, H, S, D) and their gradients may be views into larger arrays as long as the
+last dimension is contiguous, so that packed projections need no transposition.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hpcml.kernels.cpu.blas import PLAIN, TRANSPOSED, gemm
+from hpcml.kernels.cpu.functions import exp, row_dot, row_max, row_sum
+from hpcml.kernels.cpu.jit import inline, kernel
+from hpcml.kernels.cpu.random import HALF, LOW, keep_row, u4, u8
+
+TILE = 64  # queries
+
+
+@inline
+def _at(x: Any, b: int, h: int, t: int) -> Any:
+    """Address of x[b, h, t]."""
+    return x.ctypes.data + b * x.strides[0] + h * x.strides[1] + t * x.strides[2]
+
+
+@inline
+def _scores(q: Any, k: Any, b: int, h: int, first: int, rows: int, keys: int, scale: Any, s: Any) -> None:
+    """s[:rows, :keys] = scale * q[first : first + rows] k[:keys]^T."""
+    size = q.itemsize
+    gemm(PLAIN, TRANSPOSED, rows, keys, q.shape[3], scale, _at(q, b, h, first), q.strides[2] // size,
+         _at(k, b, h, 0), k.strides[2] // size, q.dtype.type(0), s.ctypes.data, s.shape[1])  # fmt: skip
+
+
+@inline
+def _drop(p: Any, key: Any, sample: Any, h: int, t: int, n: int, threshold: Any, keep: Any) -> Any:
+    """Make the mask of query t of a sample and head; return the scale of what is kept."""
+    low = u4(sample & LOW)
+    head = u4(u8(h) ^ ((sample >> HALF) << u8(16)))
+    keep_row(key, u4(t), head, low, threshold, keep, n)
+    return p.dtype.type(1.0 / (1.0 - threshold / 4294967296.0))
+
+
+@kernel("void(T[:,:,:,:], T[:,:,:,:], T[:,:,:,:], T, boolean, uint64, uint64, uint32,"
+        " T[:,:,:,:], T[:,:,::1])")  # fmt: skip
+def attention(
+    q: Any, k: Any, v: Any, scale: Any, causal: bool, key: Any, first: Any, threshold: Any,
+    out: Any, lse: Any,
+) -> None:  # fmt: skip
+    """out = dropout(softmax(scale q k^T)) v; lse (B, H, T) = log sum exp of each row's scores.
+
+    `causal`: query t sees keys 0..t. Dropout has probability threshold / 2^32 and is a function of
+    (key, sample first + b, head, query, key position).
+    """
+    batch, heads, queries, depth = q.shape
+    length, size = k.shape[2], q.itemsize
+    one, zero = q.dtype.type(1), q.dtype.type(0)
+    s = np.empty((TILE, length), q.dtype)
+    keep = np.empty(length + 4, q.dtype)
+    for b in range(batch):
+        for h in range(heads):
+            for start in range(0, queries, TILE):
+                rows = min(TILE, queries - start)
+                keys = min(start + rows, length) if causal else length
+                _scores(q, k, b, h, start, rows, keys, scale, s)
+                for i in range(rows):
+                    row, t = s[i], start + i
+                    seen = min(t + 1, length) if causal else length
+                    most = row_max(row, 0, seen)
+                    for j in range(seen):
+                        row[j] = exp(row[j] - most)
+                    total = row_sum(row, 0, seen)
+                    lse[b, h, t] = most + math.log(total)
+                    factor = one / total
+                    if threshold > 0:
+                        factor *= _drop(q, key, first + u8(b), h, t, seen, threshold, keep)
+                        for j in range(seen):
+                            row[j] *= keep[j]
+                    for j in range(seen):
+                        row[j] *= factor
+                    row[seen:keys] = zero
+                gemm(PLAIN, PLAIN, rows, depth, keys, one, s.ctypes.data, length,
+                     _at(v, b, h, 0), v.strides[2] // size, zero, _at(out, b, h, start),
+                     out.strides[2] // size)  # fmt: skip
+
+
+@kernel("void(T[:,:,:,:], T[:,:,:,:], T[:,:,:,:], T[:,:,:,:], T[:,:,::1], T[:,:,:,:], T, boolean,"
+        " uint64, uint64, uint32, T[:,:,:,:], T[:,:,:,:], T[:,:,:,:])")  # fmt: skip
+def attention_backward(
+    q: Any, k: Any, v: Any, out: Any, lse: Any, g: Any, scale: Any, causal: bool,
+    key: Any, first: Any, threshold: Any, dq: Any, dk: Any, dv: Any,
+) -> None:  # fmt: skip
+    """Gradients of `attention` with respect to q, k, v for the output's gradient g (B, H, T, D)."""
+    batch, heads, queries, depth = q.shape
+    length, size = k.shape[2], q.itemsize
+    one, zero = q.dtype.type(1), q.dtype.type(0)
+    p, ds = np.empty((TILE, length), q.dtype), np.empty((TILE, length), q.dtype)
+    keep = np.empty(length + 4, q.dtype)
+    ldq, ldk, ldv, ldg = q.strides[2] // size, k.strides[2] // size, v.strides[2] // size, g.strides[2] // size
+    lddq, lddk, lddv = dq.strides[2] // size, dk.strides[2] // size, dv.strides[2] // size
+    for b in range(batch):
+        for h in range(heads):
+            if causal:  # keys that no query sees keep a gradient of zero
+                for t in range(min(queries, length), length):
+                    dk[b, h, t, :] = zero
+                    dv[b, h, t, :] = zero
+            # Last tile first: it reaches all keys, so it can overwrite dk and dv, the others add.
+            for start in range((queries - 1) // TILE * TILE, -1, -TILE):
+                rows = min(TILE, queries - start)
+                keys = min(start + rows, length) if causal else length
+                add = zero if start + TILE >= queries else one
+                _scores(q, k, b, h, start, rows, keys, scale, p)
+                gemm(PLAIN, TRANSPOSED, rows, keys, depth, one, _at(g, b, h, start), ldg,
+                     _at(v, b, h, 0), ldv, zero, ds.ctypes.data, length)  # fmt: skip
+                for i in range(rows):
+                    t = start + i
+                    seen = min(t + 1, length) if causal else length
+                    prob, grad, shift = p[i], ds[i], lse[b, h, t]
+                    delta = row_dot(g[b, h, t], out[b, h, t], depth)
+                    for j in range(seen):
+                        prob[j] = exp(prob[j] - shift)
+                    if threshold > 0:
+                        factor = _drop(q, key, first + u8(b), h, t, seen, threshold, keep)
+                        for j in range(seen):
+                            kept = keep[j] * factor
+                            grad[j] = prob[j] * (grad[j] * kept - delta) * scale
+                            prob[j] *= kept
+                    else:
+                        for j in range(seen):
+                            grad[j] = prob[j] * (grad[j] - delta) * scale
+                    prob[seen:keys] = zero
+                    grad[seen:keys] = zero
+                gemm(PLAIN, PLAIN, rows, depth, keys, one, ds.ctypes.data, length,
+                     _at(k, b, h, 0), ldk, zero, _at(dq, b, h, start), lddq)  # fmt: skip
+                gemm(TRANSPOSED, PLAIN, keys, depth, rows, one, ds.ctypes.data, length,
+                     _at(q, b, h, start), ldq, add, _at(dk, b, h, 0), lddk)  # fmt: skip
+                gemm(TRANSPOSED, PLAIN, keys, depth, rows, one, p.ctypes.data, length,
+                     _at(g, b, h, start), ldg, add, _at(dv, b, h, 0), lddv)  # fmt: skip

@@ -1,0 +1,131 @@
+"""Element-wise kernels: GELU, the bias of a linear layer, the update of optimizers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hpcml.kernels.cpu.functions import normal_cdf_and_pdf, tanh
+from hpcml.kernels.cpu.jit import kernel
+
+_ROOT_2_OVER_PI = math.sqrt(2 / math.pi)
+_CUBIC = 0.044715
+NORM_BLOCK = 4096  # elements whose squares are summed before the sums are added, in order
+
+
+@kernel("void(T[::1], T[::1])")
+def gelu(x: Any, out: Any) -> None:
+    """out = x Phi(x) (Hendrycks and Gimpel 2016)."""
+    for i in range(x.size):
+        cdf, _ = normal_cdf_and_pdf(x[i])
+        out[i] = x[i] * cdf
+
+
+@kernel("void(T[::1], T[::1], T[::1])")
+def gelu_backward(g: Any, x: Any, out: Any) -> None:
+    """out = g (Phi(x) + x phi(x))."""
+    for i in range(x.size):
+        cdf, pdf = normal_cdf_and_pdf(x[i])
+        out[i] = g[i] * (cdf + x[i] * pdf)
+
+
+@kernel("void(T[::1], T[::1])")
+def gelu_tanh(x: Any, out: Any) -> None:
+    """out = x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2."""
+    half, one = x.dtype.type(0.5), x.dtype.type(1)
+    a, b = x.dtype.type(_ROOT_2_OVER_PI), x.dtype.type(_ROOT_2_OVER_PI * _CUBIC)
+    for i in range(x.size):
+        v = x[i]
+        out[i] = half * v * (one + tanh(v * (a + b * v * v)))
+
+
+@kernel("void(T[::1], T[::1], T[::1])")
+def gelu_tanh_backward(g: Any, x: Any, out: Any) -> None:
+    """out = g d/dx gelu_tanh(x)."""
+    half, one = x.dtype.type(0.5), x.dtype.type(1)
+    a, b = x.dtype.type(_ROOT_2_OVER_PI), x.dtype.type(_ROOT_2_OVER_PI * _CUBIC)
+    b3 = x.dtype.type(3 * _ROOT_2_OVER_PI * _CUBIC)
+    for i in range(x.size):
+        v = x[i]
+        t = tanh(v * (a + b * v * v))
+        out[i] = g[i] * half * (one + t + v * (one - t * t) * (a + b3 * v * v))
+
+
+@kernel("void(T[:, ::1], T[::1])")
+def add_bias(x: Any, bias: Any) -> None:
+    """x[r] += bias, in place."""
+    rows, n = x.shape
+    for r in range(rows):
+        for j in range(n):
+            x[r, j] += bias[j]
+
+
+@kernel("void(T[:, ::1], T[::1])")
+def column_sums(x: Any, out: Any) -> None:
+    """out[j] = sum of x[r, j] over rows, added in order."""
+    rows, n = x.shape
+    out[:] = out.dtype.type(0)
+    for r in range(rows):
+        for j in range(n):
+            out[j] += x[r, j]
+
+
+@kernel("float64(T[::1])")
+def sum_of_squares(x: Any) -> float:
+    """Sum of squares over fixed blocks of `NORM_BLOCK` elements, the blocks added in order."""
+    total = 0.0
+    part = np.zeros(64, np.float64)
+    for start in range(0, x.size, NORM_BLOCK):
+        stop = min(start + NORM_BLOCK, x.size)
+        part[:] = 0.0
+        whole = start + (stop - start) // 64 * 64
+        for i in range(start, whole, 64):
+            for lane in range(64):
+                v = np.float64(x[i + lane])
+                part[lane] += v * v
+        for i in range(whole, stop):
+            v = np.float64(x[i])
+            part[i - whole] += v * v
+        block = 0.0
+        for lane in range(64):
+            block += part[lane]
+        total += block
+    return total
+
+
+@kernel("void(T[::1], T[::1], T[::1], T[::1], T, T, T, T, T, T, T, T, boolean)")
+def adam_update(
+    p: Any, g: Any, m: Any, v: Any,
+    scale: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, decay: Any, correct1: Any, correct2: Any,
+    decoupled: bool,
+) -> None:  # fmt: skip
+    """One step of Adam (Kingma and Ba 2015) or, if `decoupled`, AdamW (Loshchilov and Hutter 2019).
+
+    The gradient is g * scale; correct1 = 1 - beta1^t and correct2 = sqrt(1 - beta2^t).
+    """
+    one = p.dtype.type(1)
+    keep = one - lr * decay if decoupled else one
+    couple = p.dtype.type(0) if decoupled else decay
+    step = lr / correct1
+    rest1, rest2, inverse2 = one - beta1, one - beta2, one / correct2
+    for i in range(p.size):
+        gradient = g[i] * scale + couple * p[i]
+        m[i] = beta1 * m[i] + rest1 * gradient
+        v[i] = beta2 * v[i] + rest2 * gradient * gradient
+        p[i] = keep * p[i] - step * m[i] / (np.sqrt(v[i]) * inverse2 + eps)
+
+
+@kernel("void(T[::1], T[::1], T[::1], T, T, T, T, T, boolean)")
+def sgd_update(
+    p: Any, g: Any, velocity: Any,
+    scale: Any, lr: Any, momentum: Any, rest: Any, decay: Any, nesterov: bool,
+) -> None:  # fmt: skip
+    """One step of SGD with momentum: velocity = momentum velocity + rest (g scale + decay p)."""
+    zero, one = p.dtype.type(0), p.dtype.type(1)
+    own, along = (one, momentum) if nesterov else (zero, one)
+    for i in range(p.size):
+        gradient = g[i] * scale + decay * p[i]
+        velocity[i] = momentum * velocity[i] + rest * gradient
+        p[i] -= lr * (own * gradient + along * velocity[i])

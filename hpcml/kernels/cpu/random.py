@@ -1,0 +1,102 @@
+"""Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "As easy as 1, 2, 3", SC'11).
+
+Four 32-bit words come from a 64-bit key and a 128-bit counter by ten rounds of multiplication, so
+that any element of any tensor can be made anywhere, in any order, by any number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hpcml.kernels.cpu.jit import inline, kernel
+
+u4, u8 = np.uint32, np.uint64
+M0, M1 = u8(0xD2511F53), u8(0xCD9E8D57)
+W0, W1 = u4(0x9E3779B9), u4(0xBB67AE85)
+LOW, HALF = u8(0xFFFFFFFF), u8(32)
+_2PI_32 = 2 * math.pi / 2**32
+
+
+@inline
+def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
+    """Return the four words of counter (c0, c1, c2, c3) under a 64-bit key."""
+    k0, k1 = u4(key & LOW), u4(key >> HALF)
+    for _ in range(10):
+        a, b = M0 * u8(c0), M1 * u8(c2)
+        c0, c2 = u4(u4(b >> HALF) ^ c1 ^ k0), u4(u4(a >> HALF) ^ c3 ^ k1)
+        c1, c3 = u4(b & LOW), u4(a & LOW)
+        k0, k1 = u4(k0 + W0), u4(k1 + W1)
+    return c0, c1, c2, c3
+
+
+@inline
+def _block(key: Any, block: Any) -> Any:
+    return philox(key, u4(u8(block) & LOW), u4(u8(block) >> HALF), u4(0), u4(0))
+
+
+@kernel("void(uint64, int64, uint32[::1])")
+def random_words(key: Any, start: int, out: Any) -> None:
+    """out[i] = word number start + i of the stream `key`."""
+    for i in range(out.size):
+        words = _block(key, (start + i) >> 2)
+        out[i] = words[(start + i) & 3]
+
+
+@kernel("void(uint64, int64, T[::1])")
+def random_uniform(key: Any, start: int, out: Any) -> None:
+    """out[i] = number start + i of a uniform stream on [0, 1), from 24 random bits."""
+    scale = 1.0 / (1 << 24)
+    for i in range(out.size):
+        words = _block(key, (start + i) >> 2)
+        out[i] = (words[(start + i) & 3] >> u4(8)) * scale
+
+
+@kernel("void(uint64, int64, T[::1])")
+def random_normal(key: Any, start: int, out: Any) -> None:
+    """out[i] = number start + i of a standard normal stream (Box and Muller 1958)."""
+    for i in range(out.size):
+        element = start + i
+        w0, w1, w2, w3 = _block(key, element >> 2)
+        radial, angular = (w0, w1) if element & 2 == 0 else (w2, w3)
+        # (radial + 1) / 2^32 lies in (0, 1]: the logarithm is finite
+        radius = math.sqrt(-2.0 * math.log((radial + 1.0) / 4294967296.0))
+        angle = _2PI_32 * angular
+        out[i] = radius * (math.cos(angle) if element & 1 == 0 else math.sin(angle))
+
+
+@inline
+def keep_row(key: Any, c1: Any, c2: Any, c3: Any, threshold: Any, keep: Any, n: int) -> None:
+    """keep[j] = 1 where word j of counter (*, c1, c2, c3) reaches `threshold`, else 0, for j < n.
+
+    `keep` has room for n rounded up to a multiple of 4.
+    """
+    one, zero = keep.dtype.type(1), keep.dtype.type(0)
+    for block in range((n + 3) >> 2):
+        w0, w1, w2, w3 = philox(key, u4(block), c1, c2, c3)
+        keep[4 * block] = one if w0 >= threshold else zero
+        keep[4 * block + 1] = one if w1 >= threshold else zero
+        keep[4 * block + 2] = one if w2 >= threshold else zero
+        keep[4 * block + 3] = one if w3 >= threshold else zero
+
+
+@kernel("void(T[:, ::1], uint64, uint64, uint32, T[:, ::1])")
+def dropout(x: Any, key: Any, first: Any, threshold: Any, out: Any) -> None:
+    """out = x / (1 - p) where kept, 0 elsewhere; row r is global sample first + r.
+
+    `threshold` is p * 2^32. The gradient is the same function of the output's gradient.
+    """
+    rows, n = x.shape
+    scale = x.dtype.type(1.0 / (1.0 - threshold / 4294967296.0))
+    tile = 4096  # elements of the mask that are made at once, in L1
+    keep = np.empty(tile, x.dtype)
+    for r in range(rows):
+        sample = first + u8(r)
+        low, high = u4(sample & LOW), u4(sample >> HALF)
+        for start in range(0, n, tile):
+            stop = min(start + tile, n)
+            keep_row(key, u4(start // tile), low, high, threshold, keep, stop - start)
+            for j in range(start, stop):
+                out[r, j] = x[r, j] * (keep[j - start] * scale)

@@ -1,0 +1,126 @@
+"""Kernels over the rows of a matrix: layer norm, softmax cross-entropy, embedding gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hpcml.kernels.cpu.functions import exp, row_dot, row_max, row_sum
+from hpcml.kernels.cpu.jit import kernel
+
+
+@kernel("void(T[:, ::1], T[::1], T[::1], T, T[:, ::1], T[::1], T[::1])")
+def layer_norm(
+    x: Any, weight: Any, bias: Any, eps: Any, out: Any, mean: Any, inverse: Any
+) -> None:
+    """out = (x - mean) * inverse * weight + bias for each row; inverse = 1 / sqrt(var + eps).
+
+    x, out (R, C); weight, bias (C) or empty for none; mean, inverse (R) are kept for backward.
+    """
+    rows, n = x.shape
+    one = x.dtype.type(1)
+    count = x.dtype.type(n)
+    centred = np.empty(n, x.dtype)
+    for r in range(rows):
+        row, y = x[r], out[r]
+        mu = row_sum(row, 0, n) / count
+        for j in range(n):
+            centred[j] = row[j] - mu
+        rstd = one / np.sqrt(row_dot(centred, centred, n) / count + eps)
+        mean[r], inverse[r] = mu, rstd
+        if weight.size == 0:
+            for j in range(n):
+                y[j] = centred[j] * rstd
+        else:
+            for j in range(n):
+                y[j] = centred[j] * rstd * weight[j]
+        if bias.size > 0:
+            for j in range(n):
+                y[j] += bias[j]
+
+
+@kernel("void(T[:, ::1], T[:, ::1], T[::1], T[::1], T[::1], T[:, ::1], T[:, ::1])")
+def layer_norm_backward(
+    g: Any, x: Any, weight: Any, mean: Any, inverse: Any, pending: Any, out: Any
+) -> None:
+    """out = pending + inverse * (gw - mean(gw) - n mean(gw n)), n the normalised row, gw = g weight.
+
+    `pending` (R, C), or no rows for none, is the gradient that x has got from elsewhere: the
+    residual branch. Adding it here saves a pass over memory.
+    """
+    rows, n = x.shape
+    count = x.dtype.type(n)
+    gw, normal = np.empty(n, x.dtype), np.empty(n, x.dtype)
+    for r in range(rows):
+        row, gradient, y, mu, rstd = x[r], g[r], out[r], mean[r], inverse[r]
+        for j in range(n):
+            normal[j] = (row[j] - mu) * rstd
+        if weight.size == 0:
+            for j in range(n):
+                gw[j] = gradient[j]
+        else:
+            for j in range(n):
+                gw[j] = gradient[j] * weight[j]
+        a = row_sum(gw, 0, n) / count
+        b = row_dot(gw, normal, n) / count
+        if pending.shape[0] == 0:
+            for j in range(n):
+                y[j] = rstd * (gw[j] - a - normal[j] * b)
+        else:
+            base = pending[r]
+            for j in range(n):
+                y[j] = base[j] + rstd * (gw[j] - a - normal[j] * b)
+
+
+@kernel("void(T[:, ::1], T[:, ::1], T[::1], T[::1], T[::1])")
+def layer_norm_weight_gradient(g: Any, x: Any, mean: Any, inverse: Any, out: Any) -> None:
+    """out[j] = sum over rows, in order, of g * (x - mean) * inverse."""
+    rows, n = x.shape
+    out[:] = out.dtype.type(0)
+    for r in range(rows):
+        row, gradient, mu, rstd = x[r], g[r], mean[r], inverse[r]
+        for j in range(n):
+            out[j] += gradient[j] * ((row[j] - mu) * rstd)
+
+
+@kernel("void(T[:, ::1], int64[::1], int64, T[::1], T[::1])")
+def cross_entropy(logits: Any, target: Any, ignore: int, loss: Any, lse: Any) -> None:
+    """loss[r] = lse[r] - logits[r, target[r]], lse = log sum exp; 0 where target is `ignore`."""
+    rows, n = logits.shape
+    scratch = np.empty(n, logits.dtype)
+    for r in range(rows):
+        row = logits[r]
+        most = row_max(row, 0, n)
+        for j in range(n):
+            scratch[j] = exp(row[j] - most)
+        lse[r] = most + math.log(row_sum(scratch, 0, n))
+        t = target[r]
+        loss[r] = logits.dtype.type(0) if t == ignore else lse[r] - row[t]
+
+
+@kernel("void(T[:, ::1], int64[::1], int64, T[::1], T[::1], T[:, ::1])")
+def cross_entropy_backward(
+    logits: Any, target: Any, ignore: int, lse: Any, g: Any, out: Any
+) -> None:
+    """out[r] = g[r] * (softmax(logits[r]) - onehot(target[r])); 0 where target is `ignore`."""
+    rows, n = logits.shape
+    for r in range(rows):
+        row, y, t = logits[r], out[r], target[r]
+        scale = logits.dtype.type(0) if t == ignore else g[r]
+        shift = lse[r]
+        for j in range(n):
+            y[j] = scale * exp(row[j] - shift)
+        if t != ignore:
+            y[t] -= scale
+
+
+@kernel("void(T[:, ::1], int64[::1], T[:, ::1])")
+def embedding_backward(g: Any, index: Any, table: Any) -> None:
+    """table[index[r]] += g[r], row after row."""
+    rows, n = g.shape
+    for r in range(rows):
+        target, gradient = table[index[r]], g[r]
+        for j in range(n):
+            target[j] += gradient[j]
