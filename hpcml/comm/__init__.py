@@ -1,0 +1,12 @@
+"""Communication: meshes of ranks, the operations along their axes, and the ledger of what moved.
+
+mpi4py is imported in this package alone, when the first mesh is made.
+"""
+
+from __future__ import annotations
+
+from hpcml.comm.axis import Axis
+from hpcml.comm.ledger import Count, Ledger, Tally
+from hpcml.comm.mesh import Mesh
+
+__all__ = ["Axis", "Count", "Ledger", "Mesh", "Tally"]

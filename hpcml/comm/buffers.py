@@ -1,0 +1,165 @@
+"""Checks of what callers hand to an axis: types, shapes, contiguity, overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpcml.comm.staging import Staged, stage
+from hpcml.comm.transport import Array
+
+Shape = tuple[int, ...]
+
+OPS = ("sum", "prod", "min", "max")
+_HALVES = ("float16", "bfloat16")
+_DTYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64"),
+)
+
+
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """Whether this is a 16-bit float, which MPI libraries reduce slowly, wrongly or not at all."""
+    return dtype.name in _HALVES
+
+
+def wire(x: Array) -> Array:
+    """The same memory as a type that all carriers know: 16-bit floats as uint16, bool as uint8."""
+    if is_half(x.dtype):
+        return x.view(np.uint16)
+    return x.view(np.uint8) if x.dtype == np.bool_ else x
+
+
+def check_dtype(dtype: np.dtype[Any], op: str | None = None) -> None:
+    """Raise `ValueError` unless this type can be moved, or reduced with `op` if one is given."""
+    if dtype.name not in _DTYPES or not dtype.isnative:
+        raise ValueError(
+            f"dtype {dtype.newbyteorder('=').name if dtype.isnative else dtype.str!r} cannot be "
+            f"communicated: convert to one of {', '.join(_DTYPES)}"
+        )
+    if op is None:
+        return
+    if op not in OPS:
+        raise ValueError(f"op={op!r} is not one of {', '.join(OPS)}")
+    if dtype == np.bool_:
+        raise ValueError(f"bool has no {op}: reduce x.view('uint8') (min is 'all', max is 'any')")
+
+
+@dataclass
+class Operands:
+    """Input and output of one collective call: checked, contiguous, on the host."""
+
+    source: Array
+    """What this rank contributes; the same object as `target` for an operation in place."""
+    target: Array | None
+    """Where the result goes; None on ranks that get none."""
+    finish: Callable[[], Any]
+    """Deliver the result: returns what the caller gets."""
+
+
+def operands(
+    x: Any,
+    out: Any,
+    shape: Callable[[Shape], Shape],
+    op: str | None = None,
+    *,
+    receives: bool = True,
+    home: int | None = None,
+) -> Operands:
+    """Check and stage the input and the output of a collective call.
+
+    `shape` maps the shape of the input to that of the result, and may refuse it. A non-contiguous
+    input is copied, and so is one that overlaps `out`, unless the two coincide or the input is
+    block number `home` of `out`. A non-contiguous `out` is refused. `receives=False` on ranks that
+    get no result, where `out` is ignored.
+    """
+    staged = stage(x)
+    source = contiguous(staged.host)
+    check_dtype(source.dtype, op)
+    expected = shape(source.shape)
+    if not receives:
+        return Operands(source, None, lambda: None)
+    if out is None:
+        fresh = np.empty(expected, source.dtype)
+        return Operands(source, fresh, lambda: staged.like(fresh))
+    place = staged if out is x else stage(out, read=False)
+    target = place.host
+    check_out(target, expected, source.dtype)
+    if np.may_share_memory(source, target) and source.size:
+        source = _disentangled(source, target, home)
+    return Operands(source, target, lambda: _delivered(place, out))
+
+
+def contiguous(x: Array) -> Array:
+    """The array itself if it is C-contiguous, else a copy that is."""
+    return x if x.flags.c_contiguous else x.copy(order="C")
+
+
+def check_out(out: Array, shape: Shape, dtype: np.dtype[Any]) -> None:
+    """Raise `ValueError` unless a result of this shape and type can be written to `out`."""
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}, but the result has {shape}")
+    if out.dtype != dtype:
+        raise ValueError(f"out has dtype {out.dtype.name}, but the input has {dtype.name}")
+    if not out.flags.c_contiguous:
+        raise ValueError(
+            f"out of shape {out.shape} and strides {out.strides} is not C-contiguous: "
+            "receive into a contiguous array, then assign"
+        )
+    if not out.flags.writeable:
+        raise ValueError(f"out of shape {out.shape} is read-only: pass a writable array or None")
+
+
+def _disentangled(source: Array, target: Array, home: int | None) -> Array:
+    """The source as `target` itself if they coincide, at its home in it, or else as a copy."""
+    offset = _address(source) - _address(target)
+    if offset == 0 and source.nbytes == target.nbytes:
+        return target
+    if home is not None and offset == home * source.nbytes:
+        return source
+    return source.copy()
+
+
+def _address(x: Array) -> int:
+    return int(x.__array_interface__["data"][0])
+
+
+def _delivered(place: Staged, out: Any) -> Any:
+    place.commit()
+    return out
+
+
+def blocks_of(what: str, size: int) -> Callable[[Shape], Shape]:
+    """Shape rule: dim 0 is cut into `size` equal blocks, and the result is one of them."""
+
+    def rule(shape: Shape) -> Shape:
+        if not shape:
+            raise ValueError(f"{what} cuts dim 0, but the input has no dims: use reshape(-1)")
+        if shape[0] % size:
+            padded = -(-shape[0] // size) * size
+            raise ValueError(
+                f"{what} over {size} ranks cannot cut dim 0 of shape {shape} into equal blocks: "
+                f"pad it from {shape[0]} to {padded}"
+            )
+        return (shape[0] // size, *shape[1:])
+
+    return rule
+
+
+def stacked(what: str, size: int) -> Callable[[Shape], Shape]:
+    """Shape rule: the result holds `size` blocks of the input's shape along dim 0."""
+
+    def rule(shape: Shape) -> Shape:
+        if not shape:
+            raise ValueError(f"{what} joins along dim 0, but the input has no dims: use reshape(1)")
+        return (shape[0] * size, *shape[1:])
+
+    return rule
+
+
+def unchanged(shape: Shape) -> Shape:
+    """Shape rule: the result has the shape of the input."""
+    return shape
