@@ -1,0 +1,94 @@
+"""Batches: runs of global sample numbers that load a sample when it is asked for, and only then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hpcml.data.core import Dataset
+from hpcml.data.sampler import Sampler
+from hpcml.errors import UserError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Batch:
+    """The samples of one step. `len(batch)` counts those of all ranks; `batch[i:j]` loads some.
+
+    `first` is the number of the batch's first sample in the whole run.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Array, first: int) -> None:
+        """A batch of the samples at `indices` (int64) of a data set."""
+        self._dataset = dataset
+        self._indices = indices
+        self.first = first
+
+    def __len__(self) -> int:
+        """Number of samples in the batch, over all ranks."""
+        return len(self._indices)
+
+    def __getitem__(self, part: slice) -> tuple[Array, ...]:
+        """Load the samples `part` of the batch: a tuple of arrays, samples along dimension 0."""
+        if not isinstance(part, slice):
+            raise TypeError(f"a batch is indexed by a slice, such as batch[0:4], not by {part!r}")
+        indices = self._indices[part]
+        fetch = getattr(self._dataset, "fetch", None)
+        if fetch is not None:
+            return tuple(fetch(indices))
+        return _stack([self._dataset[int(index)] for index in indices], indices)
+
+
+class Batches:
+    """The batches of a run, from step `first_step` on: step s holds the samples numbered from
+    s * batch_size, in an order that depends on `seed` alone, for `steps` steps or without end.
+
+    With `seed=None` the data set is visited once, in its own order, the last batch being what is
+    left (or until `steps` batches are done): for validation.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int | None,
+        first_step: int = 0,
+        steps: int | None = None,
+    ) -> None:
+        """Batches of `batch_size` samples, whatever the number of ranks."""
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: a batch needs at least 1 sample")
+        self.dataset, self.batch_size, self.first_step = dataset, batch_size, first_step
+        self._sampler = None if seed is None else Sampler(len(dataset), seed)
+        if self._sampler is None:
+            there = -(-len(dataset) // batch_size) - first_step
+            steps = there if steps is None else min(steps, there)
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield `Batch` after `Batch`; nothing is loaded before it is asked for."""
+        step = self.first_step
+        while self.steps is None or step < self.first_step + self.steps:
+            first = step * self.batch_size
+            yield Batch(self.dataset, self._indices(first), first)
+            step += 1
+
+    def _indices(self, first: int) -> Array:
+        if self._sampler is not None:
+            return self._sampler.indices(first, first + self.batch_size)
+        return np.arange(first, min(first + self.batch_size, len(self.dataset)), dtype=np.int64)
+
+
+def _stack(samples: list[Any], indices: Array) -> tuple[Array, ...]:
+    """Stack samples field by field. A sample that is no tuple counts as a tuple of one field."""
+    rows = [sample if isinstance(sample, tuple | list) else (sample,) for sample in samples]
+    fields = [[np.asarray(field) for field in row] for row in rows]
+    for row, index in zip(fields, indices, strict=True):
+        if [x.shape for x in row] != [x.shape for x in fields[0]]:
+            raise UserError(
+                f"sample {index} of the data set has fields of shapes {[x.shape for x in row]}, "
+                f"sample {indices[0]} {[x.shape for x in fields[0]]}: make all samples alike"
+            )
+    return tuple(np.stack(column) for column in zip(*fields, strict=True))

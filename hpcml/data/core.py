@@ -1,0 +1,54 @@
+"""What a data factory returns: data sets for training and validation, and what models ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hpcml.data.tokenizers import Tokenizer
+from hpcml.errors import UserError
+
+
+class Dataset(Protocol):
+    """A map-style data set: `dataset[i]` is one sample, a tuple of arrays or numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    `info` holds what a model may ask for by the name of a parameter (such as `vocab_size`), `loss`
+    names the loss that suits the data, `tokenizer` turns text into samples and back.
+    """
+
+    train: Dataset
+    val: Dataset | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    loss: str = "cross_entropy"
+    tokenizer: Tokenizer | None = None
+
+
+def as_data(made: Any) -> Data:
+    """Return what a data factory made as `Data`: it may be a data set, or a pair (train, val).
+
+    Raises `UserError` for anything else, and for a training set without samples.
+    """
+    if not isinstance(made, Data):
+        pair = isinstance(made, tuple) and len(made) == 2
+        made = Data(*made) if pair else Data(made)
+    for part, dataset in (("training", made.train), ("validation", made.val)):
+        if part == "validation" and dataset is None:
+            continue
+        if not hasattr(type(dataset), "__len__") or not hasattr(type(dataset), "__getitem__"):
+            raise UserError(
+                f"data.kind made a {type(dataset).__name__} for {part}: it needs __len__ and "
+                "__getitem__ (return a data set, a pair (train, val) or hpcml.data.Data)"
+            )
+        if len(dataset) < 1:
+            raise UserError(f"data.kind made a {part} set of 0 samples: give it at least one")
+    return made
