@@ -1,0 +1,1 @@
+"""Tests. A package, so that `tests.harness` cannot be mistaken for another project's `tests`."""
