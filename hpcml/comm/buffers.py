@@ -37,8 +37,8 @@ def check_dtype(dtype: np.dtype[Any], op: str | None = None) -> None:
     """Raise `ValueError` unless this type can be moved, or reduced with `op` if one is given."""
     if dtype.name not in _DTYPES or not dtype.isnative:
         raise ValueError(
-            f"dtype {dtype.newbyteorder('=').name if dtype.isnative else dtype.str!r} cannot be "
-            f"communicated: convert to one of {', '.join(_DTYPES)}"
+            f"dtype {dtype.name if dtype.isnative else dtype.str} cannot be communicated: "
+            f"convert to one of {', '.join(_DTYPES)}"
         )
     if op is None:
         return
@@ -85,7 +85,8 @@ def operands(
     if out is None:
         fresh = np.empty(expected, source.dtype)
         return Operands(source, fresh, lambda: staged.like(fresh))
-    place = staged if out is x else stage(out, read=False)
+    in_place = out is x and not isinstance(x, np.generic)
+    place = staged if in_place else stage(out, read=False)
     target = place.host
     check_out(target, expected, source.dtype)
     if np.may_share_memory(source, target) and source.size:

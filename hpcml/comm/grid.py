@@ -83,8 +83,9 @@ class Grid:
 
 
 def show(sizes: Mapping[str, int]) -> str:
-    """Axes as `pp(2) * dp(2)`; those of size 1 are left out."""
-    return " * ".join(f"{name}({n})" for name, n in sizes.items() if n != 1) or "of one rank"
+    """Axes as `pp(2) * dp(2)`; those of size 1 are left out, unless all are."""
+    large = {name: n for name, n in sizes.items() if n != 1} or dict([next(iter(sizes.items()))])
+    return " * ".join(f"{name}({n})" for name, n in large.items())
 
 
 def usual(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -151,6 +152,6 @@ def _does_not_divide(sizes: Mapping[str, int], fixed: int, ranks: int) -> UserEr
     fixed_axes = {name: size for name, size in sizes.items() if size > 1}
     keys = ", ".join(f"mesh.{name}" for name in fixed_axes)
     return UserError(
-        f"mesh {show(fixed_axes)} = {fixed} ranks, which does not divide what was started, "
-        f"{ranks}: start a multiple of {fixed} or change {keys}"
+        f"mesh {show(fixed_axes)} = {fixed} ranks, but {_started(ranks)}, which is no multiple of "
+        f"{fixed}: change {keys} or start {fixed * -(-ranks // fixed)}"
     )

@@ -1,8 +1,8 @@
 """No rank is left behind: crashes, refusals and interrupts that concern the whole job.
 
 An uncaught exception on one rank would leave the others waiting in their next collective for ever.
-`install` makes it end the job, `agree` lets all ranks refuse bad input together, `StopFlag` turns
-Ctrl-C into a stop between two steps, and `leave` ends a rank that has failed.
+`install` makes it end the job, `agree` lets all ranks refuse bad input together, `refuse` prints
+such an error once and ends the ranks, and `StopFlag` turns Ctrl-C into a stop between two steps.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from hpcml.comm.launch import read
 from hpcml.comm.transport import Transport
 from hpcml.errors import UserError
 
@@ -41,7 +42,7 @@ def install(transport: Transport) -> None:
     the ranks of the first node are given the lead. `world` does this for every job of several
     ranks; a second call changes nothing.
     """
-    if isinstance(sys.excepthook, _Hook):
+    if _installed():
         return
     hook = _Hook(transport, _Claim(transport))
     sys.excepthook = hook
@@ -85,8 +86,8 @@ class _Hook:
     """`sys.excepthook` of a rank: report once, then end the job."""
 
     def __init__(self, transport: Transport, claim: _Claim) -> None:
-        self._transport = transport
-        self._claim = claim
+        self.transport = transport
+        self.claim = claim
         self._node = transport.nodes()[transport.rank]
 
     def __call__(
@@ -110,8 +111,8 @@ class _Hook:
     ) -> None:
         if self._node.index > 0:
             time.sleep(_GRACE / 2)  # ranks of all nodes often fail alike: let the first node speak
-        if self._claim.take():
-            where = f"rank {self._transport.rank} ({self._node.host}){thread}"
+        if self.claim.take():
+            where = f"rank {self.transport.rank} ({self._node.host}){thread}"
             if issubclass(kind, KeyboardInterrupt):
                 report = f"{where}: interrupted\n"
             else:
@@ -125,7 +126,7 @@ class _Hook:
         else:
             time.sleep(_GRACE)
         code = 130 if issubclass(kind, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-        self._transport.abort(code)
+        self.transport.abort(code)
 
 
 def agree(axis: Axis, function: Callable[[], T]) -> T:
@@ -151,18 +152,36 @@ def agree(axis: Axis, function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def leave(axis: Axis, code: int, patience: float = 5.0) -> int:
+def refuse(error: UserError) -> int:
+    """Print the one line of a user's error, once for all ranks that fail alike; the exit code.
+
+    For the end of a command line: `except UserError as error: return refuse(error)`. Ends the job
+    if only some ranks fail (see `leave`).
+    """
+    hook = _installed()
+    # Before there is MPI to agree by, the launcher's word tells the ranks apart.
+    speaks = hook.claim.take() if hook else read().rank in (None, 0)
+    if speaks:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+    return leave(error.exit_code)
+
+
+def leave(code: int, patience: float = 5.0) -> int:
     """The exit code with which this rank ends; if it fails alone, the job ends with it.
 
     A rank that ends with another code than 0 while others go on would leave them waiting: unless
-    all ranks of the axis come here within `patience` seconds, the job is aborted with this code.
+    all ranks come here within `patience` seconds, the job is aborted with this code.
     """
-    if code and not axis.transport.barrier_within(patience):
-        sys.stdout.flush()
-        sys.stderr.write(f"rank {axis.rank} ends with code {code}, others go on: job aborted\n")
-        sys.stderr.flush()
-        axis.transport.abort(code)
+    hook = _installed()
+    if code and hook and not hook.transport.barrier_within(patience):
+        hook.transport.abort(code)
     return code
+
+
+def _installed() -> _Hook | None:
+    return sys.excepthook if isinstance(sys.excepthook, _Hook) else None
 
 
 class StopFlag:

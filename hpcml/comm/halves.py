@@ -8,12 +8,15 @@ the library, with as many bytes sent as the best float algorithm of 16 bits woul
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hpcml.comm.transport import Array, Transport
 
+_Gather = Callable[[Array, Array], None]
 _COMBINE: dict[str, Any] = {
     "sum": np.add,
     "prod": np.multiply,
@@ -25,7 +28,7 @@ _COMBINE: dict[str, Any] = {
 def allreduce(transport: Transport, source: Array, target: Array, op: str) -> None:
     """Combine over all ranks into `target` on each; they may be the same array."""
     block = _own_block(transport, _padded(source, transport.size), op)
-    _collect(block, target, lambda mine, all_: transport.allgather(mine, all_), transport.size)
+    _collect(block, target, transport.allgather, transport.size)
 
 
 def reduce(transport: Transport, source: Array, target: Array | None, op: str, root: int) -> None:
@@ -34,9 +37,7 @@ def reduce(transport: Transport, source: Array, target: Array | None, op: str, r
     if target is None:
         transport.gather(block.view(np.uint16), None, root)
     else:
-        _collect(
-            block, target, lambda mine, all_: transport.gather(mine, all_, root), transport.size
-        )
+        _collect(block, target, partial(transport.gather, root=root), transport.size)
 
 
 def reduce_scatter(transport: Transport, source: Array, target: Array, op: str) -> None:
@@ -53,7 +54,8 @@ def _own_block(transport: Transport, source: Array, op: str) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         for contribution in contributions[1:]:
             _COMBINE[op](total, contribution.astype(np.float32), out=total)
-        return total.astype(source.dtype)
+        rounded: Array = total.astype(source.dtype)
+    return rounded
 
 
 def _padded(source: Array, size: int) -> Array:
@@ -62,10 +64,10 @@ def _padded(source: Array, size: int) -> Array:
     return np.concatenate([flat, np.zeros(missing, flat.dtype)]) if missing else flat
 
 
-def _collect(block: Array, target: Array, gather: Any, size: int) -> None:
-    if target.size == block.size * size:
-        gather(block.view(np.uint16), target.view(np.uint16))
-        return
-    padded = np.empty(block.size * size, target.dtype)
-    gather(block.view(np.uint16), padded.view(np.uint16))
-    target.reshape(-1)[...] = padded[: target.size]
+def _collect(block: Array, target: Array, gather: _Gather, size: int) -> None:
+    """Join the blocks of all ranks in `target`, less what was padded."""
+    flat = target.reshape(-1)
+    joined = flat if flat.size == block.size * size else np.empty(block.size * size, flat.dtype)
+    gather(block.view(np.uint16), joined.view(np.uint16))
+    if joined is not flat:
+        flat[...] = joined[: flat.size]

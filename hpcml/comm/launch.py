@@ -107,8 +107,8 @@ def check_world(size: int, environ: Mapping[str, str] = os.environ) -> None:
             f"if one process is meant, unset {job.variable}"
         )
     raise UserError(
-        f"{job.variable}={job.size}, but the MPI world has 1 rank: each of {job.size} copies would "
-        f"run the whole job alone, for {job.launcher} and the MPI library do not match: {remedy}"
+        f"{job.variable}={job.size}, but the MPI world has 1 rank: {job.launcher} and the MPI "
+        f"library do not match, and each of {job.size} copies would run the whole job: {remedy}"
     )
 
 

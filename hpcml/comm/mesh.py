@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 from hpcml.comm import grid
+from hpcml.comm.alone import Alone
 from hpcml.comm.axis import Axis
 from hpcml.comm.ledger import Ledger
 from hpcml.comm.transport import Node, Transport
@@ -49,10 +51,7 @@ class Mesh:
         self._transport = _reordered(base, order)
         self._nodes = self._transport.nodes()
         self.world = Axis("world", self._transport, self.ledger)
-        self._axes: dict[tuple[str, ...], Axis] = {}
-        # All at once, in one order: these need no care from the caller.
-        for name in self.grid.names:
-            self._axis((name,))
+        self._axes = self._all_axes()
 
     @property
     def size(self) -> int:
@@ -85,11 +84,7 @@ class Mesh:
         return self._nodes
 
     def __getitem__(self, names: str | tuple[str, ...]) -> Axis:
-        """The axis of this name, or the product of several.
-
-        The first use of a product of several axes larger than 1 is collective over the ranks of
-        that product (not over the mesh), and ranks that share several products must first use them
-        in the same order.
+        """The axis of this name, or the product of several: local, the mesh has made them all.
 
         Raises `ValueError` for a name that is neither in the mesh nor a usual one.
         """
@@ -98,7 +93,7 @@ class Mesh:
             if name not in self.grid.names and name not in grid.AXES:
                 raise ValueError(f"no axis {name!r} in the mesh ({', '.join(self.grid.names)})")
         large = tuple(name for name in self.grid.ordered(chosen) if self.sizes[name] > 1)
-        return self._axis(large or chosen[:1])
+        return self._axes[large] if large else Axis(chosen[0], Alone(), self.ledger)
 
     def __repr__(self) -> str:
         return f"Mesh({self.grid}, rank={self.rank})"
@@ -136,13 +131,20 @@ class Mesh:
             rows.append([_span(ranks), *spans, self._nodes[ranks[0]].host])
         return rows
 
-    def _axis(self, names: tuple[str, ...]) -> Axis:
-        if names not in self._axes:
-            label = "*".join(names)
-            ranks = self.grid.group(self.rank, *names)
-            transport = self._transport.subset(ranks, label)
-            self._axes[names] = Axis(label, transport, self.ledger)
-        return self._axes[names]
+    def _all_axes(self) -> dict[tuple[str, ...], Axis]:
+        """The axes larger than 1 and all their products.
+
+        Making a communicator is collective. Made on demand, a product that only some ranks ask for
+        first would hang the job; made here, all ranks make the same ones in the same order.
+        """
+        axes = {}
+        large = [name for name, size in self.sizes.items() if size > 1]
+        for count in range(1, len(large) + 1):
+            for names in combinations(large, count):
+                label = "*".join(names)
+                transport = self._transport.subset(self.grid.group(self.rank, *names), label)
+                axes[names] = Axis(label, transport, self.ledger)
+        return axes
 
 
 def placement(nodes: tuple[Node, ...]) -> tuple[int, ...]:

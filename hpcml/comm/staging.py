@@ -46,11 +46,13 @@ class Staged:
 def stage(x: Any, read: bool = True) -> Staged:
     """Make the array available as host memory; `read=False` if its content does not matter.
 
-    Takes NumPy and CuPy arrays and objects with `__dlpack__`. Raises `TypeError` for anything else
-    and `ValueError` if DLPack cannot carry the type.
+    Takes NumPy and CuPy arrays, objects with `__dlpack__` and, to read, NumPy scalars. Raises
+    `TypeError` for anything else and `ValueError` if DLPack cannot carry the type.
     """
     if isinstance(x, np.ndarray):
         return Staged(x)
+    if isinstance(x, np.generic) and read:  # what NumPy makes of a sum; nothing to write to
+        return Staged(np.asarray(x))
     if _is_cupy(x):
         return _from_device(x, read)
     if not hasattr(x, "__dlpack__"):
