@@ -1,0 +1,24 @@
+"""Automatic differentiation: tensors, primitives with one adjoint for each input, backward."""
+
+from hpcml.autograd.gradcheck import gradcheck
+from hpcml.autograd.primitive import (
+    Context,
+    Primitive,
+    enable_grad,
+    no_grad,
+    primitive,
+    saved_tensors_hooks,
+)
+from hpcml.autograd.tensor import Handle, Tensor
+
+__all__ = [
+    "Context",
+    "Handle",
+    "Primitive",
+    "Tensor",
+    "enable_grad",
+    "gradcheck",
+    "no_grad",
+    "primitive",
+    "saved_tensors_hooks",
+]

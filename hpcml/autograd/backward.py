@@ -1,0 +1,113 @@
+"""Reverse accumulation: walk the record in reverse order of creation, deliver each gradient once.
+
+The order depends on nothing but the program, so all ranks that run the same program meet in the
+same collectives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpcml.autograd.primitive import Context, empty, no_grad
+from hpcml.autograd.tensor import Tensor
+from hpcml.backend import Array, xp
+
+
+def _record(root: Context) -> list[Context]:
+    """All uses that `root` depends on and that need a gradient, the last created first."""
+    found, pending = {root}, [root]
+    while pending:
+        ctx = pending.pop()
+        if ctx.released:
+            raise RuntimeError(
+                f"backward() ran before through this {ctx.primitive.name}, and what it had saved is "
+                "gone: compute the forward pass again"
+            )
+        for source, needed in zip(ctx.sources, ctx.needs, strict=True):
+            if needed and isinstance(source, Context) and source not in found:
+                found.add(source)
+                pending.append(source)
+    return sorted(found, key=lambda ctx: -ctx.order)
+
+
+class _Gradients:
+    """Gradients under way: of intermediate results by use, of leaves in the leaves themselves."""
+
+    def __init__(self, record: list[Context]) -> None:
+        self.of: dict[Context, tuple[Array, bool]] = {}  # the array, and whether it is ours alone
+        self.uses: dict[int, int] = {}  # leaf -> contributions still to come
+        for ctx in record:
+            for source, needed in zip(ctx.sources, ctx.needs, strict=True):
+                if needed and isinstance(source, Tensor):
+                    self.uses[id(source)] = self.uses.get(id(source), 0) + 1
+
+    def compute(self, ctx: Context, which: int, g: Array) -> None:
+        """Compute the gradient of one input and add it to what that input has."""
+        source = ctx.sources[which]
+        leaf = source if isinstance(source, Tensor) else None
+        if leaf is not None:
+            before, ours = leaf.gradient, True
+            ctx._target = leaf.gradient_buffer if before is None else None
+        else:
+            before, ours = self.of.get(source, (None, False))  # type: ignore[arg-type]
+        ctx._pending, ctx._pending_ours = before, ours
+        ctx._handed = None
+        result = ctx.primitive.adjoints[which](ctx, g)
+        complete = ctx._pending is None  # the adjoint has included what was there, if anything
+        fresh, ctx._pending, ctx._target = result is ctx._handed, None, None
+        if result.shape != ctx.shapes[which]:
+            raise RuntimeError(
+                f"{ctx.primitive.name}: adjoint {which} returned shape {result.shape} for an input "
+                f"of shape {ctx.shapes[which]}"
+            )
+        if leaf is not None:
+            self._deliver(leaf, before, result, complete, fresh)
+        elif complete:
+            self.of[source] = (result, fresh)  # type: ignore[index]
+        else:
+            assert before is not None
+            out = before if ours else empty(before.shape, before)
+            self.of[source] = (xp(before).add(before, result, out=out), True)  # type: ignore[index]
+
+    def _deliver(
+        self, leaf: Tensor, before: Array | None, result: Array, complete: bool, fresh: bool
+    ) -> None:
+        if before is None:
+            leaf.receive(result, fresh)
+        elif not complete:
+            before += result
+        elif result is not before:
+            before[...] = result
+        self.uses[id(leaf)] -= 1
+        if self.uses[id(leaf)] == 0:
+            for hook in leaf.grad_hooks:
+                hook(leaf)
+
+
+def backward(root: Tensor, gradient: Array | None = None) -> None:
+    """Add d root / d leaf to every leaf's gradient; see `Tensor.backward`."""
+    if root.ctx is None:
+        raise RuntimeError(
+            "backward() on a tensor that depends on no parameter: nothing requires a gradient, or "
+            "it was computed under no_grad()"
+        )
+    if gradient is None:
+        if root.data.size != 1:
+            raise RuntimeError(
+                f"backward() without a gradient needs one element, not shape {root.shape}: "
+                "reduce it with sum() or mean(), or pass the gradient"
+            )
+        gradient = xp(root.data).ones_like(root.data)
+    elif gradient.shape != root.shape:
+        raise ValueError(f"backward(): gradient {gradient.shape} for a tensor of {root.shape}")
+    record: list[Any] = _record(root.ctx)
+    gradients = _Gradients(record)
+    gradients.of[root.ctx] = (gradient, False)
+    with no_grad():
+        for position, ctx in enumerate(record):
+            g, _ = gradients.of.pop(ctx)
+            for which, needed in enumerate(ctx.needs):
+                if needed:
+                    gradients.compute(ctx, which, g)
+            ctx.release()
+            record[position] = None  # what it saved can go now

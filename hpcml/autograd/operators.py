@@ -1,0 +1,258 @@
+"""Operators and methods of tensors, under PyTorch's names, in terms of the primitives."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpcml import backend
+from hpcml.autograd.ops import fused, linear, pointwise, shape
+
+if TYPE_CHECKING:
+    from hpcml.autograd.tensor import Tensor
+
+Dims = int | tuple[int, ...] | None
+
+
+def plain(value: Any) -> Any:
+    """An operand: tensors and arrays as they are, NumPy scalars as Python's (they keep no type)."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return np.asarray(value) if isinstance(value, list | tuple) else value
+
+
+def array_of(value: Any) -> Any:
+    """The array of a tensor; arrays and numbers as they are; lists as arrays."""
+    data = getattr(value, "data", value) if not backend.is_array(value) else value
+    return plain(data)
+
+
+def _dims(dims: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims
+
+
+class Operators:
+    """What can be written with a tensor: arithmetic, reductions, movement of elements."""
+
+    __slots__ = ()
+    data: Any
+    shape: tuple[int, ...]
+
+    # --- arithmetic -----------------------------------------------------------------------------
+
+    def __add__(self, other: Any) -> Tensor:
+        return pointwise.add(self, plain(other))
+
+    def __radd__(self, other: Any) -> Tensor:
+        return pointwise.add(plain(other), self)
+
+    def __sub__(self, other: Any) -> Tensor:
+        return pointwise.sub(self, plain(other))
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return pointwise.sub(plain(other), self)
+
+    def __mul__(self, other: Any) -> Tensor:
+        return pointwise.mul(self, plain(other))
+
+    def __rmul__(self, other: Any) -> Tensor:
+        return pointwise.mul(plain(other), self)
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return pointwise.div(self, plain(other))
+
+    def __rtruediv__(self, other: Any) -> Tensor:
+        return pointwise.div(plain(other), self)
+
+    def __pow__(self, other: Any) -> Tensor:
+        return pointwise.power(self, plain(other))
+
+    def __rpow__(self, other: Any) -> Tensor:
+        return pointwise.power(plain(other), self)
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return linear.matmul(self, plain(other))
+
+    def __rmatmul__(self, other: Any) -> Tensor:
+        return linear.matmul(plain(other), self)
+
+    def __neg__(self) -> Tensor:
+        return pointwise.neg(self)
+
+    def __abs__(self) -> Tensor:
+        return pointwise.absolute(self)
+
+    # --- comparison: no gradient ----------------------------------------------------------------
+
+    def __lt__(self, other: Any) -> Tensor:
+        return self._plain(self.data < array_of(other))
+
+    def __le__(self, other: Any) -> Tensor:
+        return self._plain(self.data <= array_of(other))
+
+    def __gt__(self, other: Any) -> Tensor:
+        return self._plain(self.data > array_of(other))
+
+    def __ge__(self, other: Any) -> Tensor:
+        return self._plain(self.data >= array_of(other))
+
+    def __eq__(self, other: Any) -> Tensor:  # type: ignore[override]
+        return self._plain(self.data == array_of(other))
+
+    def __ne__(self, other: Any) -> Tensor:  # type: ignore[override]
+        return self._plain(self.data != array_of(other))
+
+    __hash__ = object.__hash__  # equality is element-wise, identity is what sets and dicts need
+
+    def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
+        """Position of the maximum along `dim`, or in the flattened tensor."""
+        return self._plain(backend.xp(self.data).asarray(self.data.argmax(dim, keepdims=keepdim)))
+
+    def _plain(self, data: Any) -> Tensor:
+        return self._wrap(data)  # type: ignore[attr-defined,no-any-return]
+
+    # --- functions ------------------------------------------------------------------------------
+
+    def abs(self) -> Tensor:
+        """Absolute value."""
+        return pointwise.absolute(self)
+
+    def exp(self) -> Tensor:
+        """Exponential."""
+        return pointwise.exp(self)
+
+    def log(self) -> Tensor:
+        """Natural logarithm."""
+        return pointwise.log(self)
+
+    def sqrt(self) -> Tensor:
+        """Square root."""
+        return pointwise.sqrt(self)
+
+    def tanh(self) -> Tensor:
+        """Hyperbolic tangent."""
+        return pointwise.tanh(self)
+
+    def sigmoid(self) -> Tensor:
+        """1 / (1 + exp(-self))."""
+        return pointwise.sigmoid(self)
+
+    def relu(self) -> Tensor:
+        """max(self, 0)."""
+        return pointwise.relu(self)
+
+    def softmax(self, dim: int) -> Tensor:
+        """exp(self), normalised to sum 1 along `dim`."""
+        return fused.softmax(self, dim=dim)
+
+    def log_softmax(self, dim: int) -> Tensor:
+        """Logarithm of the softmax along `dim`."""
+        return fused.log_softmax(self, dim=dim)
+
+    def clamp(self, min: float | None = None, max: float | None = None) -> Tensor:
+        """Limit to [min, max]; the gradient outside is 0."""
+        if min is None and max is None:
+            raise ValueError("clamp() needs min, max or both")
+        limited = self.data.clip(min, max)
+        return pointwise.where(self, limited, condition=limited == self.data)
+
+    def masked_fill(self, mask: Any, value: float) -> Tensor:
+        """`value` where `mask` holds, self elsewhere."""
+        return pointwise.where(value, self, condition=array_of(mask))
+
+    def float(self) -> Tensor:
+        """As float32."""
+        return pointwise.cast(self, dtype=np.dtype("float32"))
+
+    def double(self) -> Tensor:
+        """As float64."""
+        return pointwise.cast(self, dtype=np.dtype("float64"))
+
+    # --- reductions -----------------------------------------------------------------------------
+
+    def sum(self, dim: Dims = None, keepdim: bool = False) -> Tensor:
+        """Sum over `dim`, all dimensions by default."""
+        return shape.sum(self, dim=dim, keepdim=keepdim)
+
+    def mean(self, dim: Dims = None, keepdim: bool = False) -> Tensor:
+        """Mean over `dim`, all dimensions by default."""
+        return shape.mean(self, dim=dim, keepdim=keepdim)
+
+    def amax(self, dim: Dims = None, keepdim: bool = False) -> Tensor:
+        """Maximum over `dim`; equal maxima share the gradient."""
+        return shape.amax(self, dim=dim, keepdim=keepdim)
+
+    def var(self, dim: Dims = None, *, correction: int = 1, keepdim: bool = False) -> Tensor:
+        """Variance over `dim`: the sum of squared deviations by count - correction."""
+        centred = self - shape.mean(self, dim=dim, keepdim=True)
+        total = shape.sum(centred * centred, dim=dim, keepdim=keepdim)
+        count = math.prod(self.shape) // max(total.numel(), 1)
+        return total / (count - correction)
+
+    # --- movement -------------------------------------------------------------------------------
+
+    def reshape(self, *dims: Any) -> Tensor:
+        """The same elements in another shape; one size may be -1."""
+        return shape.reshape(self, shape=_dims(dims))
+
+    view = reshape
+
+    def permute(self, *dims: Any) -> Tensor:
+        """Reorder the dimensions."""
+        return shape.permute(self, dims=_dims(dims))
+
+    def transpose(self, dim0: int, dim1: int) -> Tensor:
+        """Exchange two dimensions."""
+        order = list(range(len(self.shape)))
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+        return shape.permute(self, dims=tuple(order))
+
+    @property
+    def T(self) -> Tensor:
+        """All dimensions in reverse order."""
+        return shape.permute(self, dims=tuple(range(len(self.shape)))[::-1])
+
+    def expand(self, *dims: Any) -> Tensor:
+        """Repeat along dimensions of size 1, without a copy; -1 keeps a size."""
+        return shape.expand(self, shape=_dims(dims))
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+        """Join dimensions start_dim .. end_dim into one."""
+        sizes = self.shape or (1,)
+        start, end = start_dim % len(sizes), end_dim % len(sizes)
+        joined = math.prod(sizes[start : end + 1])
+        return shape.reshape(self, shape=(*sizes[:start], joined, *sizes[end + 1 :]))
+
+    def unsqueeze(self, dim: int) -> Tensor:
+        """Insert a dimension of size 1."""
+        dim %= len(self.shape) + 1
+        return shape.reshape(self, shape=(*self.shape[:dim], 1, *self.shape[dim:]))
+
+    def squeeze(self, dim: int | None = None) -> Tensor:
+        """Remove dimension `dim` if its size is 1, or all such dimensions."""
+        drop = range(len(self.shape)) if dim is None else (dim % len(self.shape),)
+        kept = tuple(n for i, n in enumerate(self.shape) if not (i in drop and n == 1))
+        return shape.reshape(self, shape=kept)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        parts = tuple(array_of(p) for p in (index if isinstance(index, tuple) else (index,)))
+        return shape.getitem(self, index=parts if isinstance(index, tuple) else parts[0])
+
+    def split(self, split_size: int | list[int], dim: int = 0) -> tuple[Tensor, ...]:
+        """Cut into parts of `split_size` (the last may be smaller), or of the listed sizes."""
+        total = self.shape[dim]
+        if isinstance(split_size, int):
+            split_size = [split_size] * -(-total // split_size)
+        elif sum(split_size) != total:
+            raise ValueError(f"split({split_size}): the sizes must add up to {total}")
+        lead, parts, start = (slice(None),) * (dim % len(self.shape)), [], 0
+        for size in split_size:
+            parts.append(shape.getitem(self, index=(*lead, slice(start, start + size))))
+            start += size
+        return tuple(parts)
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
+        """Cut into `chunks` parts of equal size, the last possibly smaller."""
+        return self.split(-(-self.shape[dim] // chunks), dim)

@@ -1,0 +1,1 @@
+"""The differentiable operations, by kind; `hpcml.autograd.methods` gives tensors their operators."""

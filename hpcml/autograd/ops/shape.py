@@ -1,0 +1,225 @@
+"""Reductions, and operations that only move elements."""
+
+from __future__ import annotations
+
+from builtins import sum as _total
+from typing import Any
+
+import numpy as np
+
+from hpcml.autograd.primitive import Context, primitive, unbroadcast
+from hpcml.backend import Array, xp
+
+Axes = int | tuple[int, ...] | None
+
+
+def _kept(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    """`shape` with 1 along the reduced axes."""
+    if axes is None:
+        return (1,) * len(shape)
+    chosen = {a % len(shape) for a in ((axes,) if isinstance(axes, int) else axes)}
+    return tuple(1 if i in chosen else n for i, n in enumerate(shape))
+
+
+def _spread(ctx: Context, g: Array, axes: Axes) -> Array:
+    """The gradient of a reduction, broadcast back to the input's shape."""
+    shape = ctx.shapes[0]
+    return xp(g).broadcast_to(g.reshape(_kept(shape, axes)), shape)
+
+
+@primitive
+def sum(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> Array:
+    """Sum over `dim` (all by default)."""
+    ctx.attributes = dim
+    return xp(x).asarray(x.sum(axis=dim, keepdims=keepdim))
+
+
+@sum.adjoint
+def sum_x(ctx: Context, g: Array) -> Array:
+    return _spread(ctx, g, ctx.attributes)
+
+
+@primitive
+def mean(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> Array:
+    """Mean over `dim` (all by default)."""
+    out = xp(x).asarray(x.mean(axis=dim, keepdims=keepdim))
+    ctx.attributes = dim, max(x.size, 1) // max(out.size, 1)
+    return out
+
+
+@mean.adjoint
+def mean_x(ctx: Context, g: Array) -> Array:
+    dim, count = ctx.attributes
+    return _spread(ctx, g / count, dim)
+
+
+@primitive
+def amax(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> Array:
+    """Maximum over `dim`; equal maxima share the gradient equally."""
+    out = xp(x).asarray(x.max(axis=dim, keepdims=keepdim))
+    ctx.attributes = dim
+    ctx.save(x, out)
+    return out
+
+
+@amax.adjoint
+def amax_x(ctx: Context, g: Array) -> Array:
+    x, out = ctx.saved
+    dim = ctx.attributes
+    shape = _kept(x.shape, dim)
+    chosen = x == out.reshape(shape)
+    return chosen * (g.reshape(shape) / chosen.sum(axis=dim, keepdims=True).astype(g.dtype))
+
+
+@primitive
+def reshape(ctx: Context, x: Array, *, shape: tuple[int, ...]) -> Array:
+    """The same elements in another shape; one size may be -1."""
+    return x.reshape(shape)
+
+
+@reshape.adjoint
+def reshape_x(ctx: Context, g: Array) -> Array:
+    return g.reshape(ctx.shapes[0])
+
+
+@primitive
+def permute(ctx: Context, x: Array, *, dims: tuple[int, ...]) -> Array:
+    """Reorder the dimensions: dimension i of the result is dimension dims[i]."""
+    ctx.attributes = tuple(int(i) for i in np.argsort([d % x.ndim for d in dims]))
+    return x.transpose(dims)
+
+
+@permute.adjoint
+def permute_x(ctx: Context, g: Array) -> Array:
+    return g.transpose(ctx.attributes)
+
+
+@primitive
+def expand(ctx: Context, x: Array, *, shape: tuple[int, ...]) -> Array:
+    """Repeat along dimensions of size 1, without a copy; -1 keeps a size."""
+    lead = len(shape) - x.ndim
+    full = tuple(x.shape[i - lead] if n == -1 else n for i, n in enumerate(shape))
+    return xp(x).broadcast_to(x, full)
+
+
+@expand.adjoint
+def expand_x(ctx: Context, g: Array) -> Array:
+    return unbroadcast(g, ctx.shapes[0])
+
+
+@primitive
+def getitem(ctx: Context, x: Array, *, index: Any) -> Array:
+    """x[index]: slices, integers, None, masks and integer arrays, as in NumPy."""
+    ctx.attributes = index
+    return xp(x).asarray(x[index])
+
+
+@getitem.adjoint
+def getitem_x(ctx: Context, g: Array) -> Array:
+    out = ctx.accumulator(ctx.shapes[0], g)
+    index = ctx.attributes
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(p, list) or hasattr(p, "dtype") for p in parts):
+        if xp(g) is np:
+            np.add.at(out, index, g)  # an element may be chosen several times
+        else:
+            xp(g).add.at(out, index, g)
+    else:
+        out[index] += g
+    return out
+
+
+@primitive
+def take_along_dim(ctx: Context, x: Array, *, index: Array, dim: int) -> Array:
+    """out[..., i, ...] = x[..., index[..., i, ...], ...] along `dim` (PyTorch's gather)."""
+    ctx.attributes = index, dim
+    return xp(x).take_along_axis(x, index, dim)
+
+
+@take_along_dim.adjoint
+def take_along_dim_x(ctx: Context, g: Array) -> Array:
+    index, dim = ctx.attributes
+    out = ctx.accumulator(ctx.shapes[0], g)
+    grid = list(np.ogrid[tuple(slice(n) for n in index.shape)])
+    grid[dim] = index
+    xp(g).add.at(out, tuple(grid), g)
+    return out
+
+
+def cat(tensors: list[Any], dim: int = 0) -> Any:
+    """Join tensors along `dim`; the other sizes must agree."""
+    return _concatenation(len(tensors))(*tensors, dim=dim)
+
+
+_CONCATENATIONS: dict[int, Any] = {}
+
+
+def _concatenation(count: int) -> Any:
+    """The primitive that joins `count` tensors: an adjoint for each."""
+    if count in _CONCATENATIONS:
+        return _CONCATENATIONS[count]
+
+    def cat(ctx: Context, *arrays: Array, dim: int = 0) -> Array:
+        ctx.attributes = dim
+        return xp(arrays[0]).concatenate(arrays, axis=dim)
+
+    def adjoint(which: int) -> Any:
+        def part(ctx: Context, g: Array) -> Array:
+            dim = ctx.attributes % g.ndim
+            start = _total(shape[dim] for shape in ctx.shapes[:which])
+            index = [slice(None)] * g.ndim
+            index[dim] = slice(start, start + ctx.shapes[which][dim])
+            return g[tuple(index)]
+
+        return part
+
+    made = primitive(cat)
+    for which in range(count):
+        made.adjoint(adjoint(which))
+    _CONCATENATIONS[count] = made
+    return made
+
+
+@primitive
+def pad(ctx: Context, x: Array, *, widths: tuple[tuple[int, int], ...], value: float = 0.0) -> Array:
+    """Surround x by `value`: widths[i] elements (before, after) along dimension i."""
+    ctx.attributes = tuple(slice(a, a + n) for (a, _), n in zip(widths, x.shape, strict=True))
+    return xp(x).pad(x, widths, constant_values=value)
+
+
+@pad.adjoint
+def pad_x(ctx: Context, g: Array) -> Array:
+    return g[ctx.attributes]
+
+
+@primitive
+def windows(
+    ctx: Context, x: Array, *, size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> Array:
+    """All windows over the last len(size) dimensions: (..., positions..., size...), a view.
+
+    Convolution is a product with the windows, pooling a reduction over them.
+    """
+    m, d = xp(x), len(size)
+    reach = tuple((k - 1) * s + 1 for k, s in zip(size, dilation, strict=True))
+    if any(n < r for n, r in zip(x.shape[-d:], reach, strict=True)):
+        raise ValueError(f"windows {reach} do not fit into {x.shape[-d:]}: pad the input")
+    view = m.lib.stride_tricks.sliding_window_view(x, reach, tuple(range(-d, 0)))
+    index = tuple(slice(None, None, s) for s in (*stride, *dilation))
+    ctx.attributes = size, stride, dilation
+    return view[(..., *index)]
+
+
+@windows.adjoint
+def windows_x(ctx: Context, g: Array) -> Array:
+    size, stride, dilation = ctx.attributes
+    d = len(size)
+    out = ctx.accumulator(ctx.shapes[0], g)
+    positions = g.shape[-2 * d : -d]
+    for offset in np.ndindex(*size):  # each place in the window is a strided slice of the input
+        target = tuple(
+            slice(o * dil, o * dil + (n - 1) * s + 1, s)
+            for o, dil, s, n in zip(offset, dilation, stride, positions, strict=True)
+        )
+        out[(..., *target)] += g[(..., *offset)]
+    return out

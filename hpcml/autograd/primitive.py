@@ -1,0 +1,258 @@
+"""Primitives: an operation with one adjoint for each input, and the record of its use.
+
+A primitive's forward works on arrays and saves what its adjoints need; each adjoint maps the
+gradient of the output to the gradient of one input, so that the gradients of weights can be asked
+for later than those of activations.
+
+    @primitive
+    def mul(ctx, a, b):
+        ctx.save(a, b)
+        return a * b
+
+    @mul.adjoint
+    def mul_a(ctx, g):
+        a, b = ctx.saved
+        return ctx.fit(g * b)
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpcml import backend, memory
+from hpcml.backend import Array
+
+if TYPE_CHECKING:
+    from hpcml.autograd.tensor import Tensor
+
+_order = itertools.count()
+
+
+class _Mode(threading.local):
+    def __init__(self) -> None:
+        self.recording = True
+        self.pack: Callable[[Array], Any] | None = None
+        self.unpack: Callable[[Any], Array] | None = None
+
+
+mode = _Mode()
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Compute without recording: results need no gradient and nothing is saved."""
+    before, mode.recording = mode.recording, False
+    try:
+        yield
+    finally:
+        mode.recording = before
+
+
+@contextmanager
+def enable_grad() -> Iterator[None]:
+    """Record inside the block even where a surrounding `no_grad` does not."""
+    before, mode.recording = mode.recording, True
+    try:
+        yield
+    finally:
+        mode.recording = before
+
+
+@contextmanager
+def saved_tensors_hooks(
+    pack: Callable[[Array], Any], unpack: Callable[[Any], Array]
+) -> Iterator[None]:
+    """Pass each array saved for backward through `pack` when saved and `unpack` when needed.
+
+    `pack(array)` may return anything; `unpack` must return an array of the same shape and dtype.
+    Parameters are saved by reference and do not pass through. Checkpointing, offloading and
+    compression of activations are built on this seam.
+    """
+    before = (mode.pack, mode.unpack)
+    mode.pack, mode.unpack = pack, unpack
+    try:
+        yield
+    finally:
+        mode.pack, mode.unpack = before
+
+
+class Context:
+    """One use of a primitive: where its inputs came from, and what it saved for its adjoints."""
+
+    __slots__ = ("_handed", "_inputs", "_pending", "_pending_ours", "_saved", "_shared", "_target",
+                 "attributes", "needs", "order", "primitive", "shapes", "sources")  # fmt: skip
+
+    def __init__(
+        self, primitive: Primitive, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    ) -> None:
+        self.primitive = primitive
+        self.needs = needs  # which inputs want a gradient
+        self.order = next(_order)
+        self.shapes: tuple[tuple[int, ...], ...] = ()
+        self.attributes: Any = None  # small values an adjoint needs: axes, shapes, flags
+        # The use that made an input, or the input itself if it is a leaf. Not the tensors between:
+        # they would keep every activation alive, needed or not.
+        self.sources: tuple[Context | Tensor | None, ...] = ()
+        self._inputs = inputs
+        self._saved: list[tuple[Any, Any]] | None = []
+        self._shared: Any = None
+        self._handed: Array | None = None
+        self._target: Array | None = None
+        self._pending: Array | None = None
+        self._pending_ours = False
+
+    def save(self, *arrays: Array) -> None:
+        """Keep arrays for the adjoints, which find them in `saved`; nothing unless recording."""
+        if True not in self.needs:
+            return
+        assert self._saved is not None
+        for array in arrays:
+            owner = None
+            for tensor in self._inputs:
+                if tensor is not None and tensor.is_parameter and tensor.data is array:
+                    owner = tensor  # its storage may be elsewhere by then: ask it again
+            if owner is not None:
+                self._saved.append((_data, owner))
+            elif mode.pack is not None and backend.is_array(array):
+                self._saved.append((mode.unpack, mode.pack(array)))
+            else:
+                self._saved.append((None, array))
+
+    @property
+    def saved(self) -> list[Array]:
+        """The arrays given to `save`, in that order."""
+        assert self._saved is not None
+        return [value if unpack is None else unpack(value) for unpack, value in self._saved]
+
+    def empty(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Return an uninitialised array for the result; may be the parameter's gradient itself.
+
+        Ask once per call and return that very array, of which nobody else may keep a view.
+        """
+        target = self._target
+        if target is not None and target.shape == shape and target.dtype == like.dtype:
+            self._handed = target
+        else:
+            self._handed = empty(shape, like)
+        return self._handed
+
+    def take_pending(self) -> Array | None:
+        """Return what this input's gradient has got so far, or None; the result must include it.
+
+        It may belong to others: read it, do not write it.
+        """
+        pending, self._pending = self._pending, None
+        return pending
+
+    def accumulator(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Return an array with what this input's gradient has got so far (zeros if nothing).
+
+        Add to it in place and return it: for adjoints that touch few elements.
+        """
+        ours, pending = self._pending_ours, self.take_pending()
+        if pending is not None and ours:
+            self._handed = pending
+            return pending
+        result = self.empty(shape, like)
+        result[...] = 0 if pending is None else pending
+        return result
+
+    def shared(self, compute: Callable[[], Any]) -> Any:
+        """Return `compute()`, evaluated once for all adjoints of this use."""
+        if self._shared is None:
+            self._shared = compute()
+        return self._shared
+
+    def fit(self, gradient: Array, which: int) -> Array:
+        """Sum `gradient` over the axes along which input `which` was broadcast."""
+        return unbroadcast(gradient, self.shapes[which])
+
+    def release(self) -> None:
+        """Forget what was saved and where inputs came from: the gradients are computed."""
+        self._saved = self._shared = self._handed = None
+        self.sources, self.needs = (), ()
+
+    @property
+    def released(self) -> bool:
+        """Whether backward has already run through this use."""
+        return self._saved is None
+
+
+def empty(shape: tuple[int, ...], like: Array) -> Array:
+    """Return an uninitialised array of `like`'s device and dtype, counted by category."""
+    if isinstance(like, np.ndarray | np.generic):
+        return memory.empty(shape, like.dtype)
+    return backend.xp(like).empty(shape, like.dtype)
+
+
+def _data(parameter: Tensor) -> Array:
+    return parameter.data
+
+
+def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """Sum `gradient` to `shape`, which broadcasts to its shape: the adjoint of broadcasting."""
+    if gradient.shape == shape:
+        return gradient
+    lead = gradient.ndim - len(shape)
+    axes = tuple(range(lead)) + tuple(
+        lead + i for i, n in enumerate(shape) if n == 1 and gradient.shape[lead + i] != 1
+    )
+    return gradient.sum(axis=axes, keepdims=True).reshape(shape)
+
+
+class Primitive:
+    """A differentiable operation; call it with tensors, arrays or numbers, get a tensor."""
+
+    def __init__(self, forward: Callable[..., Array]) -> None:
+        self.forward = forward
+        self.name = forward.__name__
+        self.adjoints: list[Callable[[Context, Array], Array]] = []
+        self.__doc__ = forward.__doc__
+
+    def adjoint(self, function: Callable[[Context, Array], Array]) -> Any:
+        """Register the adjoint of the next input: (context, gradient of the output) -> gradient."""
+        self.adjoints.append(function)
+        return function
+
+    def __call__(self, *inputs: Any, **attributes: Any) -> Tensor:
+        from hpcml.autograd.tensor import Tensor
+
+        tensors = tuple([x if isinstance(x, Tensor) else None for x in inputs])
+        arrays = [x if t is None else t.data for x, t in zip(inputs, tensors, strict=True)]
+        if mode.recording:
+            needs = tuple([t is not None and t.requires_grad for t in tensors])
+        else:
+            needs = (False,) * len(inputs)
+        ctx = Context(self, tensors, needs)
+        ctx.shapes = tuple([np.shape(a) for a in arrays])
+        try:
+            out = self.forward(ctx, *arrays, **attributes)
+        except (ValueError, IndexError, TypeError) as error:
+            raise self._explain(error, ctx.shapes) from error
+        if True not in needs:
+            return Tensor(out)
+        ctx.sources = tuple([None if t is None else t.ctx or t for t in tensors])
+        ctx._inputs = ()
+        result = Tensor(out, requires_grad=True)
+        result.ctx = ctx
+        return result
+
+    def _explain(self, error: Exception, shapes: tuple[tuple[int, ...], ...]) -> Exception:
+        text = str(error)
+        if text.startswith(f"{self.name}("):
+            return error
+        return type(error)(f"{self.name}({', '.join(map(str, shapes))}): {text}")
+
+
+def primitive(forward: Callable[..., Array]) -> Primitive:
+    """Make a primitive of `forward(ctx, *arrays, **attributes)`; add adjoints in input order.
+
+    Inputs beyond the adjoints (indices, targets) get no gradient.
+    """
+    return Primitive(forward)
