@@ -1,0 +1,215 @@
+"""Functions of tensors, under PyTorch's names and argument orders."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hpcml.autograd import Tensor
+from hpcml.autograd.operators import array_of
+from hpcml.autograd.ops import fused, pointwise, shape
+from hpcml.autograd.ops import linear as products
+
+
+def linear(input: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input weight^T + bias: (..., in), (out, in), (out) -> (..., out)."""
+    return products.linear(input, weight, bias)
+
+
+def relu(input: Tensor) -> Tensor:
+    """max(input, 0)."""
+    return pointwise.relu(input)
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """input Phi(input), or with approximate="tanh" its tanh form (Hendrycks, Gimpel 2016)."""
+    return pointwise.gelu(input, approximate=approximate)
+
+
+def tanh(input: Tensor) -> Tensor:
+    """Hyperbolic tangent."""
+    return pointwise.tanh(input)
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    """1 / (1 + exp(-input))."""
+    return pointwise.sigmoid(input)
+
+
+def softmax(input: Tensor, dim: int) -> Tensor:
+    """exp(input), normalised to sum 1 along `dim`."""
+    return fused.softmax(input, dim=dim)
+
+
+def log_softmax(input: Tensor, dim: int) -> Tensor:
+    """Logarithm of the softmax along `dim`."""
+    return fused.log_softmax(input, dim=dim)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: tuple[int, ...] | list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise over the last dimensions, of sizes `normalized_shape` (Ba et al. 2016)."""
+    sizes = tuple(normalized_shape)
+    if tuple(input.shape[-len(sizes) :]) != sizes:
+        raise ValueError(f"layer_norm({input.shape}): the last sizes must be {sizes}")
+    return fused.layer_norm(input, weight, bias, size=math.prod(sizes), eps=eps)
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, name: str = "dropout") -> Tensor:
+    """Zero elements with probability p and scale the rest by 1 / (1 - p); nothing in evaluation.
+
+    Dimension 0 counts samples; a sample's mask depends on its number in the run and on `name`.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout: p={p} must lie between 0 and 1")
+    if not training or p == 0:
+        return input
+    if p == 1:
+        return input * 0.0
+    return fused.dropout(input, p=p, name=name)
+
+
+def embedding(input: Any, weight: Tensor) -> Tensor:
+    """weight[input]: integers of any shape -> (..., width)."""
+    return fused.embedding(weight, array_of(input))
+
+
+def cross_entropy(
+    input: Tensor, target: Any, *, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """-log softmax(input)[target]: input (N, C) or (N, C, d...), target (N) or (N, d...)."""
+    target = array_of(target)
+    if input.ndim == 2:
+        return fused.cross_entropy(
+            input, target, ignore_index=ignore_index, reduction=reduction
+        )
+    if input.ndim < 2:
+        raise ValueError(f"cross_entropy({input.shape}): needs (N, C) or (N, C, d...)")
+    order = (0, *range(2, input.ndim), 1)
+    rows = input.permute(order).reshape(-1, input.shape[1])
+    loss = fused.cross_entropy(
+        rows, target.reshape(-1), ignore_index=ignore_index, reduction=reduction
+    )
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def mse_loss(input: Tensor, target: Any, reduction: str = "mean") -> Tensor:
+    """(input - target)^2; reduction "mean", "sum" or "none". Shapes must be equal."""
+    target = target if isinstance(target, Tensor) else array_of(target)
+    if np.shape(target) != input.shape:
+        raise ValueError(f"mse_loss: input {input.shape}, target {np.shape(target)}: must be equal")
+    square = (input - target) ** 2
+    if reduction == "none":
+        return square
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'mse_loss: reduction="{reduction}": use "mean", "sum" or "none"')
+    return square.mean() if reduction == "mean" else square.sum()
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    name: str = "attention",
+) -> Tensor:
+    """softmax(scale query key^T + mask) value; query (B, H, T, D), key and value (B, H, S, D).
+
+    attn_mask broadcasts to (B, H, T, S): booleans (True takes part) or numbers to add. scale is
+    1 / sqrt(D) by default. Without a mask the probabilities are never stored.
+    """
+    if attn_mask is None:
+        return fused.attention(
+            query, key, value, causal=is_causal, scale=scale, p=dropout_p, name=name
+        )
+    if is_causal:
+        raise ValueError("scaled_dot_product_attention: give either attn_mask or is_causal")
+    weights = attention_weights(query, key, attn_mask, scale)
+    return dropout(weights, dropout_p, dropout_p > 0, name) @ value
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, attn_mask: Any = None, scale: float | None = None
+) -> Tensor:
+    """softmax(scale query key^T + mask): (B, H, T, S), stored."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query @ key.transpose(-2, -1)) * scale
+    if attn_mask is not None:
+        mask = array_of(attn_mask)
+        scores = scores.masked_fill(~mask, -np.inf) if mask.dtype == bool else scores + attn_mask
+    return fused.softmax(scores, dim=-1)
+
+
+def pad(input: Tensor, pad: tuple[int, ...], value: float = 0.0) -> Tensor:
+    """Surround by `value`: (before, after) of the last dimension, then of the one before, ..."""
+    pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)]
+    widths = [(0, 0)] * (input.ndim - len(pairs)) + pairs[::-1]
+    return shape.pad(input, widths=tuple(widths), value=value)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    """Cross-correlation: (N, C, H, W) with weight (F, C, kh, kw) -> (N, F, H', W')."""
+    (vertical, horizontal), (filters, channels, *size) = _pair(padding), weight.shape
+    if input.ndim != 4 or input.shape[1] != channels:
+        raise ValueError(f"conv2d({input.shape}, weight {weight.shape}): channels must agree")
+    if vertical or horizontal:
+        input = pad(input, (horizontal, horizontal, vertical, vertical))
+    view = shape.windows(
+        input, size=tuple(size), stride=_pair(stride), dilation=_pair(dilation)
+    )  # (N, C, H', W', kh, kw)
+    rows = view.permute(0, 2, 3, 1, 4, 5).flatten(3)
+    return products.linear(rows, weight.reshape(filters, -1), bias).permute(0, 3, 1, 2)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """Maximum over windows: (N, C, H, W) -> (N, C, H', W')."""
+    vertical, horizontal = _pair(padding)
+    if vertical or horizontal:
+        input = pad(input, (horizontal, horizontal, vertical, vertical), -np.inf)
+    return _pooled(input, kernel_size, stride).amax((-2, -1))
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """Mean over windows, padding counted: (N, C, H, W) -> (N, C, H', W')."""
+    vertical, horizontal = _pair(padding)
+    if vertical or horizontal:
+        input = pad(input, (horizontal, horizontal, vertical, vertical))
+    return _pooled(input, kernel_size, stride).mean((-2, -1))
+
+
+def _pooled(input: Tensor, kernel_size: Any, stride: Any) -> Tensor:
+    size = _pair(kernel_size)
+    return shape.windows(
+        input, size=size, stride=size if stride is None else _pair(stride), dilation=(1, 1)
+    )

@@ -1,0 +1,282 @@
+"""Modules: trees of parameters with a forward function, under PyTorch's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from hpcml.autograd import Context, Handle, Tensor, primitive
+from hpcml.backend import Array
+from hpcml.errors import UserError
+from hpcml.nn.parameter import Parameter
+
+
+class Module:
+    """Base class of layers and models: set parameters and modules as attributes, write `forward`."""
+
+    training: bool = True
+    name: str = ""  # qualified name in the model, once `name_parts` was called on the model
+
+    def __init__(self) -> None:
+        self._parameters: dict[str, Parameter] = {}
+        self._modules: dict[str, Module] = {}
+        self._forward_pre_hooks: list[Callable[..., Any]] = []
+        self._forward_hooks: list[Callable[..., Any]] = []
+        self._backward_pre_hooks: list[Callable[..., Any]] = []
+        self._backward_hooks: list[Callable[..., Any]] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        registries = self.__dict__.get("_parameters"), self.__dict__.get("_modules")
+        parameters, modules = registries
+        if parameters is None or modules is None:
+            if isinstance(value, Parameter | Module):
+                raise AttributeError(
+                    f"{type(self).__name__}: call super().__init__() before setting {name}"
+                )
+            return
+        for registry, kind in ((parameters, Parameter), (modules, Module)):
+            if isinstance(value, kind):
+                registry[name] = value  # type: ignore[index]
+            else:
+                registry.pop(name, None)  # type: ignore[attr-defined]
+
+    def __delattr__(self, name: str) -> None:
+        object.__delattr__(self, name)
+        self._parameters.pop(name, None)
+        self._modules.pop(name, None)
+
+    # --- calls and hooks ------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the output; every module defines this."""
+        raise TypeError(f"{type(self).__name__} defines no forward()")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for pre_hook in self._forward_pre_hooks:
+            changed = pre_hook(self, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+        if self._backward_hooks or self._backward_pre_hooks:
+            out = _between_boundaries(self, args, kwargs)
+        else:
+            out = self.forward(*args, **kwargs)
+        for hook in self._forward_hooks:
+            changed = hook(self, args, out)
+            out = out if changed is None else changed
+        return out
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any]) -> Handle:
+        """Call hook(module, args) before forward; what it returns replaces args."""
+        return _register(self._forward_pre_hooks, hook)
+
+    def register_forward_hook(self, hook: Callable[..., Any]) -> Handle:
+        """Call hook(module, args, output) after forward; what it returns replaces the output."""
+        return _register(self._forward_hooks, hook)
+
+    def register_full_backward_pre_hook(self, hook: Callable[..., Any]) -> Handle:
+        """Call hook(module, (gradient of output,)) before the module's backward."""
+        return _register(self._backward_pre_hooks, hook)
+
+    def register_full_backward_hook(self, hook: Callable[..., Any]) -> Handle:
+        """Call hook(module, (gradient of first input,), (gradient of output,)) after its backward.
+
+        Where no input requires a gradient it is called, with None, before instead.
+        """
+        return _register(self._backward_hooks, hook)
+
+    # --- the tree -------------------------------------------------------------------------------
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all below it with their qualified names, each once, in order."""
+        yield from self._named_modules(prefix, set())
+
+    def _named_modules(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
+        if id(self) in seen:
+            return
+        seen.add(id(self))
+        yield prefix, self
+        for name, module in self._modules.items():
+            yield from module._named_modules(f"{prefix}.{name}" if prefix else name, seen)
+
+    def modules(self) -> Iterator[Module]:
+        """This module and all below it."""
+        return (module for _, module in self.named_modules())
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """The modules directly below."""
+        return iter(self._modules.items())
+
+    def children(self) -> Iterator[Module]:
+        """The modules directly below."""
+        return iter(self._modules.values())
+
+    def named_parameters(
+        self, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Parameter]]:
+        """All parameters with qualified names; a shared one once unless told otherwise."""
+        seen: set[int] = set()
+        for path, module in self.named_modules(prefix):
+            for name, parameter in module._parameters.items():
+                if remove_duplicate and id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                yield (f"{path}.{name}" if path else name), parameter
+
+    def parameters(self) -> Iterator[Parameter]:
+        """All parameters, each once."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def name_parts(self) -> Self:
+        """Tell every module and parameter its qualified name, from which its numbers are drawn."""
+        for name, module in self.named_modules():
+            module.name = name
+        for name, parameter in self.named_parameters():
+            parameter.name = name
+        return self
+
+    def apply(self, function: Callable[[Module], Any]) -> Self:
+        """Call `function` on every module, children first."""
+        for child in self.children():
+            child.apply(function)
+        function(self)
+        return self
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch training behaviour (dropout) on or off for this module and all below."""
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Switch to evaluation: no dropout."""
+        return self.train(False)
+
+    def to(self, dtype: Any) -> Self:
+        """Change the type of all parameters in place."""
+        for parameter in self.parameters():
+            parameter.to_dtype(dtype)
+        return self
+
+    def double(self) -> Self:
+        """Change all parameters to float64."""
+        return self.to(np.float64)
+
+    def float(self) -> Self:
+        """Change all parameters to float32."""
+        return self.to(np.float32)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Ask for the gradients of all parameters, or freeze them."""
+        for parameter in self.parameters():
+            parameter.requires_grad = requires_grad
+        return self
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Qualified name -> values (not copied); a shared parameter under each of its names."""
+        return {
+            name: Tensor(parameter.data)
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Copy values in by name: arrays, tensors of ours or of PyTorch.
+
+        strict: the names must be exactly those of `state_dict`. All problems are told at once.
+        """
+        own = dict(self.named_parameters(remove_duplicate=False))
+        problems = [
+            f"{name} has shape {tuple(value.shape)}, not {own[name].shape}"
+            for name, value in state.items()
+            if name in own and tuple(value.shape) != own[name].shape
+        ]
+        if strict:
+            problems += [f"{name} is missing" for name in own if name not in state]
+            problems += [f"{name} is unexpected" for name in state if name not in own]
+        if problems:
+            raise UserError(f"state does not fit {type(self).__name__}: {'; '.join(problems)}")
+        for name, parameter in own.items():
+            if name in state:
+                parameter.data[...] = _array(state[name])
+
+    def extra_repr(self) -> str:
+        """What to print between the parentheses."""
+        return ""
+
+    def __repr__(self) -> str:
+        lines = [f"  ({name}): {module!r}".replace("\n", "\n  ")
+                 for name, module in self._modules.items()]  # fmt: skip
+        inside = "\n" + "\n".join(lines) + "\n" if lines else self.extra_repr()
+        return f"{type(self).__name__}({inside})"
+
+
+def _register(hooks: list[Callable[..., Any]], hook: Callable[..., Any]) -> Handle:
+    hooks.append(hook)
+    return Handle(hooks, hook)
+
+
+def _array(value: Any) -> Array:
+    detached = value.detach() if hasattr(value, "detach") else value
+    return np.asarray(detached)
+
+
+@primitive
+def boundary(ctx: Context, x: Array, *, on_gradient: Callable[[Array], Array | None]) -> Array:
+    """x itself; backward passes the gradient through `on_gradient`, which may replace it."""
+    ctx.attributes = on_gradient
+    return x
+
+
+@boundary.adjoint
+def boundary_x(ctx: Context, g: Array) -> Array:
+    changed = ctx.attributes(g)
+    return g if changed is None else changed
+
+
+def _between_boundaries(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call forward with the module's backward hooks at its first input and its output."""
+    of_output: list[Tensor] = []
+
+    def entering(g: Array) -> Array | None:
+        gradient = Tensor(g)
+        for hook in module._backward_pre_hooks:
+            changed = hook(module, (gradient,))
+            gradient = gradient if changed is None else _first(changed)
+        of_output.append(gradient)
+        return leaving(None) if first is None else gradient.data
+
+    def leaving(g: Array | None) -> Array | None:
+        gradient = None if g is None else Tensor(g)
+        for hook in module._backward_hooks:
+            changed = hook(module, (gradient,), (of_output[-1],))
+            gradient = gradient if changed is None else _first(changed)
+        return of_output[-1].data if g is None else _data(gradient)
+
+    needing = (i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad)
+    first = next(needing, None)
+    if first is not None:
+        watched = boundary(args[first], on_gradient=leaving)
+        args = (*args[:first], watched, *args[first + 1 :])
+    out = module.forward(*args, **kwargs)
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"{type(module).__name__}: backward hooks need a module that returns one tensor"
+        )
+    return boundary(out, on_gradient=entering)
+
+
+def _first(changed: Any) -> Tensor:
+    return changed[0] if isinstance(changed, tuple) else changed  # type: ignore[no-any-return]
+
+
+def _data(tensor: Tensor | None) -> Array | None:
+    return None if tensor is None else tensor.data

@@ -1,0 +1,128 @@
+"""Parameters, which know how to make any slice of their first values, and those values' rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from hpcml import memory, rng
+from hpcml.autograd import Tensor
+from hpcml.backend import Array
+
+
+class Init(Protocol):
+    """A rule for first values: fill elements start, start + 1, ... of a tensor's stream."""
+
+    def __call__(self, out: np.ndarray[Any, Any], key: int, start: int) -> None:
+        """Fill the flat array `out`."""
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal distribution."""
+
+    std: float = 1.0
+    mean: float = 0.0
+
+    def __call__(self, out: np.ndarray[Any, Any], key: int, start: int) -> None:
+        rng.normal(key, start, out)
+        out *= out.dtype.type(self.std)
+        out += out.dtype.type(self.mean)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform distribution on [-bound, bound)."""
+
+    bound: float
+
+    def __call__(self, out: np.ndarray[Any, Any], key: int, start: int) -> None:
+        rng.uniform(key, start, out)
+        out *= out.dtype.type(2 * self.bound)
+        out -= out.dtype.type(self.bound)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value everywhere."""
+
+    value: float = 0.0
+
+    def __call__(self, out: np.ndarray[Any, Any], key: int, start: int) -> None:
+        out[...] = self.value
+
+
+class Parameter(Tensor):
+    """A tensor that a module owns and an optimizer updates.
+
+    `Parameter(array)` starts from given values. `Parameter(shape=..., init=...)` has none until
+    they are needed: element i is then made from (seed, name, i), so that any rank can make any
+    slice, and a parameter that lies elsewhere costs nothing here.
+    """
+
+    __slots__ = ("_dtype", "_shape", "init", "layout", "name")
+    is_parameter = True
+
+    def __init__(
+        self,
+        data: Any = None,
+        requires_grad: bool = True,
+        *,
+        shape: tuple[int, ...] | None = None,
+        init: Init | None = None,
+        dtype: Any = np.float32,
+    ) -> None:
+        if (data is None) == (shape is None):
+            raise ValueError("Parameter needs either data, or a shape and a rule for first values")
+        super().__init__(np.empty(0, np.float32) if data is None else data, requires_grad)
+        self.init: Init = init or Constant()
+        self.layout: dict[str, str] = {}  # axis -> state; replicated where nothing is said
+        self.name = rng.anonymous()  # until a model gives it its own
+        if data is None:
+            assert shape is not None
+            if any(n < 0 for n in shape):
+                raise ValueError(f"Parameter of shape {shape}: sizes must not be negative")
+            self._array = None
+            self._shape, self._dtype = shape, np.dtype(dtype)
+        else:
+            self._shape, self._dtype = self._array.shape, self._array.dtype
+
+    @property
+    def data(self) -> Array:
+        """The values, made now if they have not been needed before."""
+        if self._array is None:
+            with memory.category("params"):
+                self._array = memory.empty(self._shape, self._dtype)
+            self.fill(self._array.reshape(-1), 0, rng.seed())
+        return self._array
+
+    @data.setter
+    def data(self, array: Array) -> None:
+        self._array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the dimensions."""
+        return self._shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the elements."""
+        return self._dtype
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the values exist: given, loaded or made."""
+        return self._array is not None
+
+    def fill(self, out: np.ndarray[Any, Any], start: int, seed: int) -> None:
+        """Write first values start .. start + out.size - 1 (logical C order) into flat `out`."""
+        self.init(out, rng.key(seed, "parameter", self.name), start)
+
+    def to_dtype(self, dtype: Any) -> None:
+        """Change the type of the elements in place."""
+        self._dtype = np.dtype(dtype)
+        if self._array is not None:
+            self._array = self._array.astype(self._dtype)
