@@ -1,4 +1,4 @@
-"""What a data factory returns: data sets for training and validation, and what models ask of them."""
+"""What a data factory returns: data sets to train and validate, and what models ask of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text files: finding what `data.path` names, and reading it, with one clear line for each mistake."""
+"""Text files: finding what `data.path` names, and reading it; each mistake has its clear line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIBRARY_BYTES = 1 << 21
 """How much of the standard library's source the default text takes: a demo is to start quickly."""
 
 CHECKED_BYTES = 1 << 24
-"""How far into a memory-mapped file binary content is looked for: a large file must start quickly."""
+"""How far into a mapped file binary content is looked for: a large file must start quickly."""
 
 
 def find(path: str) -> list[Path]:

@@ -47,7 +47,7 @@ class Sampler:
         return index.astype(np.int64)
 
     def _permute(self, value: Array, key: Array) -> Array:
-        """Permute 0 .. 2^bits - 1 by alternate rounds on the left and the right half of the bits."""
+        """Permute 0 .. 2^bits - 1 by rounds on the left and the right half of the bits in turn."""
         left, right = value >> self._right_bits, value & self._right_mask
         for number in range(ROUNDS):
             round_key = key + np.uint64(number)
