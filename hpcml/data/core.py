@@ -38,10 +38,11 @@ def as_data(made: Any) -> Data:
 
     Raises `UserError` for anything else, and for a training set without samples.
     """
-    if not isinstance(made, Data):
-        pair = isinstance(made, tuple) and len(made) == 2
-        made = Data(*made) if pair else Data(made)
-    for part, dataset in (("training", made.train), ("validation", made.val)):
+    if isinstance(made, Data):
+        data = made
+    else:
+        data = Data(*made) if isinstance(made, tuple) and len(made) == 2 else Data(made)
+    for part, dataset in (("training", data.train), ("validation", data.val)):
         if part == "validation" and dataset is None:
             continue
         if not hasattr(type(dataset), "__len__") or not hasattr(type(dataset), "__getitem__"):
@@ -51,4 +52,4 @@ def as_data(made: Any) -> Data:
             )
         if len(dataset) < 1:
             raise UserError(f"data.kind made a {part} set of 0 samples: give it at least one")
-    return made
+    return data

@@ -1,7 +1,7 @@
 """The configuration of a run, read from TOML and the command line, checked, and written again.
 
-A mistake is a `UserError` of one line with the key, the value and what to
-do. `hpcml.train.sections` lists the keys; `hpcml.train.kinds` tells where those of a `kind` come from.
+A mistake is a `UserError` of one line with the key, the value and what to do. The keys are listed in
+`hpcml.train.sections`; where those of a `kind` come from is told in `hpcml.train.kinds`.
 """
 
 from __future__ import annotations

@@ -74,9 +74,9 @@ def _fit(value: Any, annotation: Any) -> Any:
     if annotation is Path and type(value) is str:
         return Path(value)
     plain = origin or annotation
-    if plain in _PLAIN or annotation in (None, type(None)):
-        if type(value) is not plain or plain is float:
-            raise _Unfit
+    known = plain in _PLAIN or annotation in (None, type(None))
+    if known and (type(value) is not plain or plain is float):
+        raise _Unfit
     return value
 
 
@@ -154,7 +154,7 @@ def write(tables: dict[str, dict[str, Any]]) -> str:
 def suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Return "did you mean ...?" for a misspelt word, or the known ones if none is near."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, 1, 0.6)
+    near = difflib.get_close_matches(word, known, 1, 0.7)
     if near:
         return f"did you mean {prefix}{near[0]}?"
     return f"known: {', '.join(known)}" if known else "it takes none"
