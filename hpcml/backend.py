@@ -38,7 +38,8 @@ def device_module(kind: str) -> ModuleType:
         import cupy
     except ImportError as error:
         raise UserError(
-            f'device.kind="cuda" needs CuPy ({error}): install hpcml[cuda13] or set device.kind="cpu"'
+            f'device.kind="cuda" needs CuPy ({error}): '
+            'install hpcml[cuda13] or set device.kind="cpu"'
         ) from None
     return cupy  # type: ignore[no-any-return]
 
@@ -74,6 +75,8 @@ def set_threads(count: int) -> None:
         import numba
 
         numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    else:  # once numba is loaded it refuses another value
+        os.environ["NUMBA_NUM_THREADS"] = str(count)
 
 
 @functools.cache

@@ -95,7 +95,8 @@ def empty(
         offset = -block.__array_interface__["data"][0] % ALIGNMENT
     else:
         block = _Block(nbytes, np.uint8)
-    block.account, block.category, block.counted = _local.account, category or _local.category, nbytes
+    block.account, block.category = _local.account, category or _local.category
+    block.counted = nbytes
     block.account.add(block.category, nbytes)
     return np.ndarray(shape, dtype, block, offset)
 

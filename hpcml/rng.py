@@ -1,8 +1,8 @@
 """Random numbers that are a function of (seed, name, index), never of the rank or of the order.
 
-A key is a hash of the seed and names; element i of the stream of a key is made by Philox4x32-10 from
-the counter i alone, so any rank can make any slice. Dropout takes its counter from the number of the
-sample in the whole run, which `samples` sets.
+A key is a hash of the seed and names; element i of the stream of a key is made by Philox4x32-10
+from the counter i alone, so any rank can make any slice. Dropout takes its counter from the number
+of the sample in the whole run, which `samples` sets.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ def words(key: int, start: int, count: int) -> np.ndarray[Any, np.dtype[np.uint3
 
 def uniform(key: int, start: int, out: np.ndarray[Any, Any]) -> None:
     """Fill `out` (any shape, C-contiguous) with elements start, ... of a stream on [0, 1)."""
+    assert out.flags.c_contiguous, "a copy would be filled instead"
     kernels.of(out).random_uniform(np.uint64(key), start, out.reshape(-1))
 
 
 def normal(key: int, start: int, out: np.ndarray[Any, Any]) -> None:
     """Fill `out` (any shape, C-contiguous) with elements start, ... of a standard normal stream."""
+    assert out.flags.c_contiguous, "a copy would be filled instead"
     kernels.of(out).random_normal(np.uint64(key), start, out.reshape(-1))
 
 

@@ -87,6 +87,11 @@ def sgd_update(
     p -= lr * (gradient + momentum * velocity if nesterov else velocity)
 
 
+def sgd_plain_update(p: Array, g: Array, scale: float, lr: float, decay: float) -> None:
+    """One step of SGD without momentum: p -= lr (g scale + decay p)."""
+    p -= lr * (g * scale + decay * p)
+
+
 def layer_norm(
     x: Array, weight: Array, bias: Array, eps: float, out: Array, mean: Array, inverse: Array
 ) -> None:
@@ -122,10 +127,11 @@ def cross_entropy(logits: Array, target: Array, ignore: int, loss: Array, lse: A
     """loss[r] = lse[r] - logits[r, target[r]], lse = log sum exp; 0 where target is `ignore`."""
     m = xp(logits)
     most = logits.max(1)
-    lse[...] = most + m.log(m.exp(logits - most[:, None]).sum(1))
+    rest = m.log(m.exp(logits - most[:, None]).sum(1))
+    lse[...] = most + rest
     used = target != ignore
     chosen = m.take_along_axis(logits, m.where(used, target, 0)[:, None], 1)[:, 0]
-    loss[...] = m.where(used, lse - chosen, 0)
+    loss[...] = m.where(used, (most - chosen) + rest, 0)
 
 
 def cross_entropy_backward(
@@ -192,7 +198,7 @@ def random_normal(key: int, start: int, out: Array) -> None:
 
 
 def _keep(key: int, c1: Array, c2: Array, c3: Array, n: int, threshold: int) -> Array:
-    """Mask of shape broadcast(c1, c2, c3) + (n,): word j of counter (*, c1, c2, c3) >= threshold."""
+    """Mask (broadcast of c1, c2, c3) + (n,): word j of counter (*, c1, c2, c3) >= threshold."""
     m = xp(c1)
     blocks = m.arange((n + 3) >> 2, dtype=np.uint64)
     words = m.stack(_philox(key, blocks, c1[..., None], c2[..., None], c3[..., None]), -1)

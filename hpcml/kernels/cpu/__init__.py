@@ -1,6 +1,6 @@
 """CPU kernels compiled by numba: `load(dtype)` first, then call them like functions.
 
-Arrays are C-contiguous unless a kernel says otherwise, and already checked: a kernel checks nothing.
+Arrays are C-contiguous unless a kernel says otherwise. Callers check them; a kernel does not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from hpcml.kernels.cpu.pointwise import (
     gelu_backward,
     gelu_tanh,
     gelu_tanh_backward,
+    sgd_plain_update,
     sgd_update,
     sum_of_squares,
 )
@@ -52,13 +53,14 @@ __all__ = [
     "random_normal",
     "random_uniform",
     "random_words",
+    "sgd_plain_update",
     "sgd_update",
     "sum_of_squares",
 ]
 
 
 def load(dtype: str) -> None:
-    """Make the kernels for "float32" or "float64" ready: from disk, or compiled once per machine."""
+    """Make the kernels for "float32" or "float64" ready, from disk or compiled once a machine."""
     backend.keep_freed_memory()
     blas.register()
     jit.load(dtype)

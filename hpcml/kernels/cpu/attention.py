@@ -30,11 +30,14 @@ def _at(x: Any, b: int, h: int, t: int) -> Any:
 
 
 @inline
-def _scores(q: Any, k: Any, b: int, h: int, first: int, rows: int, keys: int, scale: Any, s: Any) -> None:
+def _scores(
+    q: Any, k: Any, b: int, h: int, first: int, rows: int, keys: int, scale: Any, s: Any
+) -> None:  # fmt: skip
     """s[:rows, :keys] = scale * q[first : first + rows] k[:keys]^T."""
-    size = q.itemsize
-    gemm(PLAIN, TRANSPOSED, rows, keys, q.shape[3], scale, _at(q, b, h, first), q.strides[2] // size,
-         _at(k, b, h, 0), k.strides[2] // size, q.dtype.type(0), s.ctypes.data, s.shape[1])  # fmt: skip
+    size, zero = q.itemsize, q.dtype.type(0)
+    gemm(PLAIN, TRANSPOSED, rows, keys, q.shape[3], scale, _at(q, b, h, first),
+         q.strides[2] // size, _at(k, b, h, 0), k.strides[2] // size, zero,
+         s.ctypes.data, s.shape[1])  # fmt: skip
 
 
 @inline
@@ -101,14 +104,15 @@ def attention_backward(
     one, zero = q.dtype.type(1), q.dtype.type(0)
     p, ds = np.empty((TILE, length), q.dtype), np.empty((TILE, length), q.dtype)
     keep = np.empty(length + 4, q.dtype)
-    ldq, ldk, ldv, ldg = q.strides[2] // size, k.strides[2] // size, v.strides[2] // size, g.strides[2] // size
+    ldq, ldk, ldv = q.strides[2] // size, k.strides[2] // size, v.strides[2] // size
+    ldg = g.strides[2] // size
     lddq, lddk, lddv = dq.strides[2] // size, dk.strides[2] // size, dv.strides[2] // size
     for b in range(batch):
         for h in range(heads):
-            if causal:  # keys that no query sees keep a gradient of zero
-                for t in range(min(queries, length), length):
-                    dk[b, h, t, :] = zero
-                    dv[b, h, t, :] = zero
+            # Keys that no query sees have a gradient of zero.
+            for t in range(min(queries, length) if causal or queries == 0 else length, length):
+                dk[b, h, t, :] = zero
+                dv[b, h, t, :] = zero
             # Last tile first: it reaches all keys, so it can overwrite dk and dv, the others add.
             for start in range((queries - 1) // TILE * TILE, -1, -TILE):
                 rows = min(TILE, queries - start)

@@ -9,12 +9,23 @@ import math
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
 from hpcml.kernels.cpu.jit import lanes
 
 f4 = np.float32
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_int32(typingctx: Any, number: Any) -> Any:
+    """Read the bits of a float32 as an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -25,6 +36,18 @@ def _as_float32(typingctx: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], context.get_value_type(types.float32))
 
     return types.float32(types.int32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _maximum(typingctx: Any, x: Any, y: Any) -> Any:
+    """The larger of two numbers, NaN if either is: unlike Python's `max` it vectorises."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        real = args[0].type
+        kind = ir.FunctionType(real, [real, real])
+        return builder.call(builder.module.declare_intrinsic("llvm.maximum", [real], kind), args)
+
+    return x(x, x), generate
 
 
 def exp(x: Any) -> Any:
@@ -46,7 +69,7 @@ def _exp(x: Any) -> Any:
     c0, c1, c2 = f4(1.9875691500e-4), f4(1.3981999507e-3), f4(8.3334519073e-3)
     c3, c4, c5 = f4(4.1665795894e-2), f4(1.6666665459e-1), f4(5.0000001201e-1)
     least, most, one = f4(-87.33654), f4(88.37626), f4(1)
-    zero, infinity = f4(0), f4(np.inf)
+    zero, infinity, bias = f4(0), f4(np.inf), np.int32(127 << 23)
 
     def exp32(x: Any) -> Any:
         # Coefficients: S. L. Moshier, Cephes, expf.
@@ -57,7 +80,10 @@ def _exp(x: Any) -> Any:
         r = y - n * high
         r = r - n * low
         p = ((((c0 * r + c1) * r + c2) * r + c3) * r + c4) * r + c5
-        value = (p * r * r + r + one) * _as_float32(np.int32((np.int32(n) + np.int32(127)) << 23))
+        # The last bits of `shifted` are n: moved to the exponent they are 2^n. No conversion to an
+        # integer, which NaN would make undefined.
+        power = _as_float32(np.int32((_as_int32(shifted) << 23) + bias))
+        value = (p * r * r + r + one) * power
         value = zero if x < least else value
         return infinity if x > most else value
 
@@ -117,7 +143,7 @@ def _normal_cdf_and_pdf(x: Any) -> Any:
     return normal32
 
 
-@lanes()
+@lanes
 def row_sum(x: Any, first: int, last: int) -> Any:
     """Sum of x[first:last]."""
     total = x.dtype.type(0)
@@ -126,19 +152,29 @@ def row_sum(x: Any, first: int, last: int) -> Any:
     return total
 
 
-@lanes("nnan")
+@lanes
 def row_max(x: Any, first: int, last: int) -> Any:
-    """Maximum of x[first:last], at least one element."""
+    """Maximum of x[first:last], at least one element; NaN if there is one."""
     most = x[first]
     for j in range(first + 1, last):
-        most = max(most, x[j])
+        most = _maximum(most, x[j])
     return most
 
 
-@lanes()
+@lanes
 def row_dot(x: Any, y: Any, n: int) -> Any:
     """Sum of x[j] * y[j] over the first n elements."""
     total = x.dtype.type(0)
     for j in range(n):
         total += x[j] * y[j]
+    return total
+
+
+@lanes
+def row_squares(x: Any) -> Any:
+    """Sum of squares in float64."""
+    total = 0.0
+    for j in range(x.size):
+        v = np.float64(x[j])
+        total += v * v
     return total

@@ -14,14 +14,15 @@ import fcntl
 import functools
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numba
-from llvmlite import binding as llvm
 from numba import types
+from numba.core.registry import cpu_target
 
 _registry: list[tuple[Any, str]] = []
 _FLOATS = {"float32": types.float32, "float64": types.float64}
@@ -31,34 +32,40 @@ _FLOATS = {"float32": types.float32, "float64": types.float64}
 def cache_folder() -> Path:
     """Return the folder of compiled code: `$HPCML_CACHE_DIR`, or `hpcml` in the user's cache.
 
-    Its last part is a hash of all that the code depends on (kernel sources, numba, CPU), because
-    numba itself looks only at the one source file of a function. A home that cannot be written or
-    locked is replaced by a folder of this node.
+    Its last part is a hash of all that the code depends on (kernel sources, Python, numba, CPU),
+    because numba itself looks only at the one source file of a function. A folder that cannot be
+    written or locked is replaced by one of this node.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    digest.update(f"{numba.__version__} {llvm.get_host_cpu_name()}".encode())
-    digest.update(llvm.get_host_cpu_features().flatten().encode())
+    for source in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        digest.update(f"{source} {source.stat().st_mtime_ns}".encode() + source.read_bytes())
+    cpu = cpu_target.target_context.codegen().magic_tuple()
+    digest.update(f"{sys.implementation.cache_tag} {numba.__version__} {cpu}".encode())
     name = f"kernels-{digest.hexdigest()}"
-    chosen = os.environ.get("HPCML_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    for root in (Path(chosen) if chosen else Path(base) / "hpcml", _node_folder()):
+    for root in (_user_folder, _node_folder):
         try:
-            (root / name).mkdir(parents=True, exist_ok=True)
-            with open(root / name / "lock", "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            folder = root() / name
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "lock", "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH)
         except (OSError, RuntimeError):
             continue
-        return root / name
+        return folder
     return Path(tempfile.mkdtemp(prefix="hpcml-"))
 
 
+def _user_folder() -> Path:
+    chosen, caches = os.environ.get("HPCML_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    return Path(chosen) if chosen else Path(caches or Path.home() / ".cache") / "hpcml"
+
+
 def _node_folder() -> Path:
+    """Return a folder that nobody else can write: what lies in it is run."""
     folder = Path(tempfile.gettempdir()) / f"hpcml-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise OSError(f"{folder} belongs to another user")
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise OSError(f"{folder} is open to other users")
     return folder
 
 
@@ -91,21 +98,51 @@ def inline(function: Callable[..., Any]) -> Any:
     return numba.njit(fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)(function)
 
 
-def lanes(*more: str) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a sum (or, with "nnan", a maximum) over one row in as many lanes as the CPU has."""
-    flags = {"contract", "nsz", "reassoc", *more}
-    return numba.njit(fastmath=flags, error_model="numpy", nogil=True)  # type: ignore[no-any-return]
+def lanes(function: Callable[..., Any]) -> Any:
+    """Compile a sum or maximum over one row in as many lanes as the CPU has."""
+    flags = {"contract", "nsz", "reassoc"}
+    return numba.njit(fastmath=flags, error_model="numpy", nogil=True)(function)
 
 
 def load(dtype: str) -> None:
-    """Compile all kernels for `dtype`, or read them from disk; other processes wait meanwhile."""
-    scope = {"T": _FLOATS[dtype], **{name: getattr(types, name) for name in _NAMES}}
-    with open(cache_folder() / "lock", "a") as lock:
+    """Read all kernels for `dtype` from disk; what is missing one process compiles for all.
+
+    A file that cannot be read (of a machine that lost power, say) is made again.
+    """
+    folder = cache_folder()
+    complete = folder / f"{dtype}-complete"
+    with open(folder / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # many processes read at once
+        if complete.exists():
+            with contextlib.suppress(Exception):  # pickle raises nearly anything on damaged files
+                _compile(dtype)
+                return
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for compiled, signature in _registry:
-            compiled.disable_compile(False)
-            compiled.compile(eval(signature, scope))
-            compiled.disable_compile()  # other types are an error, never a silent new version
+        try:
+            saved = _compile(dtype)
+        except Exception:
+            for damaged in folder.rglob("*.nb[ci]"):
+                damaged.unlink()
+            saved = _compile(dtype)
+        if saved:
+            complete.touch()
+
+
+def _compile(dtype: str) -> bool:
+    """Read or compile all kernels; return whether all of them could be saved."""
+    scope = {"T": _FLOATS[dtype], **{name: getattr(types, name) for name in _NAMES}}
+    saved = True
+    for compiled, text in _registry:
+        signature = eval(text, scope)
+        compiled.disable_compile(False)
+        try:
+            compiled.compile(signature)
+        except OSError:  # of a full disk: the kernel is there, though not saved
+            if signature.args not in compiled.overloads:
+                raise
+            saved = False
+        compiled.disable_compile()  # other types are an error, never a silent new version
+    return saved
 
 
 _NAMES = ("void", "boolean", "int64", "uint32", "uint64", "float32", "float64", "b1")

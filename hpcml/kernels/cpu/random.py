@@ -18,6 +18,7 @@ M0, M1 = u8(0xD2511F53), u8(0xCD9E8D57)
 W0, W1 = u4(0x9E3779B9), u4(0xBB67AE85)
 LOW, HALF = u8(0xFFFFFFFF), u8(32)
 _2PI_32 = 2 * math.pi / 2**32
+TILE = 4096  # elements that are made at once, in L1: whole blocks, so that a block is made once
 
 
 @inline
@@ -33,38 +34,55 @@ def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
 
 
 @inline
-def _block(key: Any, block: Any) -> Any:
-    return philox(key, u4(u8(block) & LOW), u4(u8(block) >> HALF), u4(0), u4(0))
+def _words(key: Any, first: int, count: int, words: Any) -> None:
+    """words[: 4 * count] = the words of the blocks first .. first + count - 1 of a stream."""
+    for i in range(count):
+        block = u8(first + i)
+        w0, w1, w2, w3 = philox(key, u4(block & LOW), u4(block >> HALF), u4(0), u4(0))
+        words[4 * i], words[4 * i + 1] = w0, w1
+        words[4 * i + 2], words[4 * i + 3] = w2, w3
 
 
 @kernel("void(uint64, int64, uint32[::1])")
 def random_words(key: Any, start: int, out: Any) -> None:
     """out[i] = word number start + i of the stream `key`."""
-    for i in range(out.size):
-        words = _block(key, (start + i) >> 2)
-        out[i] = words[(start + i) & 3]
+    words = np.empty(TILE + 4, u4)
+    skip = start & 3  # a slice may start within a block
+    for done in range(0, out.size, TILE):
+        n = min(TILE, out.size - done)
+        _words(key, (start + done) >> 2, (skip + n + 3) >> 2, words)
+        for i in range(n):
+            out[done + i] = words[skip + i]
 
 
 @kernel("void(uint64, int64, T[::1])")
 def random_uniform(key: Any, start: int, out: Any) -> None:
     """out[i] = number start + i of a uniform stream on [0, 1), from 24 random bits."""
     scale = 1.0 / (1 << 24)
-    for i in range(out.size):
-        words = _block(key, (start + i) >> 2)
-        out[i] = (words[(start + i) & 3] >> u4(8)) * scale
+    words = np.empty(TILE + 4, u4)
+    skip = start & 3
+    for done in range(0, out.size, TILE):
+        n = min(TILE, out.size - done)
+        _words(key, (start + done) >> 2, (skip + n + 3) >> 2, words)
+        for i in range(n):
+            out[done + i] = (words[skip + i] >> u4(8)) * scale
 
 
 @kernel("void(uint64, int64, T[::1])")
 def random_normal(key: Any, start: int, out: Any) -> None:
     """out[i] = number start + i of a standard normal stream (Box and Muller 1958)."""
-    for i in range(out.size):
-        element = start + i
-        w0, w1, w2, w3 = _block(key, element >> 2)
-        radial, angular = (w0, w1) if element & 2 == 0 else (w2, w3)
-        # (radial + 1) / 2^32 lies in (0, 1]: the logarithm is finite
-        radius = math.sqrt(-2.0 * math.log((radial + 1.0) / 4294967296.0))
-        angle = _2PI_32 * angular
-        out[i] = radius * (math.cos(angle) if element & 1 == 0 else math.sin(angle))
+    words, normals = np.empty(TILE + 4, u4), np.empty(TILE + 4, np.float64)
+    skip = start & 3
+    for done in range(0, out.size, TILE):
+        n = min(TILE, out.size - done)
+        _words(key, (start + done) >> 2, (skip + n + 3) >> 2, words)
+        for i in range(skip & 2, skip + n, 2):
+            # (word + 1) / 2^32 lies in (0, 1]: the logarithm is finite
+            radius = math.sqrt(-2.0 * math.log((words[i] + 1.0) / 4294967296.0))
+            angle = _2PI_32 * words[i + 1]
+            normals[i], normals[i + 1] = radius * math.cos(angle), radius * math.sin(angle)
+        for i in range(n):
+            out[done + i] = normals[skip + i]
 
 
 @inline
@@ -90,13 +108,12 @@ def dropout(x: Any, key: Any, first: Any, threshold: Any, out: Any) -> None:
     """
     rows, n = x.shape
     scale = x.dtype.type(1.0 / (1.0 - threshold / 4294967296.0))
-    tile = 4096  # elements of the mask that are made at once, in L1
-    keep = np.empty(tile, x.dtype)
+    keep = np.empty(TILE, x.dtype)
     for r in range(rows):
         sample = first + u8(r)
         low, high = u4(sample & LOW), u4(sample >> HALF)
-        for start in range(0, n, tile):
-            stop = min(start + tile, n)
-            keep_row(key, u4(start // tile), low, high, threshold, keep, stop - start)
+        for start in range(0, n, TILE):
+            stop = min(start + TILE, n)
+            keep_row(key, u4(start // TILE), low, high, threshold, keep, stop - start)
             for j in range(start, stop):
                 out[r, j] = x[r, j] * (keep[j - start] * scale)

@@ -45,7 +45,7 @@ def layer_norm(
 def layer_norm_backward(
     g: Any, x: Any, weight: Any, mean: Any, inverse: Any, pending: Any, out: Any
 ) -> None:
-    """out = pending + inverse * (gw - mean(gw) - n mean(gw n)), n the normalised row, gw = g weight.
+    """out = pending + inverse * (gw - mean(gw) - n mean(gw n)); n = normalised x, gw = g weight.
 
     `pending` (R, C), or no rows for none, is the gradient that x has got from elsewhere: the
     residual branch. Adding it here saves a pass over memory.
@@ -95,9 +95,11 @@ def cross_entropy(logits: Any, target: Any, ignore: int, loss: Any, lse: Any) ->
         most = row_max(row, 0, n)
         for j in range(n):
             scratch[j] = exp(row[j] - most)
-        lse[r] = most + math.log(row_sum(scratch, 0, n))
+        rest = math.log(row_sum(scratch, 0, n))
+        lse[r] = most + rest
         t = target[r]
-        loss[r] = logits.dtype.type(0) if t == ignore else lse[r] - row[t]
+        # not lse - logit: of two large numbers, rounded, a small loss would not survive
+        loss[r] = logits.dtype.type(0) if t == ignore else (most - row[t]) + rest
 
 
 @kernel("void(T[:, ::1], int64[::1], int64, T[::1], T[::1], T[:, ::1])")
