@@ -42,9 +42,9 @@ class Batch:
 
 
 class Batches:
-    """The batches of a run, from step `first_step` on: step s holds the samples numbered from
-    s * batch_size, in an order that depends on `seed` alone, for `steps` steps or without end.
+    """The batches of a run, from step `first_step` on, for `steps` steps or without end.
 
+    Step s holds the samples numbered from s * batch_size, in an order that depends on `seed` alone.
     With `seed=None` the data set is visited once, in its own order, the last batch being what is
     left (or until `steps` batches are done): for validation.
     """

@@ -42,9 +42,10 @@ def as_data(made: Any) -> Data:
         data = made
     else:
         data = Data(*made) if isinstance(made, tuple) and len(made) == 2 else Data(made)
-    for part, dataset in (("training", data.train), ("validation", data.val)):
-        if part == "validation" and dataset is None:
-            continue
+    parts = [("training", data.train)]
+    if data.val is not None:
+        parts.append(("validation", data.val))
+    for part, dataset in parts:
         if not hasattr(type(dataset), "__len__") or not hasattr(type(dataset), "__getitem__"):
             raise UserError(
                 f"data.kind made a {type(dataset).__name__} for {part}: it needs __len__ and "

@@ -15,9 +15,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Windows:
-    """Windows of `length` tokens, one every `stride` tokens: sample i is the pair
-    (tokens[i * stride : i * stride + length], the same one token later).
+    """Windows of `length` tokens, one every `stride` tokens, and the tokens that follow each token.
 
+    Sample i is the pair (tokens[i * stride : i * stride + length], the same one token later).
     Samples are int64, PyTorch's type for tokens and targets; the tokens stay in their small type.
     """
 

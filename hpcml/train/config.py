@@ -1,6 +1,6 @@
 """The configuration of a run, read from TOML and the command line, checked, and written again.
 
-A mistake is a `UserError` of one line with the key, the value and what to do. The keys are listed in
+A mistake is a `UserError` of one line with the key, the value and what to do. The keys are in
 `hpcml.train.sections`; where those of a `kind` come from is told in `hpcml.train.kinds`.
 """
 

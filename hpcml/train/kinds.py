@@ -100,11 +100,13 @@ def find(section: str, kind: str) -> Callable[..., Any]:
 
 
 def parameters(section: str, target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Return the parameters that keys can give ({name: inspect.Parameter}, annotations evaluated),
-    and whether any other name is accepted too (`**kwargs`)."""
+    """Return the parameters that keys can give, and whether any other name is accepted too.
+
+    They are {name: inspect.Parameter}, with their annotations evaluated where that is possible.
+    """
     try:
         signature = inspect.signature(target, eval_str=True)
-    except Exception:  # an annotation that exists for type checkers only
+    except Exception:  # noqa: BLE001: evaluating an annotation may fail in any way
         try:
             signature = inspect.signature(target)
         except (TypeError, ValueError):  # compiled code may not tell

@@ -17,8 +17,7 @@ def key(
     above: float | None = None,
     now: tuple[Any, ...] | None = None,
 ) -> Any:
-    """Declare a key: `low` <= value, `above` < value, and if not every value is available yet,
-    those that are `now`."""
+    """Declare a key with `low` <= value and `above` < value; `now` lists what is available yet."""
     return field(
         default=default,
         metadata={"help": help, "choices": choices, "low": low, "above": above, "now": now},

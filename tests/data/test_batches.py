@@ -65,7 +65,7 @@ def test_batches_go_on_from_any_step() -> None:
     later = [(b.first, b[:][1].tolist()) for b in Batches(Squares(10), 4, 3, first_step=5, steps=4)]
     assert [first for first, _ in whole] == [4 * step for step in range(9)]
     assert whole[5:] == later
-    epoch = sum((samples for _, samples in whole[:5]), [])[:10]
+    epoch = [y for _, samples in whole[:5] for y in samples][:10]
     assert sorted(epoch) == [i**2 for i in range(10)]
 
 

@@ -23,7 +23,7 @@ def refused(match: str, *args: object, **keys: object) -> None:
 
 def tokens_of(path: Path | str, tokenizer: str = "byte") -> bytes:
     data = text(str(path), tokenizer, sequence_length=1, val_fraction=0.0)  # type: ignore[arg-type]
-    return data.train.tokens.tobytes()  # type: ignore[attr-defined]
+    return bytes(data.train.tokens)  # type: ignore[attr-defined]
 
 
 def test_one_file_of_bytes_stays_on_disk(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_large_file_is_checked_at_its_head_only(
     """The head may end within a character; what lies behind is not read at the start."""
     monkeypatch.setattr(files, "CHECKED_BYTES", 11)
     file = tmp_path / "large"
-    file.write_bytes("a".encode() * 10 + "é".encode() * 100 + b"\0")
+    file.write_bytes(b"a" * 10 + "é".encode() * 100 + b"\0")
     assert text(str(file), sequence_length=4).info["vocab_size"] == 256
     refused("zero byte at offset 210", str(file), "char")
 
