@@ -138,6 +138,20 @@ def scaled_dot_product_attention(
     return dropout(weights, dropout_p, dropout_p > 0, name) @ value
 
 
+def packed_self_attention(
+    qkv: Tensor,
+    num_heads: int,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    name: str = "attention",
+) -> Tensor:
+    """Self-attention of projections [q | k | v] side by side: (B, T, 3 E) -> (B, T, E).
+
+    Reads and writes the packed array directly, without splitting or transposing it.
+    """
+    return fused.packed_attention(qkv, heads=num_heads, causal=is_causal, p=dropout_p, name=name)
+
+
 def attention_weights(
     query: Tensor, key: Tensor, attn_mask: Any = None, scale: float | None = None
 ) -> Tensor:

@@ -1,0 +1,50 @@
+"""hpcml: train neural networks in parallel with MPI; every technique one small, readable part."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpcml import autograd, comm, data, models, nn, optim, parallel
+    from hpcml.autograd import Tensor, no_grad
+    from hpcml.comm import Mesh
+    from hpcml.parallel import parallelize
+    from hpcml.rng import manual_seed
+
+__version__ = "0.1.0"
+__all__ = [
+    "Mesh",
+    "Tensor",
+    "autograd",
+    "comm",
+    "data",
+    "manual_seed",
+    "models",
+    "nn",
+    "no_grad",
+    "optim",
+    "parallel",
+    "parallelize",
+]
+
+_HOMES = {
+    "Mesh": "hpcml.comm",
+    "Tensor": "hpcml.autograd",
+    "manual_seed": "hpcml.rng",
+    "no_grad": "hpcml.autograd",
+    "parallelize": "hpcml.parallel",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: compiled loops and MPI cost time that `import hpcml` should not take."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in __all__:
+        return importlib.import_module(f"hpcml.{name}")
+    raise AttributeError(f"module 'hpcml' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

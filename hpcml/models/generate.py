@@ -1,0 +1,51 @@
+"""Sampling of text from a language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hpcml import rng
+from hpcml.autograd import no_grad
+from hpcml.nn import Module
+
+
+def generate(
+    model: Module,
+    tokens: np.ndarray[Any, Any],
+    count: int,
+    *,
+    length: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+) -> np.ndarray[Any, Any]:
+    """Return `tokens` (T) followed by `count` sampled ones.
+
+    Each is drawn from softmax(logits / temperature) of the last position (temperature 0: the most
+    likely), among the `top_k` most likely if top_k > 0. The model sees the last `length` tokens.
+    The draw of position i depends on (seed, i) alone.
+    """
+    model.eval()
+    out = np.asarray(tokens, np.int64)
+    key = rng.key(seed, "generate")
+    draws = np.empty(count)
+    rng.uniform(key, 0, draws)
+    with no_grad():
+        for draw in draws:
+            logits = model(out[None, -length:]).numpy()[0, -1].astype(np.float64)
+            out = np.append(out, _choose(logits, draw, temperature, top_k))
+    model.train()
+    return out
+
+
+def _choose(logits: np.ndarray[Any, Any], draw: float, temperature: float, top_k: int) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if 0 < top_k < logits.size:
+        logits[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
+    weights = np.exp(logits - logits.max())
+    total = np.cumsum(weights)
+    return int(min(np.searchsorted(total, draw * total[-1], side="right"), logits.size - 1))

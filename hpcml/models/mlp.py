@@ -1,0 +1,32 @@
+"""Multi-layer perceptron; without hidden layers, linear regression."""
+
+from __future__ import annotations
+
+from hpcml.autograd import Tensor
+from hpcml.nn import GELU, Linear, Module, ReLU, Sequential, Sigmoid, Tanh
+
+_ACTIVATIONS = {"relu": ReLU, "gelu": GELU, "tanh": Tanh, "sigmoid": Sigmoid}
+
+
+class MLP(Module):
+    """(N, in_features) -> (N, out_features) through hidden layers of the given widths."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: tuple[int, ...] = (64,),
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f'activation="{activation}": use one of {", ".join(_ACTIVATIONS)}')
+        sizes = [in_features, *hidden]
+        layers: list[Module] = []
+        for width, following in zip(sizes, sizes[1:], strict=False):
+            layers += [Linear(width, following), _ACTIVATIONS[activation]()]
+        self.layers = Sequential(*layers, Linear(sizes[-1], out_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_features) -> (N, out_features)."""
+        return self.layers(input.flatten(1))  # type: ignore[no-any-return]

@@ -1,0 +1,195 @@
+"""The base of element-wise optimizers, and SGD, Adam and AdamW, fused over flat storage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from hpcml import kernels, memory
+from hpcml.autograd import Tensor
+from hpcml.backend import Array
+from hpcml.nn.parameter import Parameter
+from hpcml.optim.flat import Allocate, FlatStorage
+
+Params = Iterable[Parameter] | Iterable[dict[str, Any]]
+
+
+class Optimizer:
+    """Base class: keeps parameters in flat storage, a group each, and updates them in one pass.
+
+    params: parameters, or groups `{"params": [...], "lr": ..., ...}` with settings of their own. A
+    subclass names its state arrays in `states` and updates one flat slice in `update`. Parameters
+    that get no gradient in a step are updated with a gradient of zero.
+    """
+
+    states: tuple[str, ...] = ()
+
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], allocate: Allocate = memory.zeros
+    ) -> None:
+        groups = list(params)
+        if not groups:
+            raise ValueError(f"{type(self).__name__} got no parameters")
+        if isinstance(groups[0], Tensor):
+            groups = [{"params": groups}]  # type: ignore[list-item]
+        self.param_groups: list[dict[str, Any]] = []
+        self.steps = 0
+        seen: set[int] = set()
+        for given in groups:
+            assert isinstance(given, dict)
+            group = {**defaults, **given, "params": _trainable(given["params"], seen)}
+            if group["params"]:
+                self._check(group)
+                self.param_groups.append(group)
+        if not self.param_groups:
+            raise ValueError(f"{type(self).__name__}: no parameter requires a gradient")
+        everything = [p for group in self.param_groups for p in group["params"]]
+        self.storage = FlatStorage(everything, allocate)
+        self.state: dict[str, Array] = {
+            name: memory.zeros((self.storage.size,), self.storage.dtype, "optim")
+            for name in self.states
+        }
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Refuse settings that make no sense; subclasses add theirs."""
+        for name in ("lr", "weight_decay", "eps", "momentum"):
+            if name in group and not group[name] >= 0:
+                raise ValueError(f"{name}={group[name]} must not be negative")
+        for beta in group.get("betas", ()):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas={group['betas']} must be at least 0 and below 1")
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; the next backward overwrites them, so nothing is cleared."""
+        for parameter in self.storage.parameters:
+            parameter.gradient = None
+
+    def grad_norm(self) -> float:
+        """Euclidean norm of all gradients together."""
+        self.storage.finish_gradients()
+        return math.sqrt(self.storage.squared_norm())
+
+    def step(self, scale: float = 1.0) -> None:
+        """Update all parameters once; the gradients count `scale` times (clipping, loss scale)."""
+        self.storage.finish_gradients()
+        self.steps += 1
+        for group in self.param_groups:
+            part = self.storage.span(group["params"])
+            state = {name: array[part] for name, array in self.state.items()}
+            self.update(group, self.storage.data[part], self.storage.grad[part], state, scale)
+
+    def update(
+        self, group: dict[str, Any], data: Array, grad: Array, state: dict[str, Array], scale: float
+    ) -> None:
+        """Update the flat slice `data` in place from `grad` * scale; `steps` counts from 1."""
+        raise TypeError(f"{type(self).__name__} defines no update()")
+
+
+def _trainable(params: Any, seen: set[int]) -> list[Parameter]:
+    """The parameters that want a gradient; the same one twice is an error."""
+    found = []
+    for parameter in [params] if isinstance(params, Tensor) else params:
+        if not isinstance(parameter, Parameter):
+            raise TypeError(f"an optimizer takes Parameters, not {type(parameter).__name__}")
+        if id(parameter) in seen:
+            raise ValueError(f"parameter {parameter.name} is given twice")
+        seen.add(id(parameter))
+        if parameter.requires_grad:
+            found.append(parameter)
+    return found
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum (Sutskever et al. 2013) as in PyTorch."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        allocate: Allocate = memory.zeros,
+    ) -> None:
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
+        self.states = ("momentum_buffer",) if momentum else ()
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening,
+                    "weight_decay": weight_decay, "nesterov": nesterov}  # fmt: skip
+        super().__init__(params, defaults, allocate)
+
+    def update(
+        self, group: dict[str, Any], data: Array, grad: Array, state: dict[str, Array], scale: float
+    ) -> None:
+        """velocity = momentum velocity + (1 - dampening) g, data -= lr velocity."""
+        rest = 1.0 if self.steps == 1 else 1.0 - group["dampening"]  # PyTorch's first step
+        velocity = state.get("momentum_buffer")
+        if velocity is None:
+            kernels.of(data).sgd_plain_update(
+                data, grad, scale, group["lr"], group["weight_decay"]
+            )
+            return
+        kernels.of(data).sgd_update(
+            data, grad, velocity, scale, group["lr"], group["momentum"], rest,
+            group["weight_decay"], group["nesterov"],
+        )  # fmt: skip
+
+
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015); weight decay is added to the gradient."""
+
+    states = ("exp_avg", "exp_avg_sq")
+    decoupled = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        allocate: Allocate = memory.zeros,
+    ) -> None:
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, allocate)
+
+    def update(
+        self, group: dict[str, Any], data: Array, grad: Array, state: dict[str, Array], scale: float
+    ) -> None:
+        """Algorithm 1 of the paper, bias corrections included."""
+        beta1, beta2 = group["betas"]
+        kernels.of(data).adam_update(
+            data, grad, state["exp_avg"], state["exp_avg_sq"],
+            scale, group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
+            1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps), self.decoupled,
+        )  # fmt: skip
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    decoupled = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        allocate: Allocate = memory.zeros,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, allocate=allocate)
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """The factor that brings a gradient of norm `norm` to at most `max_norm`; 0 means no limit.
+
+    Pascanu, Mikolov, Bengio 2013; the 1e-6 is PyTorch's.
+    """
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
