@@ -34,6 +34,7 @@ MEANING = {
     "model.in_features": "numbers in a sample",
     "model.out_features": "numbers to predict",
     "model.hidden": "widths of the hidden layers",
+    "model.activation": "relu or gelu",
     "optim.lr": "learning rate",
     "optim.betas": "decay of the averages of gradient and squared gradient",
     "optim.eps": "added to the denominator",
@@ -41,9 +42,7 @@ MEANING = {
     "optim.momentum": "decay of the velocity",
     "optim.dampening": "part of the gradient kept out of the velocity",
     "optim.nesterov": "look ahead along the velocity",
-    "optim.maximize": "ascend instead of descend",
     "loss.ignore_index": "targets that do not count",
-    "loss.label_smoothing": "probability spread over all classes",
     "loss.reduction": "mean, sum or none",
 }
 """What the keys of the built-in kinds mean."""

@@ -102,11 +102,12 @@ def find(section: str, kind: str) -> Callable[..., Any]:
 def parameters(section: str, target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     """Return the parameters that keys can give, and whether any other name is accepted too.
 
-    They are {name: inspect.Parameter}, with their annotations evaluated where that is possible.
+    They are {name: inspect.Parameter}, with their annotations evaluated where that is possible. A
+    parameter whose default TOML cannot write, such as a function, is none of them.
     """
     try:
         signature = inspect.signature(target, eval_str=True)
-    except Exception:  # noqa: BLE001: evaluating an annotation may fail in any way
+    except Exception:  # noqa: BLE001 (an annotation may fail in any way)
         try:
             signature = inspect.signature(target)
         except (TypeError, ValueError):  # compiled code may not tell
@@ -117,7 +118,12 @@ def parameters(section: str, target: Callable[..., Any]) -> tuple[dict[str, Any]
             p for p in every if p.kind is not p.KEYWORD_ONLY and p.kind is not p.VAR_KEYWORD
         ]
         every = [p for p in every if p not in positional[: slot.passed]]
-    named = {p.name: p for p in every if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = {
+        p.name: p
+        for p in every
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and (p.default is EMPTY or p.default is None or values.writable(p.default))
+    }
     return named, any(p.kind is p.VAR_KEYWORD for p in every)
 
 
@@ -144,7 +150,7 @@ def check(chosen: T, given: Mapping[str, Any]) -> T:
     options = {
         key: p.default
         for key, p in known.items()
-        if p.default is not EMPTY and values.writable(p.default) and key not in mine
+        if p.default is not EMPTY and p.default is not None and key not in mine
     }
     for key, value in given.items():
         if key in known:

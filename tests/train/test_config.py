@@ -32,7 +32,7 @@ class Net:
         self.given = (vocab_size, width, rate, act, sizes, name, deep)
 
 class Opt:
-    def __init__(self, params, lr=0.1, betas: tuple[float, float] = (0.9, 0.99)):
+    def __init__(self, params, lr=0.1, allocate=print, betas: tuple[float, float] = (0.9, 0.99)):
         self.params, self.lr, self.betas = params, lr, betas
 
 def data(n: int, seed, thing: Thing = None, **others):
@@ -136,6 +136,7 @@ def test_what_is_written_is_read_again(own: Path) -> None:
         ("optim.schedule=cosin", ['schedule="cosin"', "did you mean cosine?"]),
         ("optim.grad_clip=nan", ["optim.grad_clip=nan", "a number"]),
         ("optim.lr=inf", ["optim.lr=inf", "a number"]),
+        ("optim.allocate=1", ["unknown key optim.allocate=1", "known: "]),
         ("optim.betas=0.9", ["optim.betas=0.9", "a list of 2"]),
         ("optim.betas=[0.9]", ["optim.betas=[0.9]", "a list of 2"]),
         ("model.act=rule", ['model.act="rule"', '"relu", "gelu"']),
