@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ _DTYPES = (
 )
 
 
+@functools.cache
 def is_half(dtype: np.dtype[Any]) -> bool:
     """Whether this is a 16-bit float, which MPI libraries reduce slowly, wrongly or not at all."""
     return dtype.name in _HALVES
@@ -33,6 +35,7 @@ def wire(x: Array) -> Array:
     return x.view(np.uint8) if x.dtype == np.bool_ else x
 
 
+@functools.cache
 def check_dtype(dtype: np.dtype[Any], op: str | None = None) -> None:
     """Raise `ValueError` unless this type can be moved, or reduced with `op` if one is given."""
     if dtype.name not in _DTYPES or not dtype.isnative:

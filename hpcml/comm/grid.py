@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import SupportsIndex
 
 from hpcml.errors import UserError
 
@@ -110,7 +111,7 @@ def resolve(sizes: Mapping[str, int], ranks: int) -> Grid:
     """
     if not sizes:
         raise UserError("mesh: no axes were given; name at least one, such as {'dp': 0}")
-    checked = {name: _checked(name, size) for name, size in sizes.items()}
+    checked = {_named(name): _checked(name, size) for name, size in sizes.items()}
     fixed = prod(size for size in checked.values() if size)
     if checked.get(FILL) == 0:
         if ranks % fixed:
@@ -121,15 +122,17 @@ def resolve(sizes: Mapping[str, int], ranks: int) -> Grid:
     return Grid(tuple(checked), tuple(checked.values()))
 
 
-def _checked(name: str, size: int) -> int:
+def _named(name: object) -> str:
     if not isinstance(name, str) or not name:
         raise UserError(f"mesh: {name!r} is no name of an axis; use a string such as 'dp'")
-    try:
-        if isinstance(size, bool):
-            raise TypeError
-        whole = operator.index(size)
-    except TypeError:
-        raise UserError(f"mesh.{name}={size!r} is not a whole number of ranks") from None
+    return name
+
+
+def _checked(name: str, size: object) -> int:
+    # NumPy's integers have __index__ as well; Python's bool has it too, but is a mistake here.
+    if isinstance(size, bool) or not isinstance(size, SupportsIndex):
+        raise UserError(f"mesh.{name}={size!r} is not a whole number of ranks: use an integer")
+    whole = operator.index(size)
     if whole < 0 or (whole == 0 and name != FILL):
         allowed = "0 (what is left) or more" if name == FILL else "1 or more"
         raise UserError(f"mesh.{name}={whole} is not a number of ranks: use {allowed}")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from hpcml.comm import guard
+from hpcml.comm import crash
 from hpcml.comm.alone import Alone
 from hpcml.comm.launch import check_world, read
 from hpcml.comm.tags import Tag
@@ -22,7 +22,7 @@ def world() -> Transport:
 
     The first call initialises MPI (threads may communicate) and is collective. Without mpi4py or an
     MPI library a process that was started alone gets a world of one. With several ranks, an
-    uncaught exception on any of them ends the job from now on (see `hpcml.comm.guard`).
+    uncaught exception on any of them ends the job from now on (see `hpcml.comm.crash`).
 
     Raises `UserError` if there is no MPI to a launcher's several processes, or if the launcher
     started several copies of a world of one rank.
@@ -41,7 +41,7 @@ def world() -> Transport:
     if MPI.COMM_WORLD.Get_size() == 1:
         return Alone()
     transport = MpiTransport(MPI.COMM_WORLD.Dup())
-    guard.install(transport)
+    crash.install(transport)
     return transport
 
 

@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from hpcml.comm import Axis, Mesh
-from hpcml.comm.launch import without_launcher
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.comm.jobs import Job, child_environment, mpiexec
 
 
 @pytest.fixture(params=["alone", pytest.param("ranks", marks=pytest.mark.mpi)])
 def axis(request: pytest.FixtureRequest) -> Axis:
     """An axis of size 1 without MPI, and, under mpiexec, one along all ranks."""
     return Axis("solo") if request.param == "alone" else Mesh()["dp"]
-
-
-def child_environment(**extra: str) -> dict[str, str]:
-    """The environment of a child job: nothing of a launcher, this checkout importable."""
-    clean = without_launcher(os.environ)
-    slurm = [name for name in clean if name.startswith("SLURM_")]
-    for name in slurm:
-        del clean[name]
-    path = os.pathsep.join(filter(None, [str(ROOT), clean.get("PYTHONPATH", "")]))
-    return {**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
-
-
-def mpiexec() -> str:
-    """The mpiexec beside this Python, or the one on the path."""
-    beside = Path(sys.executable).with_name("mpiexec")
-    return str(beside) if beside.exists() else shutil.which("mpiexec") or "mpiexec"
-
-
-Job = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
@@ -63,7 +41,7 @@ def job() -> Iterator[Job]:
     yield start
     for process in started:
         if process.poll() is None:
-            os.killpg(process.pid, 9)
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         if process.stdout:
             process.stdout.close()

@@ -95,16 +95,18 @@ def test_names_of_ones_own_keep_their_order() -> None:
         (
             dict(dp=0, tp=4),
             6,
-            "mesh tp(4) = 4 ranks, but 6 were started, which is no multiple of 4: "
-            "change mesh.tp or start 8",
+            (
+                "mesh tp(4) = 4 ranks, but 6 were started, which is no multiple of 4: "
+                "change mesh.tp or start 8"
+            ),
         ),
         (dict(stage=4), 6, "mesh stage(4) = 4 ranks, but 6 were started: start 4"),
         (dict(tp=-2), 2, "mesh.tp=-2 is not a number of ranks: use 1 or more"),
         (dict(tp=0), 2, "mesh.tp=0 is not a number of ranks: use 1 or more"),
         (dict(dp=-1), 2, "mesh.dp=-1 is not a number of ranks: use 0 (what is left) or more"),
-        (dict(dp=1.5), 2, "mesh.dp=1.5 is not a whole number of ranks"),
-        (dict(dp="2"), 2, "mesh.dp='2' is not a whole number of ranks"),
-        (dict(dp=True), 1, "mesh.dp=True is not a whole number of ranks"),
+        (dict(dp=1.5), 2, "mesh.dp=1.5 is not a whole number of ranks: use an integer"),
+        (dict(dp="2"), 2, "mesh.dp='2' is not a whole number of ranks: use an integer"),
+        (dict(dp=True), 1, "mesh.dp=True is not a whole number of ranks: use an integer"),
         ({3: 1}, 1, "mesh: 3 is no name of an axis; use a string such as 'dp'"),
         ({}, 1, "mesh: no axes were given; name at least one, such as {'dp': 0}"),
     ],

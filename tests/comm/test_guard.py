@@ -14,8 +14,7 @@ import pytest
 from hpcml.comm import Axis, Mesh
 from hpcml.comm.guard import StopFlag, agree, leave, refuse
 from hpcml.errors import NonFiniteError, UserError
-
-from .conftest import Job
+from tests.comm.jobs import Job
 
 LIMIT = 60
 """Seconds that a job may take on a busy machine; all of them would hang for ever without guard."""
@@ -115,6 +114,37 @@ from hpcml.errors import UserError
 sys.exit(guard.refuse(UserError("bad key")))
 """
     assert ended(job(3, program)) == (2, "error: bad key\n")
+
+
+def test_a_refusal_on_one_rank_before_there_is_a_mesh_ends_the_others(job: Job) -> None:
+    program = """
+import sys
+from hpcml.comm import Mesh, guard
+from hpcml.comm.launch import read
+from hpcml.errors import UserError
+if read().rank == 1:
+    sys.exit(guard.refuse(UserError("bad key")))
+Mesh().world.barrier()
+"""
+    code, output = ended(job(3, program))
+    assert code == 2 and output.startswith("error: bad key\n")
+
+
+def test_copies_that_are_no_world_are_refused_once(job: Job) -> None:
+    program = """
+import sys
+from hpcml.comm import Mesh, guard
+from hpcml.errors import UserError
+try:
+    Mesh()
+except UserError as error:
+    sys.exit(guard.refuse(error))
+"""
+    copies = [job(0, program, SLURM_NTASKS="2", SLURM_PROCID=str(rank)) for rank in (0, 1)]
+    (first, said), (second, nothing) = (ended(copy) for copy in copies)
+    assert (first, second, nothing) == (2, 2, "")
+    assert said.startswith("error: SLURM_NTASKS=2, but the MPI world has 1 rank")
+    assert said.count("\n") == 1
 
 
 def test_agreement(axis: Axis) -> None:

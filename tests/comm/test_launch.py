@@ -6,8 +6,7 @@ import pytest
 
 from hpcml.comm.launch import check_world, read, without_launcher
 from hpcml.errors import UserError
-
-from .conftest import Job
+from tests.comm.jobs import Job
 
 HYDRA = dict(PMI_SIZE="4", PMI_RANK="2", MPI_LOCALRANKID="0", MPI_LOCALNRANKS="2")
 OPEN_MPI = dict(
