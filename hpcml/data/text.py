@@ -71,7 +71,7 @@ def text(
                 f"data.val_fraction={val_fraction}): take a longer text or a shorter sequence"
             )
     info = {"vocab_size": made.vocab_size, "sequence_length": sequence_length}
-    return Data(train, val, info, "cross_entropy", made)
+    return Data(train, val, info, "next_token", made)
 
 
 def _tokenise(path: str, tokenizer: str) -> tuple[Array, ByteTokenizer | CharTokenizer]:

@@ -129,6 +129,13 @@ class Step:
             raise UserError("evaluate() got no samples: give it at least one batch")
         return self._sum(total) / count
 
+    def try_batch(self, fields: Sequence[Any]) -> None:
+        """Evaluate the loss of a batch's fields and forget it: raises what a step would raise."""
+        self.model.eval()
+        with no_grad():
+            self._loss(fields)
+        self.model.train()
+
     def _loss(self, fields: Sequence[Any]) -> Tensor:
         arrays = [_tensor(field, self._dtype) for field in fields]
         if self.loss is None:

@@ -34,7 +34,7 @@ MEANING = {
     "model.in_features": "numbers in a sample",
     "model.out_features": "numbers to predict",
     "model.hidden": "widths of the hidden layers",
-    "model.activation": "relu or gelu",
+    "model.activation": "relu, gelu, tanh or sigmoid",
     "optim.lr": "learning rate",
     "optim.betas": "decay of the averages of gradient and squared gradient",
     "optim.eps": "added to the denominator",

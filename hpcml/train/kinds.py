@@ -43,7 +43,13 @@ SLOTS = {
     ),
     "model": Slot({"gpt": "hpcml.models.gpt:GPT", "mlp": "hpcml.models.mlp:MLP"}),
     "loss": Slot(
-        {"cross_entropy": "hpcml.nn:CrossEntropyLoss", "mse": "hpcml.nn:MSELoss"}, 2, True
+        {
+            "next_token": "hpcml.models.gpt:NextTokenLoss",
+            "cross_entropy": "hpcml.nn:CrossEntropyLoss",
+            "mse": "hpcml.nn:MSELoss",
+        },
+        2,
+        True,
     ),
     "optim": Slot(
         {"sgd": "hpcml.optim:SGD", "adam": "hpcml.optim:Adam", "adamw": "hpcml.optim:AdamW"}, 1

@@ -1,0 +1,168 @@
+"""A GPT training step, timed, beside the same step in PyTorch.
+
+Both run in one process on one thread, turn by turn, so that a machine that drifts drifts for both;
+the ratio is that of the medians. The products of matrices in the step are timed alone as well,
+because the two libraries call different BLAS.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+import hpcml
+from hpcml.errors import UserError
+from hpcml.models import GPT, NextTokenLoss
+from hpcml.parallel import Step
+
+VOCAB = 65
+
+
+@dataclass(frozen=True)
+class Size:
+    """A GPT and its batch."""
+
+    layers: int
+    heads: int
+    width: int
+    block: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"({self.layers}, {self.width}, {self.block}, {self.batch})"
+
+
+SIZES = (Size(4, 4, 128, 64, 12), Size(6, 6, 384, 256, 16), Size(12, 12, 768, 256, 4))
+
+
+@dataclass
+class Row:
+    """Medians in seconds; `ratio` is the peer's time by ours; gemm_* is the matrix products' part."""
+
+    size: str
+    ours: float
+    gemm_ours: float
+    peer: float | None = None
+    gemm_peer: float | None = None
+    ratio: float | None = None
+    loss_difference: float | None = None
+
+
+def batch_of(size: Size) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Random tokens and the tokens that follow them."""
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (size.batch, size.block + 1))
+    return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+
+def our_step(size: Size) -> Step:
+    """The step under test, with clipping and AdamW."""
+    model = GPT(VOCAB, size.block, size.layers, size.heads, size.width, bias=False)
+    return hpcml.parallelize(
+        model, loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW, lr=1e-3, weight_decay=0.1,
+        betas=(0.9, 0.99), grad_clip=1.0,
+    )  # fmt: skip
+
+
+def products(size: Size) -> list[tuple[int, int, int, int]]:
+    """The matrix products of a forward pass, (rows, in, out, how many): x (rows, in) by weights."""
+    rows, c, n = size.batch * size.block, size.width, size.layers
+    layer = [(rows, c, 3 * c, n), (rows, c, c, n), (rows, c, 4 * c, n), (rows, 4 * c, c, n)]
+    return [*layer, (rows, c, VOCAB, 1)]
+
+
+def our_products(size: Size) -> list[tuple[Callable[[], Any], int]]:
+    """The step's matrix products in NumPy: forward, and both of backward."""
+    calls: list[tuple[Callable[[], Any], int]] = []
+    for rows, n_in, n_out, count in products(size):
+        x, w, g = _operands(rows, n_in, n_out)
+        y, dx, dw = np.empty_like(g), np.empty_like(x), np.empty_like(w)
+        calls.append((lambda x=x, w=w, y=y: np.matmul(x, w.T, out=y), count))
+        calls.append((lambda g=g, w=w, dx=dx: np.matmul(g, w, out=dx), count))
+        calls.append((lambda g=g, x=x, dw=dw: np.matmul(g.T, x, out=dw), count))
+    return calls
+
+
+def _operands(rows: int, n_in: int, n_out: int) -> list[np.ndarray[Any, Any]]:
+    random = np.random.default_rng(1)
+    shapes = ((rows, n_in), (n_out, n_in), (rows, n_out))
+    return [random.standard_normal(shape, np.float32) for shape in shapes]
+
+
+def alternate(calls: list[Callable[[], Any]], rounds: int, warmup: int = 2) -> list[list[float]]:
+    """Seconds of each call in each round, the calls taking turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds + warmup):
+        for call, seconds in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if number >= warmup:
+                seconds.append(time.perf_counter() - start)
+    return times
+
+
+def total(calls: list[tuple[Callable[[], Any], int]], rounds: int = 5) -> float:
+    """Sum of the medians, each as often as it occurs in a step."""
+    medians = [statistics.median(t) for t in alternate([call for call, _ in calls], rounds, 1)]
+    return sum(median * count for median, (_, count) in zip(medians, calls, strict=True))
+
+
+def measure(size: Size, peer: str, rounds: int) -> Row:
+    """Time one size; with peer="torch" beside PyTorch on the same weights and batch."""
+    step, batch = our_step(size), batch_of(size)
+    calls: list[Callable[[], Any]] = [lambda: step(batch)]
+    if not peer:
+        (ours,) = alternate(calls, rounds)
+        return Row(str(size), statistics.median(ours), total(our_products(size)))
+    if peer != "torch":
+        raise UserError(f'--peer="{peer}" is unknown: use torch')
+    from hpcml.bench import torch_peer
+
+    other = torch_peer.step(size, step.model.state_dict(), batch, VOCAB)
+    difference = abs(step(batch) - other())
+    ours, theirs = alternate([*calls, other], rounds)
+    row = Row(str(size), statistics.median(ours), total(our_products(size)))
+    row.peer = statistics.median(theirs)
+    row.gemm_peer = total(torch_peer.products(products(size)))
+    row.ratio, row.loss_difference = row.peer / row.ours, difference
+    return row
+
+
+def rounds_for(size: Size) -> int:
+    """Enough rounds for a median, in about a minute."""
+    return 60 if size.width <= 128 else 11 if size.width <= 384 else 7
+
+
+def run(peer: str = "") -> dict[str, Any]:
+    """Measure all sizes on one thread; the report as plain values."""
+    from hpcml import backend
+    from hpcml.train.environment import blas, versions
+
+    backend.set_threads(1)
+    rows = [measure(size, peer, rounds_for(size)) for size in SIZES]
+    return {"bench": "step", "version": 1, "peer": peer, "threads": 1, "blas": blas(),
+            "packages": versions(), "rows": [asdict(row) for row in rows]}  # fmt: skip
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a table to print."""
+    library = report["blas"][0] if report["blas"] else {}
+    lines = [
+        f"one training step, fp32, 1 thread; BLAS {library.get('internal_api')} "
+        f"{library.get('version')} ({library.get('architecture')})",
+        f"{'(layers, width, block, batch)':>30} {'hpcml ms':>10} {'GEMM':>6}"
+        + (f" {'torch ms':>10} {'GEMM':>6} {'ratio':>7} {'GEMM ratio':>11}" if report["peer"] else ""),
+    ]
+    for row in report["rows"]:
+        line = f"{row['size']:>30} {row['ours'] * 1e3:10.1f} {row['gemm_ours'] / row['ours']:6.0%}"
+        if report["peer"]:
+            line += (
+                f" {row['peer'] * 1e3:10.1f} {row['gemm_peer'] / row['peer']:6.0%}"
+                f" {row['ratio']:7.2f} {row['gemm_peer'] / row['gemm_ours']:11.2f}"
+            )
+        lines.append(line)
+    return "\n".join(lines)

