@@ -135,6 +135,11 @@ def _check_together(config: Config) -> None:
         raise UserError(f"optim.min_lr={optim.min_lr} is above optim.lr={lr}: swap or lower it")
     kinds.require(config.data, {"seed": config.run.seed})
     kinds.require(config.optim, {})
+    if lr is None:
+        raise UserError(
+            f'optim.kind="{optim.kind}" takes no lr, which schedule and warmup set: '
+            "give it a parameter lr with a default, or accept optim.lr"
+        )
     if config.device.kind == "cuda":
         if importlib.util.find_spec("cupy") is None:
             raise UserError(

@@ -76,7 +76,8 @@ class Loss(Chosen):
 
     section: ClassVar[str] = "loss"
     kind: str = key(
-        "", "next_token, cross_entropy, mse, or package.module:name of your own (default: the data's)"
+        "",
+        "next_token, cross_entropy, mse, or package.module:name of your own (default: the data's)",
     )
 
 

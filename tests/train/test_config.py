@@ -44,6 +44,10 @@ def needs_root(root: str):
 def loss(output, target, power=2):
     return abs(output - target) ** power
 
+class NoRate:
+    def __init__(self, params):
+        pass
+
 class Fails:
     def __init__(self):
         raise TypeError("unsupported")
@@ -150,6 +154,7 @@ def test_what_is_written_is_read_again(own: Path) -> None:
         ("model.kind=broken_kinds:Net", ["RuntimeError: no luck (broken_kinds.py, line 2)"]),
         ("callback.kind=log", ['callback.kind="log"', "package.module:name"]),
         ("data.kind=own_kinds:data", ["own_kinds:data", "needs n,", "set data.n"]),
+        ("optim.kind=own_kinds:NoRate", ["own_kinds:NoRate", "takes no lr"]),
         ("data.kind=own_kinds:needs_root", ["needs root", "set data.root"]),
     ],
 )  # fmt: skip

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from hpcml.cli.doctor.child import Outcome
 from hpcml.cli.doctor.host import size
 from hpcml.cli.doctor.report import Row
+
+INSTALL = "pip install 'hpcml[cuda13]' (or cuda12 for an older driver)"
+
+
+def driver_devices(folder: str = "/proc/driver/nvidia/gpus") -> str:
+    """Return how many GPUs NVIDIA's driver shows; an empty string for none."""
+    count = len(list(Path(folder).glob("*")))
+    return f"{count} NVIDIA GPU{'s' * (count > 1)}" if count else ""
 
 
 def installed() -> bool:
@@ -18,9 +27,11 @@ def installed() -> bool:
 def cupy(outcome: Outcome | None) -> list[Row]:
     """Return CuPy and its GPUs; `None`: it is not installed."""
     if outcome is None:
+        found = driver_devices()
+        gpus = Row("gpus", "warn", f"{found}, not used without CuPy", INSTALL)
         return [
-            Row("cupy", "absent", "not installed: CPU only", "for GPUs: pip install 'hpcml[cuda13]'"),
-            Row("gpus", "absent", "no GPU that CuPy could see"),
+            Row("cupy", "absent", "not installed: CPU only"),
+            gpus if found else Row("gpus", "absent", "no GPU"),
         ]
     if not outcome.found:
         return [

@@ -116,12 +116,7 @@ def job(outcome: Outcome) -> list[Row]:
         thread_level(found["thread_level"]),
         Row("ranks per node", "ok", per_node),
         core_masks(ranks),
-        Row(
-            "blas threads",
-            "ok",
-            ", ".join(f"rank {n}: {rank['blas_threads']}" for n, rank in enumerate(ranks))
-            + f" unset; hpcml train sets {threads_per_rank(ranks)}",
-        ),
+        blas_threads(ranks),
     ]
 
 
@@ -151,8 +146,18 @@ def core_masks(ranks: list[dict[str, Any]]) -> Row:
     return Row("core masks", "ok", value)
 
 
-def threads_per_rank(ranks: list[dict[str, Any]]) -> int:
-    """Return the cores each rank of the first node has for itself, at least one."""
-    here = [rank for rank in ranks if rank["host"] == ranks[0]["host"]]
-    cores = {core for rank in here for core in rank["cores"]}
-    return max(1, len(cores) // len(here))
+def blas_threads(ranks: list[dict[str, Any]], environ: Mapping[str, str] = os.environ) -> Row:
+    """Return the threads BLAS takes in each rank by itself, and those `hpcml train` gives it."""
+    value = ", ".join(f"rank {n}: {rank['blas_threads']}" for n, rank in enumerate(ranks))
+    asked = environ.get("OMP_NUM_THREADS")
+    if asked:
+        return Row("blas threads", "ok", f"{value} (OMP_NUM_THREADS={asked} is obeyed)")
+    shares = [str(_threads(rank, ranks)) for rank in ranks]
+    return Row("blas threads", "ok", f"{value} by itself; hpcml train sets {', '.join(shares)}")
+
+
+def _threads(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> int:
+    """Return a rank's cores divided by the ranks that may use them, as `hpcml.train.threads`."""
+    mine = set(rank["cores"])
+    sharing = [r for r in ranks if r["host"] == rank["host"] and mine & set(r["cores"])]
+    return max(1, len(mine) // max(1, len(sharing)))

@@ -27,7 +27,7 @@ def library() -> Found:
     mpi = importlib.import_module("mpi4py.MPI")
     return {
         "mpi4py": mpi4py.__version__,
-        "library": mpi.Get_library_version().strip("\0\n ").splitlines()[0],
+        "library": " ".join(mpi.Get_library_version().strip("\0\n ").splitlines()[0].split()),
         "standard": list(mpi.Get_version()),
         "path": _loaded("libmpi"),
     }
