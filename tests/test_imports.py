@@ -94,7 +94,7 @@ def violations(package: Path) -> list[str]:
             top, _, below = name.partition(".")
             if top == FRONT:
                 other = below.split(".")[0]
-                named = other and not other.startswith("__") or other == "__main__"
+                named = (other and not other.startswith("__")) or other == "__main__"
                 if named and other != part and ROW.get(other, len(LAYERS)) >= ROW[part]:
                     found.append(f"{where}: {part} must not import {other}")
                 continue
@@ -110,7 +110,7 @@ def test_every_import_points_down():
 
 
 def test_the_whole_package_is_walked():
-    modules = {path: "hpcml.a.b" for path in PACKAGE.rglob("*.py")}
+    modules = dict.fromkeys(PACKAGE.rglob("*.py"), "hpcml.a.b")
     found = {name for path, module in modules.items() for _, name, _ in imports(path, module)}
     assert {"mpi4py.MPI", "numba", "hpcml.errors.UserError"} <= found
 
