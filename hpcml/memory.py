@@ -95,9 +95,9 @@ def empty(
         offset = -block.__array_interface__["data"][0] % ALIGNMENT
     else:
         block = _Block(nbytes, np.uint8)
-    block.account, block.category = _local.account, category or _local.category
-    block.counted = nbytes
-    block.account.add(block.category, nbytes)
+    block.category, block.counted = category or _local.category, nbytes
+    _local.account.add(block.category, nbytes)
+    block.account = _local.account  # last: what was not added is not taken off either
     return np.ndarray(shape, dtype, block, offset)
 
 

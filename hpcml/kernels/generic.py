@@ -116,9 +116,7 @@ def layer_norm_backward(
     out[...] = result + pending if pending.shape[0] else result
 
 
-def layer_norm_weight_gradient(
-    g: Array, x: Array, mean: Array, inverse: Array, out: Array
-) -> None:
+def layer_norm_weight_gradient(g: Array, x: Array, mean: Array, inverse: Array, out: Array) -> None:
     """out[j] = sum over rows of g * (x - mean) * inverse."""
     out[...] = (g * ((x - mean[:, None]) * inverse[:, None])).sum(0)
 
@@ -202,7 +200,7 @@ def _keep(key: int, c1: Array, c2: Array, c3: Array, n: int, threshold: int) -> 
     m = xp(c1)
     blocks = m.arange((n + 3) >> 2, dtype=np.uint64)
     words = m.stack(_philox(key, blocks, c1[..., None], c2[..., None], c3[..., None]), -1)
-    return words.reshape(*words.shape[:-2], -1)[..., :n] >= np.uint64(threshold)
+    return words.reshape(*words.shape[:-2], 4 * len(blocks))[..., :n] >= np.uint64(threshold)
 
 
 def dropout(x: Array, key: int, first: int, threshold: int, out: Array) -> None:

@@ -73,8 +73,9 @@ def _exp(x: Any) -> Any:
 
     def exp32(x: Any) -> Any:
         # Coefficients: S. L. Moshier, Cephes, expf.
-        y = least if x < least else x
-        y = most if y > most else y
+        # not min and max: numba's do not vectorise
+        y = least if x < least else x  # noqa: FURB136
+        y = most if y > most else y  # noqa: FURB136
         shifted = y * log2e + magic
         n = shifted - magic
         r = y - n * high

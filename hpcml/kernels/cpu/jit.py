@@ -114,21 +114,15 @@ def load(dtype: str) -> None:
     with open(folder / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # many processes read at once
         if complete.exists():
-            with contextlib.suppress(Exception):  # pickle raises nearly anything on damaged files
+            with contextlib.suppress(Exception):  # damaged: pickle raises nearly anything
                 _compile(dtype)
                 return
         fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            saved = _compile(dtype)
-        except Exception:
-            for damaged in folder.rglob("*.nb[ci]"):
-                damaged.unlink()
-            saved = _compile(dtype)
-        if saved:
+        if _compile(dtype, mend=True):
             complete.touch()
 
 
-def _compile(dtype: str) -> bool:
+def _compile(dtype: str, mend: bool = False) -> bool:
     """Read or compile all kernels; return whether all of them could be saved."""
     scope = {"T": _FLOATS[dtype], **{name: getattr(types, name) for name in _NAMES}}
     saved = True
@@ -137,12 +131,23 @@ def _compile(dtype: str) -> bool:
         compiled.disable_compile(False)
         try:
             compiled.compile(signature)
-        except OSError:  # of a full disk: the kernel is there, though not saved
-            if signature.args not in compiled.overloads:
+        except Exception:
+            if signature.args in compiled.overloads:
+                saved = False  # compiled, but the disk is full
+            elif mend:
+                _forget(compiled.py_func.__name__)
+                compiled.compile(signature)
+            else:
                 raise
-            saved = False
         compiled.disable_compile()  # other types are an error, never a silent new version
     return saved
+
+
+def _forget(name: str) -> None:
+    """Remove what the disk has of a kernel, for all dtypes."""
+    for pattern in (f"*.{name}-*.nb[ci]", "*-complete"):
+        for file in cache_folder().rglob(pattern):
+            file.unlink()
 
 
 _NAMES = ("void", "boolean", "int64", "uint32", "uint64", "float32", "float64", "b1")

@@ -12,9 +12,7 @@ from hpcml.kernels.cpu.jit import kernel
 
 
 @kernel("void(T[:, ::1], T[::1], T[::1], T, T[:, ::1], T[::1], T[::1])")
-def layer_norm(
-    x: Any, weight: Any, bias: Any, eps: Any, out: Any, mean: Any, inverse: Any
-) -> None:
+def layer_norm(x: Any, weight: Any, bias: Any, eps: Any, out: Any, mean: Any, inverse: Any) -> None:
     """out = (x - mean) * inverse * weight + bias for each row; inverse = 1 / sqrt(var + eps).
 
     x, out (R, C); weight, bias (C) or empty for none; mean, inverse (R) are kept for backward.
