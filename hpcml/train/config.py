@@ -131,7 +131,7 @@ def _check_together(config: Config) -> None:
             f"train.global_batch={train.global_batch}: make it smaller, or 0 for a rank's share"
         )
     lr = optim.options.get("lr")
-    if optim.schedule == "cosine" and isinstance(lr, float | int) and optim.min_lr > lr:
+    if optim.schedule == "cosine" and isinstance(lr, float | int) and optim.min_lr > lr > 0:
         raise UserError(f"optim.min_lr={optim.min_lr} is above optim.lr={lr}: swap or lower it")
     kinds.require(config.data, {"seed": config.run.seed})
     kinds.require(config.optim, {})

@@ -202,7 +202,7 @@ def build(chosen: Chosen, offers: Mapping[str, Any] | None = None, *args: Any, *
 
     `offers` fill parameters without a default that no key gives; `args` and `extra` are passed on.
     A plain function as loss or callback is returned itself, its keys bound. A `ValueError` or
-    `TypeError` of the callable becomes a `UserError` with the section's values.
+    `TypeError` of the callable becomes a `UserError` with the values that are no defaults.
     """
     arguments = require(chosen, offers or {}) | extra
     target = chosen.target
@@ -213,14 +213,21 @@ def build(chosen: Chosen, offers: Mapping[str, Any] | None = None, *args: Any, *
     except UserError:
         raise
     except (ValueError, TypeError) as error:
-        shown = "".join(
-            f", {key}={values.show(value)}"
-            for key, value in arguments.items()
-            if key not in extra and values.writable(value)
-        )
-        raise UserError(
-            f'{chosen.section}.kind="{chosen.kind}"{shown}: {one_line(error)}'
-        ) from error
+        name = _with_values(chosen, arguments)
+        own = chosen.kind not in SLOTS[chosen.section].builtin
+        said = one_line(error) if own else " ".join(str(error).split())
+        raise UserError(f"{name}: {said}") from error
+
+
+def _with_values(chosen: Chosen, arguments: Mapping[str, Any]) -> str:
+    """Return a section's kind and those of its values that are no defaults, for messages."""
+    known, _ = parameters(chosen.section, chosen.target)
+    shown = [f'{chosen.section}.kind="{chosen.kind}"']
+    for key, value in arguments.items():
+        default = known[key].default if key in known else EMPTY
+        if values.writable(value) and (default is EMPTY or value != default):
+            shown.append(f"{key}={values.show(value)}")
+    return ", ".join(shown)
 
 
 def one_line(error: BaseException) -> str:

@@ -88,7 +88,7 @@ def test_the_last_part_is_validation_and_vocabulary_is_offered(tmp_path: Path) -
     data = text(str(file), "char", sequence_length=4, val_fraction=0.1)
     assert data.info == {"vocab_size": 5, "sequence_length": 4}
     assert len(data.train) == 86 and len(data.val) == 2  # type: ignore[arg-type]
-    assert data.loss == "cross_entropy"
+    assert data.loss == "next_token"
     assert text(str(file), val_fraction=0.0).val is None
 
 

@@ -240,6 +240,13 @@ def test_errors_of_a_callable_become_one_line(own: Path) -> None:
     assert "TypeError: unsupported" in refusal(lambda: kinds.build(failing.model))
 
 
+def test_errors_of_built_in_kinds_need_no_place_in_the_source() -> None:
+    config = from_tables({"model": {"heads": 3}})
+    message = refusal(lambda: kinds.build(config.model, {"vocab_size": 5, "sequence_length": 4}))
+    assert message.startswith('model.kind="gpt", heads=3, vocab_size=5, sequence_length=4: heads=3')
+    assert "128" in message and ".py" not in message
+
+
 def test_a_function_is_the_loss_itself(own: Path) -> None:
     config = from_tables(tables(loss={"kind": "own_kinds:loss", "power": 3}))
     assert kinds.build(config.loss)(5, 3) == 8
