@@ -58,11 +58,12 @@ def dtype(name: Any) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        name = ml_dtypes.bfloat16
     try:
-        return np.dtype(name)
+        found: np.dtype[Any] = np.dtype(name)
     except TypeError:
         raise UserError(f"dtype {name!r} is unknown: use one of {', '.join(PRECISIONS)}") from None
+    return found
 
 
 def set_threads(count: int) -> None:

@@ -19,10 +19,11 @@ _CUBIC = 0.044715
 
 def _normal(x: Array) -> tuple[Array, Array]:
     m = xp(x)
-    if m is np:
-        erf = np.vectorize(math.erf, otypes=[x.dtype])
-    else:
-        from cupyx.scipy.special import erf
+    erf: Any = np.vectorize(math.erf, otypes=[x.dtype])
+    if m is not np:
+        from cupyx.scipy import special
+
+        erf = special.erf
     cdf = 0.5 * (1 + erf(x / math.sqrt(2))) if x.size else x
     return cdf, m.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 

@@ -226,3 +226,37 @@ def test_same_bits_wherever_a_slice_starts(first: int, last: int, dtype: str) ->
     cpu.sgd_update(*wholes, *numbers, True)
     cpu.sgd_update(*(a[part] for a in somes), *numbers, True)
     assert bits(*(a[part] for a in somes)) == bits(*(a[part] for a in wholes))
+
+
+def test_inputs_may_be_read_only(dtype: str) -> None:
+    x, out = np.ones((3, 5), dtype), np.empty((3, 5), dtype)
+    x.flags.writeable = False
+    target, number = np.broadcast_to(np.int64(1), (3,)).copy(), x.dtype.type(0.1)
+    target.flags.writeable = False
+    row, flat, some = x[0], x.reshape(-1), np.empty(3, dtype)
+    other, four = np.empty_like(some), x.reshape(1, 1, 3, 5)
+    never = (np.uint64(0), np.uint64(0), np.uint32(0))
+    for name in GELUS:
+        getattr(cpu, name)(flat, out.reshape(-1))
+        getattr(cpu, name + "_backward")(flat, flat, out.reshape(-1))
+    cpu.add_bias(out, row)
+    cpu.column_sums(x, out[0])
+    assert cpu.sum_of_squares(flat) == 15
+    cpu.adam_update(out[0], row, out[1], out[2], *[number] * 8, True)
+    cpu.sgd_update(out[0], row, out[1], *[number] * 5, True)
+    cpu.layer_norm(x, row, row, number, out, some, other)
+    cpu.layer_norm_backward(x, x, row, x[:, 0].copy(), x[:, 0].copy(), x, out)
+    cpu.layer_norm_weight_gradient(x, x, some, other, out[0])
+    cpu.cross_entropy(x, target, -100, some, other)
+    cpu.cross_entropy_backward(x, target, -100, other, x.reshape(-1)[:3], out)
+    cpu.embedding_backward(x, target, out)
+    cpu.dropout(x, *never, out)
+    assert bits(out) == bits(x)
+    lse = np.empty((1, 1, 3), dtype)
+    result = out.reshape(four.shape)
+    cpu.attention(four, four, four, number, True, *never, result, lse)
+    gradients = [np.empty_like(result) for _ in range(3)]
+    cpu.attention_backward(four, four, four, result, lse, four, number, True, *never, *gradients)
+    close(result, four, dtype)
+    with pytest.raises(TypeError):
+        cpu.gelu(flat, flat)

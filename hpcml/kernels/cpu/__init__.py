@@ -1,6 +1,7 @@
 """CPU kernels compiled by numba: `load(dtype)` first, then call them like functions.
 
 Arrays are C-contiguous unless a kernel says otherwise. Callers check them; a kernel does not.
+What a kernel only reads may be read-only, as memory-mapped data are.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def _drop(p: Any, key: Any, sample: Any, h: int, t: int, n: int, threshold: Any,
     return p.dtype.type(1.0 / (1.0 - threshold / 4294967296.0))
 
 
-@kernel("void(T[:,:,:,:], T[:,:,:,:], T[:,:,:,:], T, boolean, uint64, uint64, uint32,"
+@kernel("void(R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], T, boolean, uint64, uint64, uint32,"
         " T[:,:,:,:], T[:,:,::1])")  # fmt: skip
 def attention(
     q: Any, k: Any, v: Any, scale: Any, causal: bool, key: Any, first: Any, threshold: Any,
@@ -92,7 +92,7 @@ def attention(
                      out.strides[2] // size)  # fmt: skip
 
 
-@kernel("void(T[:,:,:,:], T[:,:,:,:], T[:,:,:,:], T[:,:,:,:], T[:,:,::1], T[:,:,:,:], T, boolean,"
+@kernel("void(R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], R[:,:,::1], R[:,:,:,:], T, boolean,"
         " uint64, uint64, uint32, T[:,:,:,:], T[:,:,:,:], T[:,:,:,:])")  # fmt: skip
 def attention_backward(
     q: Any, k: Any, v: Any, out: Any, lse: Any, g: Any, scale: Any, causal: bool,

@@ -63,7 +63,7 @@ def _plain_gemm(real: Any) -> Any:
         real, pointer, size, pointer, size, real, pointer, size,
     )  # fmt: skip
 
-    @cfunc(signature, error_model="numpy")  # type: ignore[untyped-decorator]
+    @cfunc(signature, error_model="numpy")
     def routine(order: Any, ta: Any, tb: Any, m: Any, n: Any, k: Any, alpha: Any, a: Any, lda: Any,
                 b: Any, ldb: Any, beta: Any, c: Any, ldc: Any) -> None:  # fmt: skip
         a_rows, b_rows = (k if ta == TRANSPOSED else m), (n if tb == TRANSPOSED else k)

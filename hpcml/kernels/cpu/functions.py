@@ -18,7 +18,7 @@ from hpcml.kernels.cpu.jit import lanes
 f4 = np.float32
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_int32(typingctx: Any, number: Any) -> Any:
     """Read the bits of a float32 as an int32."""
 
@@ -28,7 +28,7 @@ def _as_int32(typingctx: Any, number: Any) -> Any:
     return types.int32(types.float32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_float32(typingctx: Any, bits: Any) -> Any:
     """Read the bits of an int32 as a float32."""
 
@@ -38,7 +38,7 @@ def _as_float32(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _maximum(typingctx: Any, x: Any, y: Any) -> Any:
     """The larger of two numbers, NaN if either is: unlike Python's `max` it vectorises."""
 

@@ -80,7 +80,11 @@ def _cached_here() -> Iterator[None]:
 
 
 def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
-    """Make a kernel of a function; in `signature` T is the float type it is compiled for."""
+    """Make a kernel of a function.
+
+    In `signature` T is the float type it is compiled for, R the same for arrays that may be
+    read-only, I such an array of int64.
+    """
 
     def make(function: Callable[..., Any]) -> Any:
         with _cached_here():
@@ -124,7 +128,9 @@ def load(dtype: str) -> None:
 
 def _compile(dtype: str, mend: bool = False) -> bool:
     """Read or compile all kernels; return whether all of them could be saved."""
-    scope = {"T": _FLOATS[dtype], **{name: getattr(types, name) for name in _NAMES}}
+    real = _FLOATS[dtype]
+    scope = {"T": real, "R": _ReadOnly(real), "I": _ReadOnly(types.int64)}
+    scope |= {name: getattr(types, name) for name in _NAMES}
     saved = True
     for compiled, text in _registry:
         signature = eval(text, scope)
@@ -150,4 +156,15 @@ def _forget(name: str) -> None:
             file.unlink()
 
 
-_NAMES = ("void", "boolean", "int64", "uint32", "uint64", "float32", "float64", "b1")
+class _ReadOnly:
+    """Subscripts like those of a numba type, for arrays that the kernel only reads."""
+
+    def __init__(self, element: Any) -> None:
+        self.element = element
+
+    def __getitem__(self, dimensions: Any) -> Any:
+        array = self.element[dimensions]
+        return types.Array(array.dtype, array.ndim, array.layout, readonly=True)
+
+
+_NAMES = ("void", "boolean", "int64", "uint32", "uint64", "float64")

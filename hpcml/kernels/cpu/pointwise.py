@@ -15,7 +15,7 @@ _CUBIC = 0.044715
 NORM_BLOCK = 4096  # elements whose squares are summed before the sums are added, in order
 
 
-@kernel("void(T[::1], T[::1])")
+@kernel("void(R[::1], T[::1])")
 def gelu(x: Any, out: Any) -> None:
     """out = x Phi(x) (Hendrycks and Gimpel 2016)."""
     for i in range(x.size):
@@ -24,7 +24,7 @@ def gelu(x: Any, out: Any) -> None:
         out[i] = v * cdf
 
 
-@kernel("void(T[::1], T[::1], T[::1])")
+@kernel("void(R[::1], R[::1], T[::1])")
 def gelu_backward(g: Any, x: Any, out: Any) -> None:
     """out = g (Phi(x) + x phi(x))."""
     for i in range(x.size):
@@ -33,7 +33,7 @@ def gelu_backward(g: Any, x: Any, out: Any) -> None:
         out[i] = g[i] * (cdf + v * pdf)
 
 
-@kernel("void(T[::1], T[::1])")
+@kernel("void(R[::1], T[::1])")
 def gelu_tanh(x: Any, out: Any) -> None:
     """out = x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2."""
     half, one = x.dtype.type(0.5), x.dtype.type(1)
@@ -43,7 +43,7 @@ def gelu_tanh(x: Any, out: Any) -> None:
         out[i] = half * v * (one + tanh(v * (a + b * v * v)))
 
 
-@kernel("void(T[::1], T[::1], T[::1])")
+@kernel("void(R[::1], R[::1], T[::1])")
 def gelu_tanh_backward(g: Any, x: Any, out: Any) -> None:
     """out = g d/dx gelu_tanh(x)."""
     half, one = x.dtype.type(0.5), x.dtype.type(1)
@@ -55,7 +55,7 @@ def gelu_tanh_backward(g: Any, x: Any, out: Any) -> None:
         out[i] = g[i] * half * (one + t + v * (one - t * t) * (a + b3 * v * v))
 
 
-@kernel("void(T[:, ::1], T[::1])")
+@kernel("void(T[:, ::1], R[::1])")
 def add_bias(x: Any, bias: Any) -> None:
     """x[r] += bias, in place."""
     rows, n = x.shape
@@ -64,7 +64,7 @@ def add_bias(x: Any, bias: Any) -> None:
             x[r, j] += bias[j]
 
 
-@kernel("void(T[:, ::1], T[::1])")
+@kernel("void(R[:, ::1], T[::1])")
 def column_sums(x: Any, out: Any) -> None:
     """out[j] = sum of x[r, j] over rows, added in order."""
     rows, n = x.shape
@@ -74,7 +74,7 @@ def column_sums(x: Any, out: Any) -> None:
             out[j] += x[r, j]
 
 
-@kernel("float64(T[::1])")
+@kernel("float64(R[::1])")
 def sum_of_squares(x: Any) -> float:
     """Sum of squares over fixed blocks of `NORM_BLOCK` elements, the blocks added in order."""
     total = 0.0
@@ -83,7 +83,7 @@ def sum_of_squares(x: Any) -> float:
     return total
 
 
-@kernel("void(T[::1], T[::1], T[::1], T[::1], T, T, T, T, T, T, T, T, boolean)")
+@kernel("void(T[::1], R[::1], T[::1], T[::1], T, T, T, T, T, T, T, T, boolean)")
 def adam_update(
     p: Any, g: Any, m: Any, v: Any,
     scale: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, decay: Any, correct1: Any, correct2: Any,
@@ -105,7 +105,7 @@ def adam_update(
         p[i] = keep * p[i] - step * m[i] / (np.sqrt(v[i]) * inverse2 + eps)
 
 
-@kernel("void(T[::1], T[::1], T[::1], T, T, T, T, T, boolean)")
+@kernel("void(T[::1], R[::1], T[::1], T, T, T, T, T, boolean)")
 def sgd_update(
     p: Any, g: Any, velocity: Any,
     scale: Any, lr: Any, momentum: Any, rest: Any, decay: Any, nesterov: bool,

@@ -100,7 +100,7 @@ def keep_row(key: Any, c1: Any, c2: Any, c3: Any, threshold: Any, keep: Any, n: 
         keep[4 * block + 3] = one if w3 >= threshold else zero
 
 
-@kernel("void(T[:, ::1], uint64, uint64, uint32, T[:, ::1])")
+@kernel("void(R[:, ::1], uint64, uint64, uint32, T[:, ::1])")
 def dropout(x: Any, key: Any, first: Any, threshold: Any, out: Any) -> None:
     """out = x / (1 - p) where kept, 0 elsewhere; row r is global sample first + r.
 

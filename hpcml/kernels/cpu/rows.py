@@ -11,7 +11,7 @@ from hpcml.kernels.cpu.functions import exp, row_dot, row_max, row_sum
 from hpcml.kernels.cpu.jit import kernel
 
 
-@kernel("void(T[:, ::1], T[::1], T[::1], T, T[:, ::1], T[::1], T[::1])")
+@kernel("void(R[:, ::1], R[::1], R[::1], T, T[:, ::1], T[::1], T[::1])")
 def layer_norm(x: Any, weight: Any, bias: Any, eps: Any, out: Any, mean: Any, inverse: Any) -> None:
     """out = (x - mean) * inverse * weight + bias for each row; inverse = 1 / sqrt(var + eps).
 
@@ -39,7 +39,7 @@ def layer_norm(x: Any, weight: Any, bias: Any, eps: Any, out: Any, mean: Any, in
                 y[j] += bias[j]
 
 
-@kernel("void(T[:, ::1], T[:, ::1], T[::1], T[::1], T[::1], T[:, ::1], T[:, ::1])")
+@kernel("void(R[:, ::1], R[:, ::1], R[::1], R[::1], R[::1], R[:, ::1], T[:, ::1])")
 def layer_norm_backward(
     g: Any, x: Any, weight: Any, mean: Any, inverse: Any, pending: Any, out: Any
 ) -> None:
@@ -72,7 +72,7 @@ def layer_norm_backward(
                 y[j] = base[j] + rstd * (gw[j] - a - normal[j] * b)
 
 
-@kernel("void(T[:, ::1], T[:, ::1], T[::1], T[::1], T[::1])")
+@kernel("void(R[:, ::1], R[:, ::1], R[::1], R[::1], T[::1])")
 def layer_norm_weight_gradient(g: Any, x: Any, mean: Any, inverse: Any, out: Any) -> None:
     """out[j] = sum over rows, in order, of g * (x - mean) * inverse."""
     rows, n = x.shape
@@ -83,7 +83,7 @@ def layer_norm_weight_gradient(g: Any, x: Any, mean: Any, inverse: Any, out: Any
             out[j] += gradient[j] * ((row[j] - mu) * rstd)
 
 
-@kernel("void(T[:, ::1], int64[::1], int64, T[::1], T[::1])")
+@kernel("void(R[:, ::1], I[::1], int64, T[::1], T[::1])")
 def cross_entropy(logits: Any, target: Any, ignore: int, loss: Any, lse: Any) -> None:
     """loss[r] = lse[r] - logits[r, target[r]], lse = log sum exp; 0 where target is `ignore`."""
     rows, n = logits.shape
@@ -100,7 +100,7 @@ def cross_entropy(logits: Any, target: Any, ignore: int, loss: Any, lse: Any) ->
         loss[r] = logits.dtype.type(0) if t == ignore else (most - row[t]) + rest
 
 
-@kernel("void(T[:, ::1], int64[::1], int64, T[::1], T[::1], T[:, ::1])")
+@kernel("void(R[:, ::1], I[::1], int64, R[::1], R[::1], T[:, ::1])")
 def cross_entropy_backward(
     logits: Any, target: Any, ignore: int, lse: Any, g: Any, out: Any
 ) -> None:
@@ -116,7 +116,7 @@ def cross_entropy_backward(
             y[t] -= scale
 
 
-@kernel("void(T[:, ::1], int64[::1], T[:, ::1])")
+@kernel("void(R[:, ::1], I[::1], T[:, ::1])")
 def embedding_backward(g: Any, index: Any, table: Any) -> None:
     """table[index[r]] += g[r], row after row."""
     rows, n = g.shape
