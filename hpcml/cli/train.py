@@ -12,8 +12,17 @@ def run(args: list[str]) -> int:
 
         print(help_text())
         return 0
+    from hpcml.comm import guard
+
+    try:
+        return _train(args)
+    except UserError as error:
+        return guard.refuse(error)  # a rank that fails alone takes the others along
+
+
+def _train(args: list[str]) -> int:
     if not args or "=" in args[0]:
-        raise UserError("hpcml train needs a configuration: hpcml train CONFIG.toml [section.key=value ...]")
+        raise UserError("name a configuration: hpcml train CONFIG.toml [section.key=value ...]")
     from hpcml.train import config
     from hpcml.train.loop import train
 

@@ -29,7 +29,8 @@ class SelfAttention(Module):
     def __init__(self, width: int, heads: int, dropout: float, bias: bool) -> None:
         super().__init__()
         if heads < 1 or width % heads:
-            raise ValueError(f"heads={heads} must divide width={width}")
+            fitting = [n for n in range(1, 65) if width % n == 0]
+            raise ValueError(f"heads={heads} must divide width={width}: take one of {fitting}")
         self.heads, self.dropout = heads, dropout
         self.c_attn = Linear(width, 3 * width, bias)
         self.c_proj = Linear(width, width, bias)

@@ -59,7 +59,7 @@ def train(config: Config) -> int:
 def _build(config: Config, mesh: Mesh) -> Run:
     """Check and make everything, all ranks agreeing, the cheap checks first."""
     folder = RunDir(config.run.dir)
-    agree(mesh.world, lambda: mesh.rank == 0 and folder.claim(config.run.overwrite))
+    agree(mesh.world, partial(folder.check, config.run.overwrite))
     data = agree(mesh.world, lambda: as_data(kinds.build(config.data, {"seed": config.run.seed})))
     model = agree(mesh.world, lambda: build_model(config, data.info))
     chosen = config.loss if config.loss.kind else kinds.choose(config.loss, data.loss)
@@ -75,7 +75,8 @@ def _build(config: Config, mesh: Mesh) -> Run:
         model, loss=loss, optimizer=optimizer, mesh=mesh, microbatch=config.train.microbatch,
         grad_clip=config.optim.grad_clip, seed=config.run.seed, groups=decay_matrices,
     )  # fmt: skip
-    agree(mesh.world, lambda: _try_sample(step, data))
+    agree(mesh.world, partial(_try_sample, step, data))
+    agree(mesh.world, lambda: mesh.rank == 0 and folder.claim())  # nothing is lost before all is well
     return Run(config, mesh, data, step, folder, callback)
 
 
@@ -126,7 +127,8 @@ def _describe(run: Run, ranks: list[dict[str, Any]]) -> None:
     )
     if config.run.log_every:
         count = sum(p.numel() for p in run.step.model.parameters())
-        print(run.mesh.describe())
+        if run.mesh.size > 1:
+            print(run.mesh.describe())
         print(
             f"{config.model.kind} with {count:,} parameters, {len(run.data.train):,} samples, "
             f"{config.run.steps:,} steps of {config.train.global_batch} samples, "

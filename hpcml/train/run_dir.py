@@ -23,35 +23,49 @@ class RunDir:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def claim(self, overwrite: bool) -> None:
-        """Make the folder ready for a new run.
+    def check(self, overwrite: bool) -> None:
+        """Refuse a folder that holds something or cannot be written; changes nothing.
 
-        A folder with anything in it is refused; with `overwrite`, the files of an earlier run are
-        deleted, and a folder that holds something else is still refused. Raises UserError.
+        With `overwrite` the files of an earlier run may be there, and nothing else. Raises UserError.
         """
         name = f'run.dir="{self.path}"'
+        there = self._entries()
+        if there and not overwrite:
+            raise UserError(
+                f"{name} holds {there[0]!r}: set run.overwrite=true to replace a run, or another "
+                "run.dir"
+            )
+        strange = [entry for entry in there if entry not in (*FILES, "ranks")]
+        if strange:
+            raise UserError(f"{name} holds {strange[0]!r}, no file of a run: set another run.dir")
+        place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise self._unwritable("is a file" if place.is_file() else "permission denied", place)
+
+    def claim(self) -> None:
+        """Make the folder, empty of what an earlier run left. Raises UserError."""
         try:
-            there = sorted(os.listdir(self.path)) if self.path.is_dir() else []
-            if there and not overwrite:
-                raise UserError(
-                    f"{name} holds {there[0]!r}: set run.overwrite=true to replace a run, or "
-                    "another run.dir"
-                )
-            strange = [entry for entry in there if entry not in (*FILES, "ranks")]
-            if strange:
-                raise UserError(f"{name} holds {strange[0]!r}, no file of a run: set another run.dir")
-            for entry in there:
-                if entry != "ranks":
+            for entry in self._entries():
+                if entry in FILES:
                     (self.path / entry).unlink()
             for file in (self.path / "ranks").glob("rank-*.jsonl"):
                 file.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / "config.toml"
-            probe.touch()
+            (self.path / "config.toml").touch()
         except OSError as error:
-            raise UserError(
-                f"{name} cannot be written ({error.strerror}): set run.dir to a writable folder"
-            ) from None
+            raise self._unwritable(error.strerror or str(error), self.path) from None
+
+    def _entries(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self.path)) if self.path.is_dir() else []
+        except OSError as error:
+            raise self._unwritable(error.strerror or str(error), self.path) from None
+
+    def _unwritable(self, reason: str, place: Path) -> UserError:
+        return UserError(
+            f'run.dir="{self.path}" cannot be written ({place}: {reason}): set run.dir to a '
+            "writable folder"
+        )
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file as a whole or not at all."""

@@ -95,14 +95,14 @@ def test_a_refusal_is_one_line_and_code_2(
     job: Job, condition: str, message: str, agreed: str, line: str
 ) -> None:
     program = REFUSE.format(condition=condition, message=message, agreed=agreed)
-    assert ended(job(3, PREAMBLE + program)) == (2, f"error: {line}\n")
+    assert ended(job(3, PREAMBLE + program)) == (2, f"hpcml: error: {line}\n")
 
 
 def test_a_refusal_on_one_rank_alone_ends_the_others(job: Job) -> None:
     program = REFUSE.format(condition="mesh.rank == 1", message="'no'", agreed="work() != 1")
     begin = time.monotonic()
     code, output = ended(job(3, PREAMBLE + program))
-    assert code == 2 and output.startswith("error: mesh.dp=3: no\n")
+    assert code == 2 and output.startswith("hpcml: error: mesh.dp=3: no\n")
     assert time.monotonic() - begin > 4  # the others had their time to follow
 
 
@@ -113,7 +113,7 @@ from hpcml.comm import guard
 from hpcml.errors import UserError
 sys.exit(guard.refuse(UserError("bad key")))
 """
-    assert ended(job(3, program)) == (2, "error: bad key\n")
+    assert ended(job(3, program)) == (2, "hpcml: error: bad key\n")
 
 
 def test_a_refusal_on_one_rank_before_there_is_a_mesh_ends_the_others(job: Job) -> None:
@@ -127,7 +127,7 @@ if read().rank == 1:
 Mesh().world.barrier()
 """
     code, output = ended(job(3, program))
-    assert code == 2 and output.startswith("error: bad key\n")
+    assert code == 2 and output.startswith("hpcml: error: bad key\n")
 
 
 def test_copies_that_are_no_world_are_refused_once(job: Job) -> None:
@@ -143,7 +143,7 @@ except UserError as error:
     copies = [job(0, program, SLURM_NTASKS="2", SLURM_PROCID=str(rank)) for rank in (0, 1)]
     (first, said), (second, nothing) = (ended(copy) for copy in copies)
     assert (first, second, nothing) == (2, 2, "")
-    assert said.startswith("error: SLURM_NTASKS=2, but the MPI world has 1 rank")
+    assert said.startswith("hpcml: error: SLURM_NTASKS=2, but the MPI world has 1 rank")
     assert said.count("\n") == 1
 
 
@@ -175,7 +175,7 @@ def test_alone_there_is_nobody_to_wait_for(
     monkeypatch.delenv("PMI_RANK", raising=False)
     assert (leave(0), leave(2)) == (0, 2)
     assert refuse(NonFiniteError("loss=nan at step 3")) == 3
-    assert capsys.readouterr().err == "error: loss=nan at step 3\n"
+    assert capsys.readouterr().err == "hpcml: error: loss=nan at step 3\n"
 
 
 def test_the_stop_flag_alone() -> None:
