@@ -15,9 +15,9 @@ suitable() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# Print the interpreter to make the environment with.
+# Print the interpreter to make the environment with: the one given, if any.
 find_python() {
-    local chosen=${HPCML_PYTHON:-${PYTHON:-}} candidate
+    local chosen=$1 candidate
     if [[ -n $chosen ]]; then
         suitable "$chosen" ||
             fail "'$chosen' is not a working Python >= 3.11: set HPCML_PYTHON to one"
@@ -86,12 +86,13 @@ one_mpi() {
 }
 
 setup() {
-    local extras=$1 python now stamp="" had=""
+    local extras=$1 chosen=${HPCML_PYTHON:-${PYTHON:-}} python now stamp="" had=""
+    [[ $chosen != /* && $chosen == */* ]] && chosen=$PWD/$chosen
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
     # What points Python, pip or MPI past the environment.
     unset PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX MPI4PY_LIBMPI MPI4PY_MPIABI
-    if [[ -n ${HPCML_PYTHON:-${PYTHON:-}} ]] || ! usable_environment; then
-        python=$(find_python) || exit 1
+    if [[ -n $chosen ]] || ! usable_environment; then
+        python=$(find_python "$chosen") || exit 1
         if ! usable_environment || [[ $(origin "$python") != $(origin .venv/bin/python) ]]; then
             make_environment "$python"
         fi
