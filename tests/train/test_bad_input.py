@@ -1,0 +1,157 @@
+"""Bad input ends a run with one clear line, on one rank and on four, and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpcml.cli import main
+from tests.comm.jobs import child_environment, mpiexec
+from tests.train.jobs import hpcml, metrics, summary, write_job
+
+USER = """
+from hpcml import nn
+class NoForward(nn.Module):
+    def __init__(self, need, layers, heads, width):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+def nothing(layers, heads, width):
+    return 3
+class Diverges(nn.Module):
+    def forward(self, logits, target):
+        return logits.mean() * float("nan")
+def crash(record):
+    import hpcml.comm.world
+    if hpcml.comm.world.world().rank == 1:
+        raise RuntimeError("rank one had enough")
+def slow(record):
+    import time
+    time.sleep(0.2)
+"""
+
+# (override, exit code, words of the line)
+CASES = [
+    ("model.heds=4", 2, ["model.heds=4", "model.heads"]),
+    ("nothing.at_all=1", 2, ["[nothing]"]),
+    ("model.kind=gtp", 2, ['model.kind="gtp"', "gpt"]),
+    ("optim.schedule=cosin", 2, ['"cosin"', "cosine"]),
+    ("model.width=-4", 2, ["width=-4"]),
+    ("model.layers=0", 2, ["layers=0"]),
+    ("train.global_batch=0", 2, ["train.global_batch=0"]),
+    ("run.steps=-1", 2, ["run.steps=-1"]),
+    ("model.heads=3", 2, ["heads=3", "width=32"]),
+    ("mesh.dp=7", 2, ["dp(7)", "mesh.dp=0"]),
+    ("mesh.tp=2", 2, ["mesh.tp=2", "not available"]),
+    ("data.path=missing.txt", 2, ["missing.txt", "does not exist"]),
+    ("data.path=empty.txt", 2, ["empty.txt", "empty"]),
+    ("data.path=binary.bin", 2, ["binary.bin", "binary"]),
+    ("data.path=short.txt", 2, ["sequence_length=16", "shorter"]),
+    ("run.dir=used", 2, ['run.dir="used"', "run.overwrite=true"]),
+    ("run.dir=text.txt/below", 2, ["text.txt/below", "writable"]),
+    ("model.kind=user:missing", 2, ["user:missing"]),
+    ("model.kind=user:NoForward", 2, ["needs need"]),
+    ("model.kind=user:nothing", 2, ["made a int", "hpcml.nn.Module"]),
+    ("loss.kind=user:Diverges", 3, ["loss nan", "learning rate"]),
+    ("optim.lr=fast", 2, ['optim.lr="fast"', "number"]),
+    ("HPCML_LOG=loud", 2, ['HPCML_LOG="loud"']),
+]
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    made = write_job(tmp_path)
+    (tmp_path / "user.py").write_text(USER)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "short.txt").write_text("to be")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "metrics.jsonl").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "user", raising=False)
+    return made
+
+
+def _split(override: str) -> tuple[list[str], dict[str, str]]:
+    name, value = override.split("=", 1)
+    return ([override], {}) if "." in name else ([], {name: value})
+
+
+@pytest.mark.parametrize(("override", "code", "words"), CASES)
+def test_one_rank(
+    job: Path, override: str, code: int, words: list[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    options, environment = _split(override)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", str(job), *options]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("hpcml: error: ") and said.count("\n") == 1
+    assert all(word in said for word in words), said
+    assert (job.parent / "used" / "metrics.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("override", "code", "words"), CASES)
+def test_four_ranks(job: Path, override: str, code: int, words: list[str]) -> None:
+    options, environment = _split(override)
+    done = hpcml("train", job, *options, ranks=4, cwd=job.parent, **environment)
+    assert done.returncode == code
+    assert done.stderr.startswith("hpcml: error: ") and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_overwriting_is_asked_for_and_happens_last(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake elsewhere must not cost the results that were to be replaced."""
+    used = job.parent / "used" / "metrics.jsonl"
+    assert main(["train", str(job), "run.dir=used", "run.overwrite=true", "model.heads=3"]) == 2
+    assert used.read_text() == "precious"
+    assert main(["train", str(job), "run.dir=used", "run.overwrite=true"]) == 0
+    assert len(metrics(used.parent)) == 4
+    (used.parent / "thesis.tex").touch()
+    assert main(["train", str(job), "run.dir=used", "run.overwrite=true"]) == 2
+    assert "thesis.tex" in capsys.readouterr().err
+
+
+def test_copies_of_a_world_of_one_are_refused(job: Path) -> None:
+    done = hpcml("train", job, cwd=job.parent, SLURM_NTASKS="4", SLURM_PROCID="0")
+    assert done.returncode == 2
+    assert "SLURM_NTASKS" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_exception_on_one_rank_ends_the_job_with_its_traceback_once(job: Path) -> None:
+    done = hpcml("train", job, "callback.kind=user:crash", ranks=3, cwd=job.parent, timeout=60)
+    assert done.returncode != 0
+    assert done.stderr.count("RuntimeError: rank one had enough") == 1
+    assert done.stderr.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_interrupt_ends_cleanly_and_leaves_the_metrics(job: Path, ranks: int) -> None:
+    command = [sys.executable, "-m", "hpcml", "train", str(job), "run.steps=1000",
+               "callback.kind=user:slow"]  # fmt: skip
+    if ranks > 1:
+        command = [mpiexec(), "-n", str(ranks), *command]
+    process = subprocess.Popen(
+        command, env=child_environment(), cwd=job.parent, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    folder, deadline = job.parent / "runs" / "job", time.monotonic() + 60
+    while not ((folder / "metrics.jsonl").exists() and metrics(folder)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    result = summary(folder)
+    assert result["exit"] == "interrupted"
+    assert result["steps"] == len(metrics(folder)) < 1000
