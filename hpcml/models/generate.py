@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from hpcml import rng
-from hpcml.autograd import no_grad
 from hpcml.nn import Module
+from hpcml.nn.evaluation import evaluating
 
 
 def generate(
@@ -25,18 +25,21 @@ def generate(
 
     Each is drawn from softmax(logits / temperature) of the last position (temperature 0: the most
     likely), among the `top_k` most likely if top_k > 0. The model sees the last `length` tokens.
-    The draw of position i depends on (seed, i) alone.
+    The draw of position i depends on (seed, i) alone. Raises ValueError for settings that choose
+    nothing.
     """
-    model.eval()
     out = np.asarray(tokens, np.int64)
+    if out.size == 0:
+        raise ValueError("generate() continues tokens: give it at least one")
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} must be 0 (the most likely) or more")
     key = rng.key(seed, "generate")
     draws = np.empty(count)
     rng.uniform(key, 0, draws)
-    with no_grad():
+    with evaluating(model):
         for draw in draws:
             logits = model(out[None, -length:]).numpy()[0, -1].astype(np.float64)
             out = np.append(out, _choose(logits, draw, temperature, top_k))
-    model.train()
     return out
 
 

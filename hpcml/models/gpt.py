@@ -1,4 +1,4 @@
-"""GPT: a decoder-only Transformer (Radford et al. 2019), with nanoGPT's names and initialisation."""
+"""GPT: a decoder-only Transformer (Radford et al. 2019), with nanoGPT's names and first values."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class GPT(Module):
         return self.lm_head(self.transformer(tokens))  # type: ignore[no-any-return]
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy values in by name; nanoGPT's stored causal masks and compiler prefixes are dropped."""
+        """Copy values in by name, without nanoGPT's stored causal masks and compiler prefixes."""
         masks = (".attn.bias", ".attn.masked_bias")
         prefix = "_orig_mod."
         plain = {name.removeprefix(prefix): value for name, value in state.items()}

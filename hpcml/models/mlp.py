@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hpcml.autograd import Tensor
 from hpcml.nn import GELU, Linear, Module, ReLU, Sequential, Sigmoid, Tanh
 
@@ -23,7 +25,7 @@ class MLP(Module):
             raise ValueError(f'activation="{activation}": use one of {", ".join(_ACTIVATIONS)}')
         sizes = [in_features, *hidden]
         layers: list[Module] = []
-        for width, following in zip(sizes, sizes[1:], strict=False):
+        for width, following in pairwise(sizes):
             layers += [Linear(width, following), _ACTIVATIONS[activation]()]
         self.layers = Sequential(*layers, Linear(sizes[-1], out_features))
 

@@ -31,7 +31,9 @@ class FlatStorage:
         self.parameters = list(parameters)
         types = {parameter.dtype for parameter in self.parameters}
         if len(types) != 1:
-            raise ValueError(f"flat storage needs parameters of one type, not {sorted(map(str, types))}")
+            raise ValueError(
+                f"flat storage needs parameters of one type, not {sorted(map(str, types))}"
+            )
         self.dtype: np.dtype[Any] = types.pop()
         step = ALIGNMENT // self.dtype.itemsize
         self.slices: list[slice] = []
@@ -43,6 +45,7 @@ class FlatStorage:
         self.size = end
         self.data = allocate((end,), self.dtype, "params")
         self.grad = allocate((end,), self.dtype, "grads")
+        self._views: list[tuple[Array, Array]] = []  # of each parameter: its values, its gradient
         for parameter, part in zip(self.parameters, self.slices, strict=True):
             self._adopt(parameter, part)
 
@@ -55,6 +58,7 @@ class FlatStorage:
             parameter.fill(self.data[part], 0, rng.seed())
         parameter.data = view
         parameter.gradient_buffer = self.grad[part].reshape(parameter.shape)
+        self._views.append((view, parameter.gradient_buffer))
         if parameter.gradient is not None:
             parameter.gradient_buffer[...] = parameter.gradient
             parameter.gradient = parameter.gradient_buffer
@@ -69,8 +73,17 @@ class FlatStorage:
         return slice(self.slices[first].start, end)
 
     def finish_gradients(self) -> None:
-        """Make the gradient of each parameter that got none zero: the buffer is then complete."""
-        for parameter, part in zip(self.parameters, self.slices, strict=True):
+        """Make the gradient of each parameter that got none zero: the buffer is then complete.
+
+        Raises RuntimeError for a parameter that lies elsewhere by now: it would not be trained.
+        """
+        places = zip(self.parameters, self.slices, self._views, strict=True)
+        for parameter, part, (values, gradient) in places:
+            if parameter.data is not values or parameter.gradient_buffer is not gradient:
+                raise RuntimeError(
+                    f"parameter {parameter.name} has left this optimizer (its type or array was "
+                    "changed, or a later optimizer took it): make the optimizer again"
+                )
             if parameter.gradient is None:
                 self.grad[part] = 0
                 parameter.gradient = parameter.gradient_buffer

@@ -32,12 +32,16 @@ class Optimizer:
         if not groups:
             raise ValueError(f"{type(self).__name__} got no parameters")
         if isinstance(groups[0], Tensor):
-            groups = [{"params": groups}]  # type: ignore[list-item]
+            groups = [{"params": groups}]
         self.param_groups: list[dict[str, Any]] = []
         self.steps = 0
         seen: set[int] = set()
         for given in groups:
-            assert isinstance(given, dict)
+            if not isinstance(given, dict) or "params" not in given:
+                raise TypeError(
+                    f"{type(self).__name__} takes Parameters or groups {{'params': [...], ...}}, "
+                    f"not {given!r:.60}"
+                )
             group = {**defaults, **given, "params": _trainable(given["params"], seen)}
             if group["params"]:
                 self._check(group)
@@ -55,10 +59,10 @@ class Optimizer:
         """Refuse settings that make no sense; subclasses add theirs."""
         for name in ("lr", "weight_decay", "eps", "momentum"):
             if name in group and not group[name] >= 0:
-                raise ValueError(f"{name}={group[name]} must not be negative")
-        for beta in group.get("betas", ()):
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas={group['betas']} must be at least 0 and below 1")
+                raise ValueError(f"{name}={group[name]} must be 0 or more")
+        betas = group.get("betas", (0.0, 0.0))
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas} must be two numbers of at least 0 and below 1")
 
     def zero_grad(self) -> None:
         """Forget the gradients; the next backward overwrites them, so nothing is cleared."""
@@ -114,27 +118,32 @@ class SGD(Optimizer):
         *,
         allocate: Allocate = memory.zeros,
     ) -> None:
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
-        self.states = ("momentum_buffer",) if momentum else ()
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening,
                     "weight_decay": weight_decay, "nesterov": nesterov}  # fmt: skip
         super().__init__(params, defaults, allocate)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+            raise ValueError(
+                f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: "
+                "it needs momentum above 0 and dampening=0"
+            )
+        if group["momentum"]:
+            self.states = ("momentum_buffer",)  # none is kept where no group has momentum
 
     def update(
         self, group: dict[str, Any], data: Array, grad: Array, state: dict[str, Array], scale: float
     ) -> None:
         """velocity = momentum velocity + (1 - dampening) g, data -= lr velocity."""
-        rest = 1.0 if self.steps == 1 else 1.0 - group["dampening"]  # PyTorch's first step
-        velocity = state.get("momentum_buffer")
-        if velocity is None:
-            kernels.of(data).sgd_plain_update(
-                data, grad, scale, group["lr"], group["weight_decay"]
-            )
+        lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+        if not momentum:
+            kernels.of(data).sgd_plain_update(data, grad, scale, lr, decay)
             return
+        rest = 1.0 if self.steps == 1 else 1.0 - group["dampening"]  # PyTorch's first step
         kernels.of(data).sgd_update(
-            data, grad, velocity, scale, group["lr"], group["momentum"], rest,
-            group["weight_decay"], group["nesterov"],
+            data, grad, state["momentum_buffer"], scale, lr, momentum, rest, decay,
+            group["nesterov"],
         )  # fmt: skip
 
 

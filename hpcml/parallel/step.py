@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hpcml import rng
-from hpcml.autograd import Tensor, no_grad
+from hpcml.autograd import Tensor
 from hpcml.comm import Mesh
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.nn import Module
+from hpcml.nn.evaluation import evaluating
 from hpcml.optim import Optimizer, clip_scale
 from hpcml.parallel import data
 
@@ -29,19 +30,21 @@ def parallelize(
     zero: int = 0,
     microbatch: int = 0,
     grad_clip: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
     groups: Groups | None = None,
     **settings: Any,
 ) -> Step:
     """Make a training step of a serially written model: `loss_value = step(batch)`.
 
     loss: called as loss(model(*inputs), target) for a batch (*inputs, target); it must be a mean
-        over samples. None: the model is called with the whole batch and returns the loss.
+        over samples, because microbatches count by their samples (not by the targets that an
+        `ignore_index` leaves). None: the model is called with the whole batch and returns the loss.
     optimizer: a class such as `hpcml.optim.AdamW`, made with `settings` (lr=..., ...).
     mesh: where to run; all ranks along "dp" by default.
     microbatch: samples computed at once; 0 for a rank's whole share.
     grad_clip: largest norm of the gradient; 0 for none.
-    seed: parameters without values are made from it and their names, dropout masks too.
+    seed: parameters without values are made from it and their names, dropout masks too; by default
+        the seed of `hpcml.manual_seed`.
     groups: model -> parameter groups, for settings by group; all parameters alike by default.
 
     Raises UserError for what this version cannot do.
@@ -54,6 +57,9 @@ def parallelize(
         raise UserError(f"zero={zero} is not available in this version: use zero=0")
     if microbatch < 0:
         raise UserError(f"microbatch={microbatch} must be 0 (a rank's whole share) or more")
+    if not grad_clip >= 0:
+        raise UserError(f"grad_clip={grad_clip} must be 0 (no limit) or more")
+    seed = rng.seed() if seed is None else seed
     model.name_parts()
     parameters = groups(model) if groups else list(model.parameters())
     with rng.samples(seed, 0):  # first values depend on the seed and the names alone
@@ -91,11 +97,12 @@ class Step:
         (then a rank loads only its own). Raises NonFiniteError, before the update, on all ranks.
         """
         self.optimizer.zero_grad()
+        self.model.zero_grad()  # what the optimizer leaves out would add up for ever
         size, first = _count(batch), getattr(batch, "first", self.samples)
         total = 0.0
         for part in data.microbatches(size, self.microbatch, self.axis):
             with rng.samples(self.seed, first + part.start):
-                loss = self._loss(_slice(batch, part))
+                loss = self._loss(_fields(batch, part))
                 weight = (part.stop - part.start) / size
                 total += loss.item() * weight
                 loss.backward(np.full(loss.shape, weight, loss.dtype))
@@ -114,27 +121,21 @@ class Step:
     def evaluate(self, batches: Iterable[Any]) -> float:
         """Return the mean loss over the samples of `batches`, divided among the ranks."""
         total, count = 0.0, 0
-        self.model.eval()
-        try:
-            with no_grad():
-                for batch in batches:
-                    size = _count(batch)
-                    for part in data.microbatches(size, self.microbatch, self.axis):
-                        loss = self._loss(_slice(batch, part))
-                        total += loss.item() * (part.stop - part.start)
-                    count += size
-        finally:
-            self.model.train()
+        with evaluating(self.model):
+            for batch in batches:
+                size = _count(batch)
+                for part in data.microbatches(size, self.microbatch, self.axis):
+                    loss = self._loss(_fields(batch, part))
+                    total += loss.item() * (part.stop - part.start)
+                count += size
         if count == 0:
             raise UserError("evaluate() got no samples: give it at least one batch")
         return self._sum(total) / count
 
     def try_batch(self, fields: Sequence[Any]) -> None:
         """Evaluate the loss of a batch's fields and forget it: raises what a step would raise."""
-        self.model.eval()
-        with no_grad():
+        with evaluating(self.model):
             self._loss(fields)
-        self.model.train()
 
     def _loss(self, fields: Sequence[Any]) -> Tensor:
         arrays = [_tensor(field, self._dtype) for field in fields]
@@ -154,6 +155,8 @@ class Step:
 
 def _count(batch: Any) -> int:
     """Number of samples of all ranks in a batch."""
+    if isinstance(batch, Mapping):
+        raise UserError("a batch is a tuple of arrays, not a mapping: pass tuple(batch.values())")
     if isinstance(batch, tuple | list):
         sizes = {len(field) for field in batch}
         if len(sizes) != 1:
@@ -166,13 +169,15 @@ def _count(batch: Any) -> int:
     return size
 
 
-def _slice(batch: Any, part: slice) -> Sequence[Any]:
+def _fields(batch: Any, part: slice) -> Sequence[Any]:
+    """The samples `part` of a batch, field by field."""
     if isinstance(batch, tuple | list):
         return [field[part] for field in batch]
-    return batch[part]  # type: ignore[no-any-return]
+    found = batch[part]
+    return found if isinstance(found, tuple | list) else [found]
 
 
 def _tensor(field: Any, dtype: np.dtype[Any]) -> Tensor:
-    """A field of a batch as a tensor; floats in the model's type."""
+    """A field of a batch as a tensor; what is no integer or boolean in the model's type."""
     array = np.asarray(field)
-    return Tensor(array.astype(dtype, copy=False) if array.dtype.kind == "f" else array)
+    return Tensor(array if array.dtype.kind in "biu" else array.astype(dtype, copy=False))
