@@ -43,7 +43,11 @@ class Outcome:
 
 
 def start(command: list[str]) -> Outcome:
-    environ = os.environ | {"HPCML_TEST_LIMIT": "5", "PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+    environ = os.environ | {"HPCML_TEST_LIMIT": "5", "PYTHONPATH": str(ROOT)}
+    environ |= {
+        "COLUMNS": "300",
+        "PY_COLORS": "0",
+    }  # no line cut, some launchers pass for terminals
     return Outcome(
         subprocess.run(
             command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False
