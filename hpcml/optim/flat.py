@@ -15,7 +15,7 @@ from hpcml import kernels, memory, rng
 from hpcml.backend import Array
 from hpcml.nn.parameter import Parameter
 
-ALIGNMENT = 64  # bytes: every parameter starts on a cache line
+ALIGNMENT = 64  # bytes: parameters share no cache line, if the allocator's buffers start on one
 
 Allocate = Callable[[tuple[int, ...], Any, str], Array]
 

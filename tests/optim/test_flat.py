@@ -1,0 +1,176 @@
+"""Flat storage: views, gaps, and what becomes of gradients from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hpcml
+from hpcml import memory, nn
+from hpcml.autograd import Tensor
+from hpcml.optim import SGD, AdamW, FlatStorage
+from hpcml.optim.flat import ALIGNMENT
+
+SHAPES = [(3, 5), (7,), (), (17, 3), (16,), (0, 4), (1,)]
+
+
+def parameters(dtype: Any = np.float32) -> list[nn.Parameter]:
+    random = np.random.default_rng(3)
+    return [nn.Parameter(np.asarray(random.normal(size=shape), dtype)) for shape in SHAPES]
+
+
+def gaps(storage: FlatStorage) -> np.ndarray:
+    """Which elements of the buffers belong to no parameter."""
+    outside = np.ones(storage.size, bool)
+    for part in storage.slices:
+        outside[part] = False
+    return outside
+
+
+def test_parameters_and_gradients_are_views() -> None:
+    made = parameters()
+    before = [p.numpy().copy() for p in made]
+    storage = FlatStorage(made)
+    for p, values, part in zip(made, before, storage.slices, strict=True):
+        np.testing.assert_array_equal(p.numpy(), values)
+        assert p.shape == values.shape
+        storage.data[part] = 7
+        assert (p.numpy() == 7).all()
+        (p * 2.0).sum().backward()
+        assert p.grad is not None and (p.grad.numpy() == 2).all()
+        assert (storage.grad[part] == 2).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_parameter_starts_on_a_cache_line_of_the_buffer(dtype: Any) -> None:
+    storage = FlatStorage(parameters(dtype))
+    line = ALIGNMENT // storage.dtype.itemsize
+    assert all(part.start % line == 0 for part in storage.slices)
+    assert storage.size % line == 0
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.data())
+def test_slices_are_disjoint_in_order_and_groups_are_spans(sizes: list[int], draw: Any) -> None:
+    made = [nn.Parameter(np.full(n, i + 1.0)) for i, n in enumerate(sizes)]
+    storage = FlatStorage(made)
+    for left, right in zip(storage.slices, storage.slices[1:], strict=False):
+        assert left.stop <= right.start
+    cut = draw.draw(st.integers(1, len(made)))
+    first, rest = made[:cut], made[cut:]
+    assert storage.span(first) == slice(0, storage.span(rest).start if rest else storage.size)
+    assert storage.data.sum() == sum((i + 1) * n for i, n in enumerate(sizes))
+
+
+def test_gaps_stay_zero() -> None:
+    """Or sums over the buffers would not be sums over the parameters."""
+    made = parameters()
+    optimizer = AdamW(made, lr=0.1, weight_decay=0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        for p in made:
+            p.grad = Tensor(np.ones(p.shape, np.float32))
+        optimizer.step()
+    outside = gaps(optimizer.storage)
+    assert outside.any()
+    for array in (optimizer.storage.data, optimizer.storage.grad, *optimizer.state.values()):
+        assert not array[outside].any()
+        assert array[~outside].all()
+    count = sum(p.numel() for p in made)
+    assert optimizer.grad_norm() == pytest.approx(np.sqrt(count))
+
+
+def test_weight_gradients_land_in_the_buffer() -> None:
+    """Backward writes there, so nothing is copied before the reduction."""
+    layer = nn.Linear(5, 3)
+    optimizer = SGD(layer.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(Tensor(np.ones((4, 5), np.float32))).sum().backward()
+        for p in layer.parameters():
+            assert p.grad is not None
+            assert np.shares_memory(p.grad.numpy(), optimizer.storage.grad)
+            assert (p.grad.numpy() == 4).all(), "overwritten, not added to the step before"
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    layer = nn.Linear(5, 3)
+    layer.bias.requires_grad = False  # type: ignore[union-attr]
+    before = layer.bias.numpy().copy()  # type: ignore[union-attr]
+    optimizer = AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    layer(Tensor(np.ones((4, 5), np.float32))).sum().backward()
+    optimizer.step()
+    assert optimizer.storage.parameters == [layer.weight]
+    np.testing.assert_array_equal(layer.bias.numpy(), before)  # type: ignore[union-attr]
+
+
+def test_what_gets_no_gradient_gets_zero_not_that_of_the_step_before() -> None:
+    used, unused = nn.Parameter(np.ones(3)), nn.Parameter(np.ones(3))
+    optimizer = SGD([used, unused], lr=1.0)
+    ((used + unused) * 2.0).sum().backward()
+    optimizer.step()
+    np.testing.assert_array_equal(unused.numpy(), [-1, -1, -1])
+    optimizer.zero_grad()
+    (used * 2.0).sum().backward()
+    assert optimizer.grad_norm() == pytest.approx(np.sqrt(12))
+    optimizer.step()
+    np.testing.assert_array_equal(unused.numpy(), [-1, -1, -1])
+    np.testing.assert_array_equal(used.numpy(), [-3, -3, -3])
+    assert unused.grad is not None and not unused.grad.numpy().any()
+
+
+def test_gradients_that_were_there_before_are_kept() -> None:
+    early, late = nn.Parameter(np.ones(3)), nn.Parameter(np.ones(2))
+    (early * 5.0).sum().backward()
+    storage = FlatStorage([early, late])
+    (early * 2.0).sum().backward()
+    storage.finish_gradients()
+    np.testing.assert_array_equal(storage.grad[storage.slices[0]], [7, 7, 7])
+    np.testing.assert_array_equal(storage.grad[storage.slices[1]], [0, 0])
+
+
+def test_types_must_not_be_mixed() -> None:
+    with pytest.raises(ValueError, match=r"float32.*float64"):
+        FlatStorage([nn.Parameter(np.ones(1, np.float32)), nn.Parameter(np.ones(1))])
+
+
+def test_first_values_do_not_depend_on_flat_storage() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3), nn.Linear(3, 7)).name_parts()
+
+    hpcml.manual_seed(11)
+    alone, flat = model(), model()
+    FlatStorage(list(flat.parameters()))
+    for (name, one), other in zip(alone.named_parameters(), flat.parameters(), strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=name)
+
+
+def test_buffers_come_from_the_given_allocator() -> None:
+    asked = []
+
+    def allocate(shape: tuple[int, ...], dtype: Any, category: str) -> Any:
+        asked.append((shape, np.dtype(dtype), category))
+        return memory.zeros(shape, dtype, category)
+
+    storage = AdamW([nn.Parameter(np.ones(3))], allocate=allocate).storage
+    assert asked == [((8,), np.float64, "params"), ((8,), np.float64, "grads")]
+    assert storage.data[:3].all()
+
+
+@pytest.mark.parametrize("leave", ["another type", "another array", "another optimizer"])
+def test_a_parameter_that_left_is_noticed(leave: str) -> None:
+    """Its buffer would be updated without effect."""
+    layer = nn.Linear(2, 2).name_parts()
+    optimizer = SGD(layer.parameters())
+    optimizer.step()
+    if leave == "another type":
+        layer.double()
+    elif leave == "another array":
+        layer.weight.data = np.ones((2, 2), np.float32)
+    else:
+        SGD(layer.parameters()).step()
+    with pytest.raises(RuntimeError, match="weight has left this optimizer"):
+        optimizer.step()
