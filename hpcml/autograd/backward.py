@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from hpcml.autograd.primitive import Context, empty, no_grad
 from hpcml.autograd.tensor import Tensor
-from hpcml.backend import Array, xp
+from hpcml.backend import Array, is_array, xp
 
 
 def _record(root: Context) -> list[Context]:
@@ -20,8 +22,8 @@ def _record(root: Context) -> list[Context]:
         ctx = pending.pop()
         if ctx.released:
             raise RuntimeError(
-                f"backward() ran before through this {ctx.primitive.name}, and what it had saved is "
-                "gone: compute the forward pass again"
+                f"backward() ran before through this {ctx.primitive.name}, and what it had saved "
+                "is gone: compute the forward pass again"
             )
         for source, needed in zip(ctx.sources, ctx.needs, strict=True):
             if needed and isinstance(source, Context) and source not in found:
@@ -54,12 +56,17 @@ class _Gradients:
         ctx._handed = None
         result = ctx.primitive.adjoints[which](ctx, g)
         complete = ctx._pending is None  # the adjoint has included what was there, if anything
-        fresh, ctx._pending, ctx._target = result is ctx._handed, None, None
+        fresh = result is ctx._handed
+        ctx._handed = ctx._pending = ctx._target = None
+        if not is_array(result):
+            result = np.asarray(result)  # NumPy makes scalars of arrays without dimensions
         if result.shape != ctx.shapes[which]:
             raise RuntimeError(
                 f"{ctx.primitive.name}: adjoint {which} returned shape {result.shape} for an input "
                 f"of shape {ctx.shapes[which]}"
             )
+        if result.dtype != ctx.dtypes[which]:
+            result, fresh = result.astype(ctx.dtypes[which]), True
         if leaf is not None:
             self._deliver(leaf, before, result, complete, fresh)
         elif complete:
@@ -80,7 +87,7 @@ class _Gradients:
             before[...] = result
         self.uses[id(leaf)] -= 1
         if self.uses[id(leaf)] == 0:
-            for hook in leaf.grad_hooks:
+            for hook in tuple(leaf.grad_hooks):  # one may remove itself
                 hook(leaf)
 
 
@@ -98,8 +105,12 @@ def backward(root: Tensor, gradient: Array | None = None) -> None:
                 "reduce it with sum() or mean(), or pass the gradient"
             )
         gradient = xp(root.data).ones_like(root.data)
-    elif gradient.shape != root.shape:
-        raise ValueError(f"backward(): gradient {gradient.shape} for a tensor of {root.shape}")
+    else:
+        gradient = xp(root.data).asarray(gradient, dtype=root.dtype)
+    if gradient.shape != root.shape:
+        raise ValueError(
+            f"backward(): gradient of shape {gradient.shape} for a tensor of shape {root.shape}"
+        )
     record: list[Any] = _record(root.ctx)
     gradients = _Gradients(record)
     gradients.of[root.ctx] = (gradient, False)

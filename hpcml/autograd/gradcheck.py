@@ -44,10 +44,10 @@ def gradcheck(
         gradient = np.zeros(tensor.shape) if tensor.gradient is None else tensor.gradient
         start = tensor.data
         for _ in range(directions):
-            d = random.standard_normal(tensor.shape)
-            tensor.data = start + eps * d
+            d = np.asarray(random.standard_normal(tensor.shape))
+            tensor.data = np.asarray(start + eps * d)
             above = value()
-            tensor.data = start - eps * d
+            tensor.data = np.asarray(start - eps * d)
             below = value()
             tensor.data = start
             expected, found = (above - below) / (2 * eps), float((gradient * d).sum())

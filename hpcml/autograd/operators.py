@@ -13,24 +13,32 @@ from hpcml.autograd.ops import fused, linear, pointwise, shape
 if TYPE_CHECKING:
     from hpcml.autograd.tensor import Tensor
 
-Dims = int | tuple[int, ...] | None
+Dims = int | tuple[int, ...] | list[int] | None
 
 
 def plain(value: Any) -> Any:
     """An operand: tensors and arrays as they are, NumPy scalars as Python's (they keep no type)."""
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim):
         return value.item()
     return np.asarray(value) if isinstance(value, list | tuple) else value
 
 
 def array_of(value: Any) -> Any:
     """The array of a tensor; arrays and numbers as they are; lists as arrays."""
-    data = getattr(value, "data", value) if not backend.is_array(value) else value
-    return plain(data)
+    if isinstance(value, Operators):
+        return value.data
+    return value if backend.is_array(value) else plain(value)
 
 
 def _dims(dims: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims
+
+
+def _axis(dim: int, ndim: int) -> int:
+    """Dimension `dim` counted from the front."""
+    if not -ndim <= dim < ndim:
+        raise IndexError(f"dimension {dim} of a tensor with {ndim}: use {-ndim}..{ndim - 1}")
+    return dim % ndim
 
 
 class Operators:
@@ -38,7 +46,11 @@ class Operators:
 
     __slots__ = ()
     data: Any
-    shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the dimensions."""
+        return self.data.shape  # type: ignore[no-any-return]
 
     # --- arithmetic -----------------------------------------------------------------------------
 
@@ -155,12 +167,12 @@ class Operators:
         """Limit to [min, max]; the gradient outside is 0."""
         if min is None and max is None:
             raise ValueError("clamp() needs min, max or both")
-        limited = self.data.clip(min, max)
+        limited = self.data.clip(plain(min), plain(max))
         return pointwise.where(self, limited, condition=limited == self.data)
 
     def masked_fill(self, mask: Any, value: float) -> Tensor:
         """`value` where `mask` holds, self elsewhere."""
-        return pointwise.where(value, self, condition=array_of(mask))
+        return pointwise.where(plain(value), self, condition=array_of(mask))
 
     def float(self) -> Tensor:
         """As float32."""
@@ -205,8 +217,9 @@ class Operators:
 
     def transpose(self, dim0: int, dim1: int) -> Tensor:
         """Exchange two dimensions."""
-        order = list(range(len(self.shape)))
-        order[dim0], order[dim1] = order[dim1], order[dim0]
+        ndim = len(self.shape)
+        order, i, j = list(range(ndim)), _axis(dim0, ndim), _axis(dim1, ndim)
+        order[i], order[j] = j, i
         return shape.permute(self, dims=tuple(order))
 
     @property
@@ -221,18 +234,19 @@ class Operators:
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:
         """Join dimensions start_dim .. end_dim into one."""
         sizes = self.shape or (1,)
-        start, end = start_dim % len(sizes), end_dim % len(sizes)
+        start, end = _axis(start_dim, len(sizes)), _axis(end_dim, len(sizes))
         joined = math.prod(sizes[start : end + 1])
         return shape.reshape(self, shape=(*sizes[:start], joined, *sizes[end + 1 :]))
 
     def unsqueeze(self, dim: int) -> Tensor:
         """Insert a dimension of size 1."""
-        dim %= len(self.shape) + 1
+        dim = _axis(dim, len(self.shape) + 1)
         return shape.reshape(self, shape=(*self.shape[:dim], 1, *self.shape[dim:]))
 
     def squeeze(self, dim: int | None = None) -> Tensor:
         """Remove dimension `dim` if its size is 1, or all such dimensions."""
-        drop = range(len(self.shape)) if dim is None else (dim % len(self.shape),)
+        ndim = len(self.shape)
+        drop = range(ndim) if dim is None else (_axis(dim, ndim or 1),)
         kept = tuple(n for i, n in enumerate(self.shape) if not (i in drop and n == 1))
         return shape.reshape(self, shape=kept)
 
@@ -242,12 +256,15 @@ class Operators:
 
     def split(self, split_size: int | list[int], dim: int = 0) -> tuple[Tensor, ...]:
         """Cut into parts of `split_size` (the last may be smaller), or of the listed sizes."""
+        dim = _axis(dim, len(self.shape))
         total = self.shape[dim]
         if isinstance(split_size, int):
-            split_size = [split_size] * -(-total // split_size)
+            if split_size < 1:
+                raise ValueError(f"split({split_size}): the size must be at least 1")
+            split_size = [split_size] * max(-(-total // split_size), 1)
         elif sum(split_size) != total:
             raise ValueError(f"split({split_size}): the sizes must add up to {total}")
-        lead, parts, start = (slice(None),) * (dim % len(self.shape)), [], 0
+        lead, parts, start = (slice(None),) * dim, [], 0
         for size in split_size:
             parts.append(shape.getitem(self, index=(*lead, slice(start, start + size))))
             start += size
@@ -255,4 +272,5 @@ class Operators:
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
         """Cut into `chunks` parts of equal size, the last possibly smaller."""
-        return self.split(-(-self.shape[dim] // chunks), dim)
+        total = self.shape[_axis(dim, len(self.shape))]
+        return self.split(-(-total // chunks) if total else [0] * chunks, dim)

@@ -21,12 +21,13 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from hpcml import backend, memory
 from hpcml.backend import Array
+from hpcml.errors import UserError
 
 if TYPE_CHECKING:
     from hpcml.autograd.tensor import Tensor
@@ -70,9 +71,10 @@ def saved_tensors_hooks(
 ) -> Iterator[None]:
     """Pass each array saved for backward through `pack` when saved and `unpack` when needed.
 
-    `pack(array)` may return anything; `unpack` must return an array of the same shape and dtype.
-    Parameters are saved by reference and do not pass through. Checkpointing, offloading and
-    compression of activations are built on this seam.
+    `pack(array)` may return anything; `unpack` must return an array of the same shape and dtype. It
+    is called once for each array, when the first adjoint of that use asks. Parameters are saved by
+    reference and do not pass through. Checkpointing, offloading and compression of activations are
+    built on this seam.
     """
     before = (mode.pack, mode.unpack)
     mode.pack, mode.unpack = pack, unpack
@@ -86,7 +88,8 @@ class Context:
     """One use of a primitive: where its inputs came from, and what it saved for its adjoints."""
 
     __slots__ = ("_handed", "_inputs", "_pending", "_pending_ours", "_saved", "_shared", "_target",
-                 "attributes", "needs", "order", "primitive", "shapes", "sources")  # fmt: skip
+                 "attributes", "dtypes", "needs", "order", "primitive", "shapes",
+                 "sources")  # fmt: skip
 
     def __init__(
         self, primitive: Primitive, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]
@@ -95,6 +98,7 @@ class Context:
         self.needs = needs  # which inputs want a gradient
         self.order = next(_order)
         self.shapes: tuple[tuple[int, ...], ...] = ()
+        self.dtypes: tuple[np.dtype[Any] | None, ...] = ()
         self.attributes: Any = None  # small values an adjoint needs: axes, shapes, flags
         # The use that made an input, or the input itself if it is a leaf. Not the tensors between:
         # they would keep every activation alive, needed or not.
@@ -108,7 +112,10 @@ class Context:
         self._pending_ours = False
 
     def save(self, *arrays: Array) -> None:
-        """Keep arrays for the adjoints, which find them in `saved`; nothing unless recording."""
+        """Keep arrays for the adjoints, which find them in `saved`; nothing unless recording.
+
+        Give None for what only adjoints use that `needs` does not ask for: it is freed earlier.
+        """
         if True not in self.needs:
             return
         assert self._saved is not None
@@ -128,6 +135,9 @@ class Context:
     def saved(self) -> list[Array]:
         """The arrays given to `save`, in that order."""
         assert self._saved is not None
+        for i, (unpack, value) in enumerate(self._saved):
+            if unpack is not None and unpack is not _data:
+                self._saved[i] = (None, unpack(value))
         return [value if unpack is None else unpack(value) for unpack, value in self._saved]
 
     def empty(self, shape: tuple[int, ...], like: Array) -> Array:
@@ -136,7 +146,12 @@ class Context:
         Ask once per call and return that very array, of which nobody else may keep a view.
         """
         target = self._target
-        if target is not None and target.shape == shape and target.dtype == like.dtype:
+        if (
+            target is not None
+            and target.shape == shape
+            and target.dtype == like.dtype
+            and target.flags.c_contiguous  # what kernels write to
+        ):
             self._handed = target
         else:
             self._handed = empty(shape, like)
@@ -156,7 +171,7 @@ class Context:
         Add to it in place and return it: for adjoints that touch few elements.
         """
         ours, pending = self._pending_ours, self.take_pending()
-        if pending is not None and ours:
+        if pending is not None and ours and pending.flags.c_contiguous:
             self._handed = pending
             return pending
         result = self.empty(shape, like)
@@ -209,6 +224,8 @@ def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
 class Primitive:
     """A differentiable operation; call it with tensors, arrays or numbers, get a tensor."""
 
+    tensor: ClassVar[type[Tensor]]  # the class of inputs and results, which imports this module
+
     def __init__(self, forward: Callable[..., Array]) -> None:
         self.forward = forward
         self.name = forward.__name__
@@ -221,25 +238,26 @@ class Primitive:
         return function
 
     def __call__(self, *inputs: Any, **attributes: Any) -> Tensor:
-        from hpcml.autograd.tensor import Tensor
-
-        tensors = tuple([x if isinstance(x, Tensor) else None for x in inputs])
+        """Compute the result and, if an input requires a gradient, record the use."""
+        kind = self.tensor
+        tensors = tuple([x if isinstance(x, kind) else None for x in inputs])
         arrays = [x if t is None else t.data for x, t in zip(inputs, tensors, strict=True)]
         if mode.recording:
             needs = tuple([t is not None and t.requires_grad for t in tensors])
         else:
             needs = (False,) * len(inputs)
         ctx = Context(self, tensors, needs)
-        ctx.shapes = tuple([np.shape(a) for a in arrays])
+        ctx.shapes = tuple([getattr(a, "shape", ()) for a in arrays])
+        ctx.dtypes = tuple([getattr(a, "dtype", None) for a in arrays])
         try:
             out = self.forward(ctx, *arrays, **attributes)
         except (ValueError, IndexError, TypeError) as error:
             raise self._explain(error, ctx.shapes) from error
         if True not in needs:
-            return Tensor(out)
+            return kind(out)
         ctx.sources = tuple([None if t is None else t.ctx or t for t in tensors])
-        ctx._inputs = ()
-        result = Tensor(out, requires_grad=True)
+        ctx._inputs, ctx._handed = (), None  # or the record would keep every result
+        result = kind(out, True)
         result.ctx = ctx
         return result
 
@@ -247,7 +265,12 @@ class Primitive:
         text = str(error)
         if text.startswith(f"{self.name}("):
             return error
-        return type(error)(f"{self.name}({', '.join(map(str, shapes))}): {text}")
+        # Not the type itself, unless ours: NumPy's own errors are made from other arguments.
+        kinds: tuple[type[Exception], ...] = (type(error),) if isinstance(error, UserError) else ()
+        kind: type[Exception] = next(
+            k for k in (*kinds, IndexError, TypeError, ValueError) if isinstance(error, k)
+        )
+        return kind(f"{self.name}({', '.join(map(str, shapes))}): {text}")
 
 
 def primitive(forward: Callable[..., Array]) -> Primitive:

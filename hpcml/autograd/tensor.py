@@ -9,15 +9,15 @@ import numpy as np
 
 from hpcml import backend
 from hpcml.autograd.operators import Operators
-from hpcml.autograd.primitive import Context
+from hpcml.autograd.primitive import Context, Primitive, empty
 from hpcml.backend import Array
 
 
 class Tensor(Operators):
     """An n-dimensional array that remembers how it was computed.
 
-    `Tensor(data)` takes an array (kept, not copied), a number or nested lists (float32 unless all
-    integers); operators, methods and names are PyTorch's.
+    `Tensor(data)` takes an array (kept, not copied), a tensor, a number or nested lists (float32
+    unless all integers); operators, methods and names are PyTorch's.
     """
 
     __slots__ = ("__weakref__", "_array", "ctx", "grad_hooks", "gradient", "gradient_buffer",
@@ -26,11 +26,11 @@ class Tensor(Operators):
     is_parameter = False
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
-        if not backend.is_array(data):
-            data = data.data if isinstance(data, Tensor) else np.asarray(data)
-            if data.dtype == np.float64 and not isinstance(data, np.generic):
-                data = data.astype(np.float32)
+        if type(data) is not np.ndarray and not backend.is_array(data):
+            data = _array(data)
         self._array: Array | None = data
+        if requires_grad and data.dtype.kind in "biu":
+            raise TypeError(f"requires_grad=True for {data.dtype}: only floats have gradients")
         self.requires_grad = requires_grad
         self.ctx: Context | None = None
         self.gradient: Array | None = None  # the array behind `grad`
@@ -51,11 +51,6 @@ class Tensor(Operators):
     @data.setter
     def data(self, array: Array) -> None:
         self._array = array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the dimensions."""
-        return self.data.shape  # type: ignore[no-any-return]
 
     @property
     def ndim(self) -> int:
@@ -82,7 +77,7 @@ class Tensor(Operators):
     def numpy(self) -> np.ndarray[Any, Any]:
         """The data as a NumPy array; without a copy on the CPU."""
         data = self.data
-        return data if isinstance(data, np.ndarray) else data.get()  # type: ignore[no-any-return]
+        return data if isinstance(data, np.ndarray) else data.get()
 
     def tolist(self) -> Any:
         """The data as nested lists."""
@@ -108,6 +103,9 @@ class Tensor(Operators):
 
     def __bool__(self) -> bool:
         return bool(self.data)
+
+    def __int__(self) -> int:
+        return int(self.item())
 
     def __float__(self) -> float:
         return float(self.item())
@@ -148,7 +146,11 @@ class Tensor(Operators):
                 buffer[...] = gradient
             self.gradient = buffer
         else:
-            self.gradient = gradient if fresh else gradient.copy()
+            if not fresh:
+                own = empty(gradient.shape, gradient)
+                own[...] = gradient
+                gradient = own
+            self.gradient = gradient
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """Ask for a gradient (leaves only)."""
@@ -179,9 +181,23 @@ class Handle:
     """What registering a hook returns: `remove()` takes the hook away."""
 
     def __init__(self, hooks: list[Any], hook: Any) -> None:
-        self._hooks, self._hook = hooks, hook
+        self._hooks: list[Any] | None = hooks
+        self._hook = hook
 
     def remove(self) -> None:
         """Take the hook away; a second call does nothing."""
-        if self._hook in self._hooks:
+        if self._hooks is not None:
             self._hooks.remove(self._hook)
+            self._hooks = None
+
+
+def _array(data: Any) -> Array:
+    """The array of a tensor or of anything NumPy understands; Python's floats become float32."""
+    if isinstance(data, Tensor):
+        return data.data
+    made = np.asarray(data)
+    typed = hasattr(data, "dtype")  # NumPy's scalars and other libraries' arrays keep their type
+    return made.astype(np.float32) if made.dtype == np.float64 and not typed else made
+
+
+Primitive.tensor = Tensor

@@ -9,6 +9,7 @@ import numpy as np
 
 from hpcml.autograd import Tensor
 from hpcml.autograd.operators import array_of
+from hpcml.backend import xp
 from hpcml.nn import functional as F
 from hpcml.nn.layers import Linear
 from hpcml.nn.module import Module
@@ -62,6 +63,11 @@ class MultiheadAttention(Module):
         added. `is_causal` masks keys after the query. Without weights or masks the probabilities
         are never stored, so ask for the weights only to look at them.
         """
+        if not query.ndim == key.ndim == value.ndim == 3:
+            raise ValueError(
+                f"MultiheadAttention: query {query.shape}, key {key.shape}, value {value.shape}: "
+                "each needs three dimensions, batch, length and width"
+            )
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._project(query, key, value)
@@ -70,7 +76,7 @@ class MultiheadAttention(Module):
         weights = None
         if need_weights:
             weights = F.attention_weights(q, k, mask)
-            out = F.dropout(weights, p, p > 0, self.name) @ v
+            out = F.dropout(weights, p, p > 0, name=self.name) @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             causal = is_causal and mask is None
@@ -105,7 +111,8 @@ class MultiheadAttention(Module):
             shape = (batch, heads, length, keys) if mask.ndim == 3 else (1, 1, length, keys)
             parts.append(mask.reshape(shape))
         if causal:
-            later = np.triu(np.ones((length, keys), bool), 1)
+            m = xp(q.data)
+            later = m.triu(m.ones((length, keys), bool), 1)
             parts.append(_additive(later, q.dtype).reshape(1, 1, length, keys))
         return sum(parts[1:], parts[0]) if parts else None
 
@@ -113,5 +120,5 @@ class MultiheadAttention(Module):
 def _additive(mask: Any, dtype: Any) -> Any:
     mask = array_of(mask)
     if mask.dtype == bool:
-        return np.where(mask, -np.inf, 0.0).astype(dtype)
+        return xp(mask).where(mask, -np.inf, 0.0).astype(dtype)
     return mask.astype(dtype, copy=False)

@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcml.autograd import Tensor
 from hpcml.autograd.operators import array_of
-from hpcml.autograd.ops import fused, pointwise, shape
+from hpcml.autograd.ops import attention, fused, pointwise, shape
 from hpcml.autograd.ops import linear as products
 
 
@@ -25,7 +25,7 @@ def relu(input: Tensor) -> Tensor:
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """input Phi(input), or with approximate="tanh" its tanh form (Hendrycks, Gimpel 2016)."""
-    return pointwise.gelu(input, approximate=approximate)
+    return fused.gelu(input, approximate=approximate)
 
 
 def tanh(input: Tensor) -> Tensor:
@@ -62,7 +62,9 @@ def layer_norm(
     return fused.layer_norm(input, weight, bias, size=math.prod(sizes), eps=eps)
 
 
-def dropout(input: Tensor, p: float = 0.5, training: bool = True, name: str = "dropout") -> Tensor:
+def dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, *, name: str = "dropout"
+) -> Tensor:
     """Zero elements with probability p and scale the rest by 1 / (1 - p); nothing in evaluation.
 
     Dimension 0 counts samples; a sample's mask depends on its number in the run and on `name`.
@@ -78,7 +80,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, name: str = "d
 
 def embedding(input: Any, weight: Tensor) -> Tensor:
     """weight[input]: integers of any shape -> (..., width)."""
-    return fused.embedding(weight, array_of(input))
+    return fused.embedding(weight, np.asarray(input) if isinstance(input, int) else array_of(input))
 
 
 def cross_entropy(
@@ -87,30 +89,34 @@ def cross_entropy(
     """-log softmax(input)[target]: input (N, C) or (N, C, d...), target (N) or (N, d...)."""
     target = array_of(target)
     if input.ndim == 2:
-        return fused.cross_entropy(
-            input, target, ignore_index=ignore_index, reduction=reduction
-        )
+        return fused.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
     if input.ndim < 2:
         raise ValueError(f"cross_entropy({input.shape}): needs (N, C) or (N, C, d...)")
+    if target.shape != (*input.shape[:1], *input.shape[2:]):
+        raise ValueError(
+            f"cross_entropy: input {input.shape} needs a target of shape "
+            f"{(*input.shape[:1], *input.shape[2:])}, not {target.shape}"
+        )
     order = (0, *range(2, input.ndim), 1)
-    rows = input.permute(order).reshape(-1, input.shape[1])
+    rows = input.permute(order).reshape(target.size, input.shape[1])
     loss = fused.cross_entropy(
         rows, target.reshape(-1), ignore_index=ignore_index, reduction=reduction
     )
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
-def mse_loss(input: Tensor, target: Any, reduction: str = "mean") -> Tensor:
+def mse_loss(input: Tensor, target: Any, *, reduction: str = "mean") -> Tensor:
     """(input - target)^2; reduction "mean", "sum" or "none". Shapes must be equal."""
     target = target if isinstance(target, Tensor) else array_of(target)
     if np.shape(target) != input.shape:
         raise ValueError(f"mse_loss: input {input.shape}, target {np.shape(target)}: must be equal")
-    square = (input - target) ** 2
+    square: Tensor = (input - target) ** 2
     if reduction == "none":
         return square
     if reduction not in ("mean", "sum"):
         raise ValueError(f'mse_loss: reduction="{reduction}": use "mean", "sum" or "none"')
-    return square.mean() if reduction == "mean" else square.sum()
+    total: Tensor = square.mean() if reduction == "mean" else square.sum()
+    return total
 
 
 def scaled_dot_product_attention(
@@ -121,6 +127,7 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    *,
     name: str = "attention",
 ) -> Tensor:
     """softmax(scale query key^T + mask) value; query (B, H, T, D), key and value (B, H, S, D).
@@ -129,13 +136,13 @@ def scaled_dot_product_attention(
     1 / sqrt(D) by default. Without a mask the probabilities are never stored.
     """
     if attn_mask is None:
-        return fused.attention(
+        return attention.attention(
             query, key, value, causal=is_causal, scale=scale, p=dropout_p, name=name
         )
     if is_causal:
         raise ValueError("scaled_dot_product_attention: give either attn_mask or is_causal")
     weights = attention_weights(query, key, attn_mask, scale)
-    return dropout(weights, dropout_p, dropout_p > 0, name) @ value
+    return dropout(weights, dropout_p, dropout_p > 0, name=name) @ value
 
 
 def packed_self_attention(
@@ -149,7 +156,9 @@ def packed_self_attention(
 
     Reads and writes the packed array directly, without splitting or transposing it.
     """
-    return fused.packed_attention(qkv, heads=num_heads, causal=is_causal, p=dropout_p, name=name)
+    return attention.packed_attention(
+        qkv, heads=num_heads, causal=is_causal, p=dropout_p, name=name
+    )
 
 
 def attention_weights(
@@ -160,11 +169,15 @@ def attention_weights(
     scores = (query @ key.transpose(-2, -1)) * scale
     if attn_mask is not None:
         mask = array_of(attn_mask)
-        scores = scores.masked_fill(~mask, -np.inf) if mask.dtype == bool else scores + attn_mask
+        if mask.dtype == bool:
+            scores = scores.masked_fill(~mask, -np.inf)
+        else:
+            learned = isinstance(attn_mask, Tensor)
+            scores = scores + (attn_mask if learned else mask.astype(scores.dtype, copy=False))
     return fused.softmax(scores, dim=-1)
 
 
-def pad(input: Tensor, pad: tuple[int, ...], value: float = 0.0) -> Tensor:
+def pad(input: Tensor, pad: tuple[int, ...], *, value: float = 0.0) -> Tensor:
     """Surround by `value`: (before, after) of the last dimension, then of the one before, ..."""
     pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)]
     widths = [(0, 0)] * (input.ndim - len(pairs)) + pairs[::-1]
@@ -205,7 +218,7 @@ def max_pool2d(
     """Maximum over windows: (N, C, H, W) -> (N, C, H', W')."""
     vertical, horizontal = _pair(padding)
     if vertical or horizontal:
-        input = pad(input, (horizontal, horizontal, vertical, vertical), -np.inf)
+        input = pad(input, (horizontal, horizontal, vertical, vertical), value=-np.inf)
     return _pooled(input, kernel_size, stride).amax((-2, -1))
 
 

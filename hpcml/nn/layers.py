@@ -21,7 +21,7 @@ def _positive(layer: str, **sizes: int) -> None:
 class Linear(Module):
     """y = x weight^T + bias: (..., in_features) -> (..., out_features).
 
-    First values uniform on +-1/sqrt(in_features), PyTorch's choice (He et al. 2015 with a = sqrt 5).
+    First values uniform on +-1/sqrt(in_features), as in PyTorch (He et al. 2015, a = sqrt 5).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -148,7 +148,7 @@ class Dropout(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Same shape; dimension 0 counts samples."""
-        return F.dropout(input, self.p, self.training, self.name)
+        return F.dropout(input, self.p, self.training, name=self.name)
 
     def extra_repr(self) -> str:
         """Probability."""
@@ -225,4 +225,4 @@ class MSELoss(Module):
 
     def forward(self, input: Tensor, target: Any) -> Tensor:
         """Equal shapes."""
-        return F.mse_loss(input, target, self.reduction)
+        return F.mse_loss(input, target, reduction=self.reduction)

@@ -14,7 +14,7 @@ from hpcml.nn.parameter import Parameter
 
 
 class Module:
-    """Base class of layers and models: set parameters and modules as attributes, write `forward`."""
+    """Base class of layers and models: set parameters and modules as attributes, add `forward`."""
 
     training: bool = True
     name: str = ""  # qualified name in the model, once `name_parts` was called on the model
@@ -29,8 +29,8 @@ class Module:
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-        registries = self.__dict__.get("_parameters"), self.__dict__.get("_modules")
-        parameters, modules = registries
+        parameters: dict[str, Any] | None = self.__dict__.get("_parameters")
+        modules: dict[str, Any] | None = self.__dict__.get("_modules")
         if parameters is None or modules is None:
             if isinstance(value, Parameter | Module):
                 raise AttributeError(
@@ -39,9 +39,9 @@ class Module:
             return
         for registry, kind in ((parameters, Parameter), (modules, Module)):
             if isinstance(value, kind):
-                registry[name] = value  # type: ignore[index]
+                registry[name] = value
             else:
-                registry.pop(name, None)  # type: ignore[attr-defined]
+                registry.pop(name, None)
 
     def __delattr__(self, name: str) -> None:
         object.__delattr__(self, name)
@@ -55,7 +55,8 @@ class Module:
         raise TypeError(f"{type(self).__name__} defines no forward()")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for pre_hook in self._forward_pre_hooks:
+        """Compute the output, with the hooks before and after."""
+        for pre_hook in tuple(self._forward_pre_hooks):  # one may remove itself
             changed = pre_hook(self, args)
             if changed is not None:
                 args = changed if isinstance(changed, tuple) else (changed,)
@@ -63,7 +64,7 @@ class Module:
             out = _between_boundaries(self, args, kwargs)
         else:
             out = self.forward(*args, **kwargs)
-        for hook in self._forward_hooks:
+        for hook in tuple(self._forward_hooks):
             changed = hook(self, args, out)
             out = out if changed is None else changed
         return out
@@ -89,7 +90,7 @@ class Module:
 
     # --- the tree -------------------------------------------------------------------------------
 
-    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+    def named_modules(self, *, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """This module and all below it with their qualified names, each once, in order."""
         yield from self._named_modules(prefix, set())
 
@@ -114,11 +115,11 @@ class Module:
         return iter(self._modules.values())
 
     def named_parameters(
-        self, prefix: str = "", remove_duplicate: bool = True
+        self, prefix: str = "", *, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Parameter]]:
         """All parameters with qualified names; a shared one once unless told otherwise."""
         seen: set[int] = set()
-        for path, module in self.named_modules(prefix):
+        for path, module in self.named_modules(prefix=prefix):
             for name, parameter in module._parameters.items():
                 if remove_duplicate and id(parameter) in seen:
                     continue
@@ -206,7 +207,7 @@ class Module:
             raise UserError(f"state does not fit {type(self).__name__}: {'; '.join(problems)}")
         for name, parameter in own.items():
             if name in state:
-                parameter.data[...] = _array(state[name])
+                parameter.assign(_array(state[name]))
 
     def extra_repr(self) -> str:
         """What to print between the parentheses."""
@@ -225,8 +226,7 @@ def _register(hooks: list[Callable[..., Any]], hook: Callable[..., Any]) -> Hand
 
 
 def _array(value: Any) -> Array:
-    detached = value.detach() if hasattr(value, "detach") else value
-    return np.asarray(detached)
+    return np.asarray(value.detach() if hasattr(value, "detach") else value)
 
 
 @primitive
@@ -237,7 +237,7 @@ def boundary(ctx: Context, x: Array, *, on_gradient: Callable[[Array], Array | N
 
 
 @boundary.adjoint
-def boundary_x(ctx: Context, g: Array) -> Array:
+def _boundary_x(ctx: Context, g: Array) -> Array:
     changed = ctx.attributes(g)
     return g if changed is None else changed
 
@@ -248,7 +248,7 @@ def _between_boundaries(module: Module, args: tuple[Any, ...], kwargs: dict[str,
 
     def entering(g: Array) -> Array | None:
         gradient = Tensor(g)
-        for hook in module._backward_pre_hooks:
+        for hook in tuple(module._backward_pre_hooks):
             changed = hook(module, (gradient,))
             gradient = gradient if changed is None else _first(changed)
         of_output.append(gradient)
@@ -256,7 +256,7 @@ def _between_boundaries(module: Module, args: tuple[Any, ...], kwargs: dict[str,
 
     def leaving(g: Array | None) -> Array | None:
         gradient = None if g is None else Tensor(g)
-        for hook in module._backward_hooks:
+        for hook in tuple(module._backward_hooks):
             changed = hook(module, (gradient,), (of_output[-1],))
             gradient = gradient if changed is None else _first(changed)
         return of_output[-1].data if g is None else _data(gradient)

@@ -27,6 +27,7 @@ class Normal:
     mean: float = 0.0
 
     def __call__(self, out: np.ndarray[Any, Any], key: int, start: int) -> None:
+        """Fill the flat array `out`."""
         rng.normal(key, start, out)
         out *= out.dtype.type(self.std)
         out += out.dtype.type(self.mean)
@@ -39,6 +40,7 @@ class Uniform:
     bound: float
 
     def __call__(self, out: np.ndarray[Any, Any], key: int, start: int) -> None:
+        """Fill the flat array `out`."""
         rng.uniform(key, start, out)
         out *= out.dtype.type(2 * self.bound)
         out -= out.dtype.type(self.bound)
@@ -51,6 +53,7 @@ class Constant:
     value: float = 0.0
 
     def __call__(self, out: np.ndarray[Any, Any], key: int, start: int) -> None:
+        """Fill the flat array `out`."""
         out[...] = self.value
 
 
@@ -77,6 +80,8 @@ class Parameter(Tensor):
         if (data is None) == (shape is None):
             raise ValueError("Parameter needs either data, or a shape and a rule for first values")
         super().__init__(np.empty(0, np.float32) if data is None else data, requires_grad)
+        self._shape: tuple[int, ...]
+        self._dtype: np.dtype[Any]
         self.init: Init = init or Constant()
         self.layout: dict[str, str] = {}  # axis -> state; replicated where nothing is said
         self.name = rng.anonymous()  # until a model gives it its own
@@ -87,20 +92,26 @@ class Parameter(Tensor):
             self._array = None
             self._shape, self._dtype = shape, np.dtype(dtype)
         else:
-            self._shape, self._dtype = self._array.shape, self._array.dtype
+            self.data = self._array
 
     @property
     def data(self) -> Array:
         """The values, made now if they have not been needed before."""
         if self._array is None:
-            with memory.category("params"):
-                self._array = memory.empty(self._shape, self._dtype)
+            self._array = memory.empty(self._shape, self._dtype, "params")
             self.fill(self._array.reshape(-1), 0, rng.seed())
         return self._array
 
     @data.setter
     def data(self, array: Array) -> None:
         self._array = array
+        self._shape, self._dtype = array.shape, array.dtype
+
+    def assign(self, values: Array) -> None:
+        """Copy values in; first values that have not been made are not made for it."""
+        if self._array is None:
+            self._array = memory.empty(self._shape, self._dtype, "params")
+        self._array[...] = values
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,7 +133,9 @@ class Parameter(Tensor):
         self.init(out, rng.key(seed, "parameter", self.name), start)
 
     def to_dtype(self, dtype: Any) -> None:
-        """Change the type of the elements in place."""
+        """Change the type of the elements in place; the gradient, of the old type, is forgotten."""
         self._dtype = np.dtype(dtype)
-        if self._array is not None:
-            self._array = self._array.astype(self._dtype)
+        self.gradient = None
+        if self._array is not None and self._array.dtype != self._dtype:
+            values, self._array = self._array, None
+            self.assign(values)

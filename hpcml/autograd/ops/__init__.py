@@ -1,1 +1,1 @@
-"""The differentiable operations, by kind; `hpcml.autograd.methods` gives tensors their operators."""
+"""The differentiable operations, by kind; `autograd.operators` gives tensors their names."""

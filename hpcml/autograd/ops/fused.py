@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import numpy as np
 
 from hpcml import kernels, rng
-from hpcml.autograd.ops.pointwise import contiguous
+from hpcml.autograd.ops.arrays import check_indices, contiguous, floats, integers, same_type
 from hpcml.autograd.primitive import Context, empty, primitive
 from hpcml.backend import Array, xp
+
+
+def _below_maximum(ctx: Context, x: Array, dim: int) -> Array:
+    """x - max x along `dim`, of which the exponential cannot overflow."""
+    if x.size == 0:
+        return ctx.empty(x.shape, x)  # the maximum of nothing would be an error
+    return xp(x).subtract(x, x.max(axis=dim, keepdims=True), out=ctx.empty(x.shape, x))
 
 
 @primitive
 def softmax(ctx: Context, x: Array, *, dim: int = -1) -> Array:
     """exp(x) / sum exp(x) along `dim`."""
     m = xp(x)
-    out = m.subtract(x, x.max(axis=dim, keepdims=True), out=ctx.empty(x.shape, x))
+    out = _below_maximum(ctx, x, dim)
     m.exp(out, out=out)
     out /= out.sum(axis=dim, keepdims=True)
     ctx.attributes = dim
@@ -28,14 +32,16 @@ def softmax(ctx: Context, x: Array, *, dim: int = -1) -> Array:
 @softmax.adjoint
 def softmax_x(ctx: Context, g: Array) -> Array:
     (y,) = ctx.saved
-    return y * (g - (g * y).sum(axis=ctx.attributes, keepdims=True))
+    out = xp(y).multiply(g, y, out=ctx.empty(y.shape, y))
+    out -= y * out.sum(axis=ctx.attributes, keepdims=True)
+    return out
 
 
 @primitive
 def log_softmax(ctx: Context, x: Array, *, dim: int = -1) -> Array:
     """x - log sum exp(x) along `dim`."""
     m = xp(x)
-    out = m.subtract(x, x.max(axis=dim, keepdims=True), out=ctx.empty(x.shape, x))
+    out = _below_maximum(ctx, x, dim)
     out -= m.log(m.exp(out).sum(axis=dim, keepdims=True))
     ctx.attributes = dim
     ctx.save(out)
@@ -45,7 +51,9 @@ def log_softmax(ctx: Context, x: Array, *, dim: int = -1) -> Array:
 @log_softmax.adjoint
 def log_softmax_x(ctx: Context, g: Array) -> Array:
     (y,) = ctx.saved
-    return g - xp(y).exp(y) * g.sum(axis=ctx.attributes, keepdims=True)
+    out = xp(y).exp(y, out=ctx.empty(y.shape, y))
+    out *= g.sum(axis=ctx.attributes, keepdims=True)
+    return xp(y).subtract(g, out, out=out)
 
 
 @primitive
@@ -56,15 +64,19 @@ def layer_norm(
 
     Ba, Kiros, Hinton 2016. x (..., size), weight, bias of `size` elements or None.
     """
-    x = contiguous(x)
+    for name, array in (("weight", weight), ("bias", bias)):
+        if array is not None and array.size != size:
+            raise ValueError(f"{name} {array.shape} must have {size} elements")
+    same_type("layer_norm", x=x, weight=weight, bias=bias)
+    x = floats(x)
     rows = x.size // size if size else 0
     none = empty((0,), x)
     mean, inverse = empty((rows,), x), empty((rows,), x)
     out = ctx.empty(x.shape, x)
     kernels.of(x).layer_norm(
-        x.reshape(rows, size), none if weight is None else weight.reshape(-1),
-        none if bias is None else bias.reshape(-1), x.dtype.type(eps), out.reshape(rows, size),
-        mean, inverse,
+        x.reshape(rows, size), none if weight is None else contiguous(weight).reshape(-1),
+        none if bias is None else contiguous(bias).reshape(-1), x.dtype.type(eps),
+        out.reshape(rows, size), mean, inverse,
     )  # fmt: skip
     ctx.attributes = rows, size, mean, inverse
     ctx.save(x, weight)
@@ -80,7 +92,7 @@ def layer_norm_x(ctx: Context, g: Array) -> Array:
     out = ctx.empty(x.shape, x)
     kernels.of(x).layer_norm_backward(
         contiguous(g).reshape(rows, size), x.reshape(rows, size),
-        none[:0, 0] if weight is None else weight.reshape(-1), mean, inverse,
+        none[:0, 0] if weight is None else contiguous(weight).reshape(-1), mean, inverse,
         none if pending is None else contiguous(pending).reshape(rows, size),
         out.reshape(rows, size),
     )  # fmt: skip
@@ -106,16 +118,6 @@ def layer_norm_bias(ctx: Context, g: Array) -> Array:
     return out
 
 
-def check_indices(index: Array, count: int, what: str) -> None:
-    """Raise an IndexError unless 0 <= index < count everywhere: compiled loops do not look."""
-    if index.dtype.kind not in "iu":
-        raise TypeError(f"{what} must be integers, not {index.dtype}")
-    if index.size:
-        least, most = int(index.min()), int(index.max())
-        if least < 0 or most >= count:
-            raise IndexError(f"{what} {least if least < 0 else most} is outside 0..{count - 1}")
-
-
 @primitive
 def cross_entropy(
     ctx: Context, logits: Array, target: Array, *, ignore_index: int = -100, reduction: str = "mean"
@@ -125,11 +127,12 @@ def cross_entropy(
     reduction: "mean" over the targets that are not `ignore_index`, "sum", or "none" -> (N).
     """
     if logits.ndim != 2 or target.shape != logits.shape[:1]:
-        raise ValueError(f"logits must be (N, C) and targets (N), not {logits.shape}, {target.shape}")
+        raise ValueError(
+            f"logits must be (N, C) and targets (N), not {logits.shape}, {target.shape}"
+        )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction="{reduction}": use "mean", "sum" or "none"')
-    logits = contiguous(logits)
-    target = contiguous(target.astype(np.int64, copy=False))
+    logits, target = floats(logits), integers(target, "target")
     used = target != ignore_index
     check_indices(target[used], logits.shape[1], "target")
     loss, lse = empty(target.shape, logits), empty(target.shape, logits)
@@ -157,18 +160,21 @@ def cross_entropy_logits(ctx: Context, g: Array) -> Array:
 @primitive
 def embedding(ctx: Context, weight: Array, index: Array) -> Array:
     """weight[index]: weight (count, width), index (...) of integers -> (..., width)."""
+    index = integers(index, "index")
     check_indices(index, weight.shape[0], "index")
     ctx.attributes = index
     out = ctx.empty((*index.shape, weight.shape[1]), weight)
-    # "clip" never applies after the check; the default would go through a second buffer
-    return xp(weight).take(weight, index, axis=0, out=out, mode="clip")
+    if xp(weight) is np:
+        # "clip" never applies after the check; the default would go through a second buffer
+        return np.take(weight, index, axis=0, out=out, mode="clip")
+    return xp(weight).take(weight, index, axis=0, out=out)
 
 
 @embedding.adjoint
 def embedding_weight(ctx: Context, g: Array) -> Array:
-    index = contiguous(ctx.attributes.astype(np.int64, copy=False)).reshape(-1)
+    index = ctx.attributes.reshape(-1)
     out = ctx.accumulator(ctx.shapes[0], g)
-    kernels.of(g).embedding_backward(contiguous(g).reshape(-1, g.shape[-1]), index, out)
+    kernels.of(g).embedding_backward(contiguous(g).reshape(index.size, -1), index, out)
     return out
 
 
@@ -187,7 +193,7 @@ def dropout(ctx: Context, x: Array, *, p: float, name: str) -> Array:
     """
     key, first = rng.draw(name)
     ctx.attributes = np.uint64(key), np.uint64(first), np.uint32(threshold(p))
-    return _drop(ctx, x)
+    return _drop(ctx, floats(x))
 
 
 @dropout.adjoint
@@ -204,97 +210,25 @@ def _drop(ctx: Context, x: Array) -> Array:
     return out
 
 
-def _heads(x: Array, heads: int) -> Array:
-    """(B, T, heads * D) as (B, heads, T, D), a view."""
-    batch, length, width = x.shape
-    return x.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
-
-
-def _prepare(
-    ctx: Context, q: Array, scale: float | None, causal: bool, p: float, name: str
-) -> None:
-    key, first = rng.draw(name) if p > 0 else (0, 0)
-    factor = q.dtype.type(1 / math.sqrt(q.shape[3]) if scale is None else scale)
-    ctx.attributes = (factor, causal, np.uint64(key), np.uint64(first), np.uint32(threshold(p)))
-
-
 @primitive
-def packed_attention(
-    ctx: Context, qkv: Array, *, heads: int, causal: bool, p: float = 0.0, name: str = "attention"
-) -> Array:
-    """Self-attention of packed projections: qkv (B, T, 3 C), [q | k | v] -> (B, T, C)."""
-    batch, length, width = qkv.shape
-    if width % (3 * heads):
-        raise ValueError(f"width {width} is not 3 * heads({heads}) * a head size")
-    qkv = contiguous(qkv)
-    q, k, v = _thirds(qkv, heads)
-    _prepare(ctx, q, None, causal, p, name)
-    out, lse = ctx.empty((batch, length, width // 3), qkv), empty((batch, heads, length), qkv)
-    kernels.of(qkv).attention(q, k, v, *ctx.attributes, _heads(out, heads), lse)
-    ctx.save(qkv, out, lse)
+def gelu(ctx: Context, x: Array, *, approximate: str = "none") -> Array:
+    """x Phi(x), or its tanh form (Hendrycks and Gimpel 2016)."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'approximate="{approximate}": use "none" or "tanh"')
+    x = floats(x)
+    ctx.save(x)
+    ctx.attributes = approximate
+    out = ctx.empty(x.shape, x)
+    kernel = kernels.of(x)
+    (kernel.gelu if approximate == "none" else kernel.gelu_tanh)(x.reshape(-1), out.reshape(-1))
     return out
 
 
-def _thirds(qkv: Array, heads: int) -> list[Array]:
-    width = qkv.shape[2] // 3
-    return [_heads(qkv[:, :, i * width : (i + 1) * width], heads) for i in range(3)]
-
-
-@packed_attention.adjoint
-def packed_attention_qkv(ctx: Context, g: Array) -> Array:
-    qkv, out, lse = ctx.saved
-    heads = lse.shape[1]
-    result = ctx.empty(qkv.shape, qkv)
-    kernels.of(qkv).attention_backward(
-        *_thirds(qkv, heads), _heads(out, heads), lse, _heads(contiguous(g), heads),
-        *ctx.attributes, *_thirds(result, heads),
-    )  # fmt: skip
-    return result
-
-
-@primitive
-def attention(
-    ctx: Context, q: Array, k: Array, v: Array, *,
-    causal: bool = False, scale: float | None = None, p: float = 0.0, name: str = "attention",
-) -> Array:  # fmt: skip
-    """softmax(scale q k^T) v: q (B, H, T, D), k, v (B, H, S, D) -> (B, H, T, D)."""
-    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q (B, H, T, D), k, v (B, H, S, D) needed, not {q.shape}, {k.shape}, {v.shape}")
-    q, k, v = _row_major(q), _row_major(k), _row_major(v)
-    _prepare(ctx, q, scale, causal, p, name)
-    out, lse = ctx.empty(q.shape, q), empty(q.shape[:3], q)
-    kernels.of(q).attention(q, k, v, *ctx.attributes, out, lse)
-    ctx.save(q, k, v, out, lse)
+@gelu.adjoint
+def gelu_x(ctx: Context, g: Array) -> Array:
+    (x,) = ctx.saved
+    out = ctx.empty(x.shape, x)
+    k = kernels.of(x)
+    kernel = k.gelu_backward if ctx.attributes == "none" else k.gelu_tanh_backward
+    kernel(contiguous(g).reshape(-1), x.reshape(-1), out.reshape(-1))
     return out
-
-
-def _row_major(x: Array) -> Array:
-    """x, or a copy whose rows are contiguous: all that the attention kernels ask."""
-    rows = x.strides[3] == x.itemsize and x.strides[2] >= x.shape[3] * x.itemsize
-    return x if rows else xp(x).ascontiguousarray(x)
-
-
-def _attention_gradients(ctx: Context, g: Array) -> Any:
-    q, k, v, out, lse = ctx.saved
-
-    def compute() -> tuple[Array, Array, Array]:
-        grads = empty(q.shape, q), empty(k.shape, k), empty(v.shape, v)
-        kernels.of(q).attention_backward(q, k, v, out, lse, _row_major(g), *ctx.attributes, *grads)
-        return grads
-
-    return ctx.shared(compute)
-
-
-@attention.adjoint
-def attention_q(ctx: Context, g: Array) -> Array:
-    return _attention_gradients(ctx, g)[0]
-
-
-@attention.adjoint
-def attention_k(ctx: Context, g: Array) -> Array:
-    return _attention_gradients(ctx, g)[1]
-
-
-@attention.adjoint
-def attention_v(ctx: Context, g: Array) -> Array:
-    return _attention_gradients(ctx, g)[2]

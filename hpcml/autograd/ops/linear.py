@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from hpcml import kernels
-from hpcml.autograd.ops.pointwise import contiguous
+from hpcml.autograd.ops.arrays import contiguous, same_type
 from hpcml.autograd.primitive import Context, primitive
 from hpcml.backend import Array, xp
 
@@ -23,15 +23,14 @@ def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
             f"linear(x {x.shape}, weight {weight.shape}): the last size of x must be the second of "
             "weight"
         )
-    if x.dtype != weight.dtype:
-        raise TypeError(f"linear(x of {x.dtype}, weight of {weight.dtype}): convert one of them")
+    same_type("linear", x=x, weight=weight, bias=bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear(weight {weight.shape}, bias {bias.shape}): bias must be (out,)")
-    ctx.save(x, weight)
+    ctx.save(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
     out = ctx.empty((*x.shape[:-1], weight.shape[0]), x)
     xp(x).matmul(_rows(x), weight.T, out=_rows(out))
     if bias is not None:
-        kernels.of(out).add_bias(_rows(out), bias)
+        kernels.of(out).add_bias(_rows(out), contiguous(bias))
     return out
 
 
@@ -61,29 +60,34 @@ def matmul(ctx: Context, a: Array, b: Array) -> Array:
     """Matrix product over the last two dimensions, the others broadcast (NumPy's rules)."""
     if a.ndim == 0 or b.ndim == 0:
         raise ValueError("needs at least one dimension on both sides")
-    ctx.save(a, b)
-    return xp(a).asarray(xp(a).matmul(a, b))
+    same_type("matmul", a=a, b=b)
+    ctx.save(a if ctx.needs[1] else None, b if ctx.needs[0] else None)
+    m = xp(a)
+    if a.ndim == 1 or b.ndim == 1 or a.shape[-1] != b.shape[-2]:
+        return m.asarray(m.matmul(a, b))
+    batch = () if a.ndim == 2 == b.ndim else m.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return m.matmul(a, b, out=ctx.empty((*batch, a.shape[-2], b.shape[-1]), a))
 
 
-def _matrices(ctx: Context, g: Array) -> tuple[Array, Array, Array]:
-    """(a, b, g) with vectors made matrices: the missing dimension put back as size 1."""
-    a, b = ctx.saved
-    if a.ndim == 1:
-        a, g = a[None, :], xp(g).expand_dims(g, -2 if b.ndim > 1 else 0)
-    if b.ndim == 1:
-        b, g = b[:, None], xp(g).expand_dims(g, -1)
-    return a, b, g
+def _as_matrices(ctx: Context, g: Array) -> Array:
+    """g of the product of matrices: the dimensions that vectors lack put back as size 1."""
+    a, b = (len(shape) for shape in ctx.shapes)
+    if a == 1:
+        g = xp(g).expand_dims(g, -2 if b > 1 else 0)
+    return xp(g).expand_dims(g, -1) if b == 1 else g
 
 
 @matmul.adjoint
 def matmul_a(ctx: Context, g: Array) -> Array:
-    a, b, g = _matrices(ctx, g)
-    grad = xp(g).matmul(g, b.swapaxes(-1, -2))
-    return ctx.fit(grad.reshape(grad.shape[:-2] + grad.shape[-1:]) if len(ctx.shapes[0]) == 1 else grad, 0)
+    _, b = ctx.saved
+    b = b[:, None] if b.ndim == 1 else b
+    gradient = xp(g).matmul(_as_matrices(ctx, g), b.swapaxes(-1, -2))
+    return ctx.fit(gradient[..., 0, :] if len(ctx.shapes[0]) == 1 else gradient, 0)
 
 
 @matmul.adjoint
 def matmul_b(ctx: Context, g: Array) -> Array:
-    a, b, g = _matrices(ctx, g)
-    grad = xp(g).matmul(a.swapaxes(-1, -2), g)
-    return ctx.fit(grad[..., 0] if len(ctx.shapes[1]) == 1 else grad, 1)
+    a, _ = ctx.saved
+    a = a[None, :] if a.ndim == 1 else a
+    gradient = xp(g).matmul(a.swapaxes(-1, -2), _as_matrices(ctx, g))
+    return ctx.fit(gradient[..., 0] if len(ctx.shapes[1]) == 1 else gradient, 1)

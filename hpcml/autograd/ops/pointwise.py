@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from hpcml import kernels
+from hpcml.autograd.ops.arrays import promoted
 from hpcml.autograd.primitive import Context, primitive
 from hpcml.backend import Array, xp
 
 
 def _apply(ctx: Context, name: str, *arrays: Any) -> Array:
-    """Evaluate a ufunc, into counted memory where the result's type is that of the inputs."""
+    """Evaluate a ufunc, into counted memory where the result is of floats."""
+    types = {d for d in ctx.dtypes if d is not None}
+    if len(types) > 1 or next(iter(types)).kind in "biu":
+        arrays = promoted(name, arrays)
     first = next(a for a in arrays if hasattr(a, "dtype"))
-    same = first.dtype.kind == "f" and all(
-        a.dtype == first.dtype if hasattr(a, "dtype") else isinstance(a, int | float) for a in arrays
-    )
     function = getattr(xp(first), name)
-    if not same:
+    if first.dtype.kind in "biu":
         return function(*arrays)
-    shape = first.shape
-    if any(np.shape(a) != shape for a in arrays[1:]):
-        shape = np.broadcast_shapes(*[np.shape(a) for a in arrays])
+    shapes = [shape for shape in ctx.shapes if shape]
+    if shapes and shapes.count(shapes[0]) == len(shapes):
+        shape = shapes[0]
+    else:
+        shape = xp(first).broadcast(*arrays).shape
     return function(*arrays, out=ctx.empty(shape, first))
+
+
+def _times(ctx: Context, g: Array, factor: Any) -> Array:
+    """g * factor, which broadcasts to g, in counted memory."""
+    return xp(g).multiply(g, factor, out=ctx.empty(g.shape, g))
 
 
 @primitive
@@ -55,39 +60,40 @@ def sub_a(ctx: Context, g: Array) -> Array:
 
 @sub.adjoint
 def sub_b(ctx: Context, g: Array) -> Array:
-    return ctx.fit(-g, 1)
+    return ctx.fit(xp(g).negative(g, out=ctx.empty(g.shape, g)), 1)
 
 
 @primitive
 def mul(ctx: Context, a: Array, b: Array) -> Array:
     """a * b."""
-    ctx.save(a, b)
+    for_a, for_b = ctx.needs
+    ctx.save(a if for_b else None, b if for_a else None)
     return _apply(ctx, "multiply", a, b)
 
 
 @mul.adjoint
 def mul_a(ctx: Context, g: Array) -> Array:
     _, b = ctx.saved
-    return ctx.fit(g * b, 0)
+    return ctx.fit(_times(ctx, g, b), 0)
 
 
 @mul.adjoint
 def mul_b(ctx: Context, g: Array) -> Array:
     a, _ = ctx.saved
-    return ctx.fit(g * a, 1)
+    return ctx.fit(_times(ctx, g, a), 1)
 
 
 @primitive
 def div(ctx: Context, a: Array, b: Array) -> Array:
     """a / b."""
-    ctx.save(a, b)
+    ctx.save(a if ctx.needs[1] else None, b)
     return _apply(ctx, "true_divide", a, b)
 
 
 @div.adjoint
 def div_a(ctx: Context, g: Array) -> Array:
     _, b = ctx.saved
-    return ctx.fit(g / b, 0)
+    return ctx.fit(xp(g).true_divide(g, b, out=ctx.empty(g.shape, g)), 0)
 
 
 @div.adjoint
@@ -106,14 +112,19 @@ def power(ctx: Context, a: Array, b: Array) -> Array:
 @power.adjoint
 def power_a(ctx: Context, g: Array) -> Array:
     a, b = ctx.saved
-    return ctx.fit(g * b * a ** (b - 1), 0)
+    if hasattr(b, "dtype"):
+        power = a ** xp(b).where(b == 0, 1, b - 1)  # so that 0 ** 0 has no infinite slope
+    else:
+        power = a ** (b - 1 if b else 1)
+    return ctx.fit(_times(ctx, g, b * power), 0)
 
 
 @power.adjoint
 def power_b(ctx: Context, g: Array) -> Array:
     a, b = ctx.saved
     m = xp(g)
-    return ctx.fit(g * a**b * m.log(m.where(a > 0, a, 1)), 1)
+    vanishes = (a == 0) & (b >= 0)  # there the logarithm does not exist
+    return ctx.fit(_times(ctx, g, a**b * m.log(m.where(vanishes, 1, a))), 1)
 
 
 @primitive
@@ -124,7 +135,7 @@ def neg(ctx: Context, a: Array) -> Array:
 
 @neg.adjoint
 def neg_a(ctx: Context, g: Array) -> Array:
-    return -g
+    return xp(g).negative(g, out=ctx.empty(g.shape, g))
 
 
 @primitive
@@ -138,7 +149,7 @@ def exp(ctx: Context, a: Array) -> Array:
 @exp.adjoint
 def exp_a(ctx: Context, g: Array) -> Array:
     (out,) = ctx.saved
-    return g * out
+    return _times(ctx, g, out)
 
 
 @primitive
@@ -151,7 +162,7 @@ def log(ctx: Context, a: Array) -> Array:
 @log.adjoint
 def log_a(ctx: Context, g: Array) -> Array:
     (a,) = ctx.saved
-    return g / a
+    return xp(g).true_divide(g, a, out=ctx.empty(g.shape, g))
 
 
 @primitive
@@ -165,7 +176,7 @@ def sqrt(ctx: Context, a: Array) -> Array:
 @sqrt.adjoint
 def sqrt_a(ctx: Context, g: Array) -> Array:
     (out,) = ctx.saved
-    return g / (2 * out)
+    return xp(g).true_divide(g, 2 * out, out=ctx.empty(g.shape, g))
 
 
 @primitive
@@ -178,7 +189,7 @@ def absolute(ctx: Context, a: Array) -> Array:
 @absolute.adjoint
 def absolute_a(ctx: Context, g: Array) -> Array:
     (a,) = ctx.saved
-    return g * xp(g).sign(a)
+    return _times(ctx, g, xp(g).sign(a))
 
 
 @primitive
@@ -192,14 +203,14 @@ def tanh(ctx: Context, a: Array) -> Array:
 @tanh.adjoint
 def tanh_a(ctx: Context, g: Array) -> Array:
     (out,) = ctx.saved
-    return g * (1 - out * out)
+    return _times(ctx, g, 1 - out * out)
 
 
 @primitive
 def sigmoid(ctx: Context, a: Array) -> Array:
     """1 / (1 + e ** -a), by tanh, which cannot overflow."""
     out = _apply(ctx, "multiply", a, 0.5)
-    xp(a).tanh(out, out=out)
+    xp(out).tanh(out, out=out)
     out *= 0.5
     out += 0.5
     ctx.save(out)
@@ -209,7 +220,7 @@ def sigmoid(ctx: Context, a: Array) -> Array:
 @sigmoid.adjoint
 def sigmoid_a(ctx: Context, g: Array) -> Array:
     (out,) = ctx.saved
-    return g * out * (1 - out)
+    return _times(ctx, g, out * (1 - out))
 
 
 @primitive
@@ -223,7 +234,7 @@ def relu(ctx: Context, a: Array) -> Array:
 @relu.adjoint
 def relu_a(ctx: Context, g: Array) -> Array:
     (out,) = ctx.saved
-    return g * (out > 0)
+    return _times(ctx, g, out > 0)
 
 
 @primitive
@@ -236,13 +247,13 @@ def maximum(ctx: Context, a: Array, b: Array) -> Array:
 @maximum.adjoint
 def maximum_a(ctx: Context, g: Array) -> Array:
     a, b = ctx.saved
-    return ctx.fit(g * ((a > b) + 0.5 * (a == b)).astype(g.dtype), 0)
+    return ctx.fit(_times(ctx, g, (a > b) + 0.5 * (a == b)), 0)
 
 
 @maximum.adjoint
 def maximum_b(ctx: Context, g: Array) -> Array:
     a, b = ctx.saved
-    return ctx.fit(g * ((b > a) + 0.5 * (a == b)).astype(g.dtype), 1)
+    return ctx.fit(_times(ctx, g, (b > a) + 0.5 * (a == b)), 1)
 
 
 @primitive
@@ -263,41 +274,11 @@ def where_b(ctx: Context, g: Array) -> Array:
 
 
 @primitive
-def gelu(ctx: Context, x: Array, *, approximate: str = "none") -> Array:
-    """x Phi(x), or its tanh form (Hendrycks and Gimpel 2016)."""
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f'approximate="{approximate}": use "none" or "tanh"')
-    x = contiguous(x)
-    ctx.save(x)
-    ctx.attributes = approximate
-    out = ctx.empty(x.shape, x)
-    kernel = kernels.of(x)
-    (kernel.gelu if approximate == "none" else kernel.gelu_tanh)(x.reshape(-1), out.reshape(-1))
-    return out
-
-
-@gelu.adjoint
-def gelu_x(ctx: Context, g: Array) -> Array:
-    (x,) = ctx.saved
-    out = ctx.empty(x.shape, x)
-    k = kernels.of(x)
-    kernel = k.gelu_backward if ctx.attributes == "none" else k.gelu_tanh_backward
-    kernel(contiguous(g).reshape(-1), x.reshape(-1), out.reshape(-1))
-    return out
-
-
-@primitive
 def cast(ctx: Context, x: Array, *, dtype: Any) -> Array:
-    """x with elements of another float type; the gradient is cast back."""
-    ctx.attributes = x.dtype
-    return x.astype(dtype)
+    """x with elements of another float type; the gradient is cast back, as every gradient is."""
+    return x.astype(dtype, copy=False)
 
 
 @cast.adjoint
 def cast_x(ctx: Context, g: Array) -> Array:
-    return g.astype(ctx.attributes)
-
-
-def contiguous(x: Array) -> Array:
-    """Return x, or a copy of it if its elements do not lie in order."""
-    return x if x.flags.c_contiguous else xp(x).ascontiguousarray(x)
+    return g

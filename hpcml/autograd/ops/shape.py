@@ -10,7 +10,12 @@ import numpy as np
 from hpcml.autograd.primitive import Context, primitive, unbroadcast
 from hpcml.backend import Array, xp
 
-Axes = int | tuple[int, ...] | None
+Axes = int | tuple[int, ...] | list[int] | None
+
+
+def _axes(dim: Axes) -> int | tuple[int, ...] | None:
+    """Dimensions as NumPy takes them."""
+    return tuple(dim) if isinstance(dim, list) else dim
 
 
 def _kept(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
@@ -30,7 +35,7 @@ def _spread(ctx: Context, g: Array, axes: Axes) -> Array:
 @primitive
 def sum(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> Array:
     """Sum over `dim` (all by default)."""
-    ctx.attributes = dim
+    ctx.attributes = dim = _axes(dim)
     return xp(x).asarray(x.sum(axis=dim, keepdims=keepdim))
 
 
@@ -42,7 +47,11 @@ def sum_x(ctx: Context, g: Array) -> Array:
 @primitive
 def mean(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> Array:
     """Mean over `dim` (all by default)."""
-    out = xp(x).asarray(x.mean(axis=dim, keepdims=keepdim))
+    dim = _axes(dim)
+    if x.size:
+        out = xp(x).asarray(x.mean(axis=dim, keepdims=keepdim))
+    else:  # NaN, for which NumPy would warn
+        out = xp(x).asarray(x.sum(axis=dim, keepdims=keepdim) + np.nan)
     ctx.attributes = dim, max(x.size, 1) // max(out.size, 1)
     return out
 
@@ -56,8 +65,8 @@ def mean_x(ctx: Context, g: Array) -> Array:
 @primitive
 def amax(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> Array:
     """Maximum over `dim`; equal maxima share the gradient equally."""
+    ctx.attributes = dim = _axes(dim)
     out = xp(x).asarray(x.max(axis=dim, keepdims=keepdim))
-    ctx.attributes = dim
     ctx.save(x, out)
     return out
 
@@ -68,7 +77,8 @@ def amax_x(ctx: Context, g: Array) -> Array:
     dim = ctx.attributes
     shape = _kept(x.shape, dim)
     chosen = x == out.reshape(shape)
-    return chosen * (g.reshape(shape) / chosen.sum(axis=dim, keepdims=True).astype(g.dtype))
+    each = g.reshape(shape) / chosen.sum(axis=dim, keepdims=True)
+    return xp(x).multiply(chosen, each, out=ctx.empty(x.shape, x))
 
 
 @primitive
@@ -98,6 +108,8 @@ def permute_x(ctx: Context, g: Array) -> Array:
 def expand(ctx: Context, x: Array, *, shape: tuple[int, ...]) -> Array:
     """Repeat along dimensions of size 1, without a copy; -1 keeps a size."""
     lead = len(shape) - x.ndim
+    if -1 in shape[: max(lead, 0)]:
+        raise ValueError(f"expand to {shape}: -1 keeps a size, and the first {lead} are new")
     full = tuple(x.shape[i - lead] if n == -1 else n for i, n in enumerate(shape))
     return xp(x).broadcast_to(x, full)
 
@@ -119,11 +131,8 @@ def getitem_x(ctx: Context, g: Array) -> Array:
     out = ctx.accumulator(ctx.shapes[0], g)
     index = ctx.attributes
     parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(p, list) or hasattr(p, "dtype") for p in parts):
-        if xp(g) is np:
-            np.add.at(out, index, g)  # an element may be chosen several times
-        else:
-            xp(g).add.at(out, index, g)
+    if any(hasattr(p, "dtype") for p in parts):
+        xp(g).add.at(out, index, g)  # an element may be chosen several times
     else:
         out[index] += g
     return out
@@ -140,7 +149,7 @@ def take_along_dim(ctx: Context, x: Array, *, index: Array, dim: int) -> Array:
 def take_along_dim_x(ctx: Context, g: Array) -> Array:
     index, dim = ctx.attributes
     out = ctx.accumulator(ctx.shapes[0], g)
-    grid = list(np.ogrid[tuple(slice(n) for n in index.shape)])
+    grid = list(xp(g).ogrid[tuple(slice(n) for n in out.shape)])
     grid[dim] = index
     xp(g).add.at(out, tuple(grid), g)
     return out
@@ -181,7 +190,9 @@ def _concatenation(count: int) -> Any:
 
 
 @primitive
-def pad(ctx: Context, x: Array, *, widths: tuple[tuple[int, int], ...], value: float = 0.0) -> Array:
+def pad(
+    ctx: Context, x: Array, *, widths: tuple[tuple[int, int], ...], value: float = 0.0
+) -> Array:
     """Surround x by `value`: widths[i] elements (before, after) along dimension i."""
     ctx.attributes = tuple(slice(a, a + n) for (a, _), n in zip(widths, x.shape, strict=True))
     return xp(x).pad(x, widths, constant_values=value)
@@ -194,8 +205,9 @@ def pad_x(ctx: Context, g: Array) -> Array:
 
 @primitive
 def windows(
-    ctx: Context, x: Array, *, size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> Array:
+    ctx: Context, x: Array, *,
+    size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...],
+) -> Array:  # fmt: skip
     """All windows over the last len(size) dimensions: (..., positions..., size...), a view.
 
     Convolution is a product with the windows, pooling a reduction over them.

@@ -1,0 +1,115 @@
+"""Attention without storing the probabilities (Dao et al. 2022, "FlashAttention")."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hpcml import kernels, rng
+from hpcml.autograd.ops.arrays import contiguous, floats, same_type
+from hpcml.autograd.ops.fused import threshold
+from hpcml.autograd.primitive import Context, empty, primitive
+from hpcml.backend import Array
+
+
+def _heads(x: Array, heads: int) -> Array:
+    """(B, T, heads * D) as (B, heads, T, D), a view."""
+    batch, length, width = x.shape
+    return x.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+def _prepare(
+    ctx: Context, q: Array, scale: float | None, causal: bool, p: float, name: str
+) -> None:
+    key, first = rng.draw(name) if p > 0 else (0, 0)
+    factor = q.dtype.type(1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    ctx.attributes = (factor, causal, np.uint64(key), np.uint64(first), np.uint32(threshold(p)))
+
+
+@primitive
+def packed_attention(
+    ctx: Context, qkv: Array, *, heads: int, causal: bool, p: float = 0.0, name: str = "attention"
+) -> Array:
+    """Self-attention of packed projections: qkv (B, T, 3 C), [q | k | v] -> (B, T, C)."""
+    batch, length, width = qkv.shape
+    if heads < 1 or width % (3 * heads):
+        raise ValueError(f"width {width} is not 3 * heads({heads}) * a head size")
+    qkv = floats(qkv)
+    q, k, v = _thirds(qkv, heads)
+    _prepare(ctx, q, None, causal, p, name)
+    out, lse = ctx.empty((batch, length, width // 3), qkv), empty((batch, heads, length), qkv)
+    kernels.of(qkv).attention(q, k, v, *ctx.attributes, _heads(out, heads), lse)
+    ctx.save(qkv, out, lse)
+    return out
+
+
+def _thirds(qkv: Array, heads: int) -> list[Array]:
+    width = qkv.shape[2] // 3
+    return [_heads(qkv[:, :, i * width : (i + 1) * width], heads) for i in range(3)]
+
+
+@packed_attention.adjoint
+def packed_attention_qkv(ctx: Context, g: Array) -> Array:
+    qkv, out, lse = ctx.saved
+    heads = lse.shape[1]
+    result = ctx.empty(qkv.shape, qkv)
+    kernels.of(qkv).attention_backward(
+        *_thirds(qkv, heads), _heads(out, heads), lse, _heads(contiguous(g), heads),
+        *ctx.attributes, *_thirds(result, heads),
+    )  # fmt: skip
+    return result
+
+
+@primitive
+def attention(
+    ctx: Context, q: Array, k: Array, v: Array, *,
+    causal: bool = False, scale: float | None = None, p: float = 0.0, name: str = "attention",
+) -> Array:  # fmt: skip
+    """softmax(scale q k^T) v: q (B, H, T, D), k, v (B, H, S, D) -> (B, H, T, D)."""
+    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q (B, H, T, D), k, v (B, H, S, D) needed, not {q.shape}, {k.shape}, {v.shape}"
+        )
+    if q.size and not k.size:
+        raise ValueError(f"q {q.shape}, k {k.shape}: queries need at least one key")
+    same_type("attention", q=q, k=k, v=v)
+    q, k, v = _row_major(q), _row_major(k), _row_major(v)
+    _prepare(ctx, q, scale, causal, p, name)
+    out, lse = ctx.empty(q.shape, q), empty(q.shape[:3], q)
+    kernels.of(q).attention(q, k, v, *ctx.attributes, out, lse)
+    ctx.save(q, k, v, out, lse)
+    return out
+
+
+def _row_major(x: Array) -> Array:
+    """x, or a copy whose rows are contiguous: all that the attention kernels ask."""
+    rows = x.strides[3] == x.itemsize and x.strides[2] >= x.shape[3] * x.itemsize
+    return x if rows and getattr(x.flags, "behaved", True) else x.copy()
+
+
+def _attention_gradients(ctx: Context, g: Array) -> Any:
+    q, k, v, out, lse = ctx.saved
+
+    def compute() -> tuple[Array, Array, Array]:
+        grads = empty(q.shape, q), empty(k.shape, k), empty(v.shape, v)
+        kernels.of(q).attention_backward(q, k, v, out, lse, _row_major(g), *ctx.attributes, *grads)
+        return grads
+
+    return ctx.shared(compute)
+
+
+@attention.adjoint
+def attention_q(ctx: Context, g: Array) -> Array:
+    return _attention_gradients(ctx, g)[0]
+
+
+@attention.adjoint
+def attention_k(ctx: Context, g: Array) -> Array:
+    return _attention_gradients(ctx, g)[1]
+
+
+@attention.adjoint
+def attention_v(ctx: Context, g: Array) -> Array:
+    return _attention_gradients(ctx, g)[2]
