@@ -95,8 +95,8 @@ def backward(root: Tensor, gradient: Array | None = None) -> None:
     """Add d root / d leaf to every leaf's gradient; see `Tensor.backward`."""
     if root.ctx is None:
         raise RuntimeError(
-            "backward() on a tensor that depends on no parameter: nothing requires a gradient, or "
-            "it was computed under no_grad()"
+            "backward() on a tensor that no recorded operation made: nothing it was computed from "
+            "requires a gradient, or that happened under no_grad()"
         )
     if gradient is None:
         if root.data.size != 1:

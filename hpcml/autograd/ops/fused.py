@@ -42,7 +42,8 @@ def log_softmax(ctx: Context, x: Array, *, dim: int = -1) -> Array:
     """x - log sum exp(x) along `dim`."""
     m = xp(x)
     out = _below_maximum(ctx, x, dim)
-    out -= m.log(m.exp(out).sum(axis=dim, keepdims=True))
+    if x.size:
+        out -= m.log(m.exp(out).sum(axis=dim, keepdims=True))
     ctx.attributes = dim
     ctx.save(out)
     return out
@@ -174,7 +175,7 @@ def embedding(ctx: Context, weight: Array, index: Array) -> Array:
 def embedding_weight(ctx: Context, g: Array) -> Array:
     index = ctx.attributes.reshape(-1)
     out = ctx.accumulator(ctx.shapes[0], g)
-    kernels.of(g).embedding_backward(contiguous(g).reshape(index.size, -1), index, out)
+    kernels.of(g).embedding_backward(contiguous(g).reshape(index.size, out.shape[1]), index, out)
     return out
 
 

@@ -52,7 +52,7 @@ def mean(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> 
         out = xp(x).asarray(x.mean(axis=dim, keepdims=keepdim))
     else:  # NaN, for which NumPy would warn
         out = xp(x).asarray(x.sum(axis=dim, keepdims=keepdim) + np.nan)
-    ctx.attributes = dim, max(x.size, 1) // max(out.size, 1)
+    ctx.attributes = dim, max(x.size // max(out.size, 1), 1)
     return out
 
 
