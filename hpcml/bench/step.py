@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,10 +81,9 @@ def our_products(size: Size) -> list[tuple[Callable[[], Any], int]]:
     calls: list[tuple[Callable[[], Any], int]] = []
     for rows, n_in, n_out, count in products(size):
         x, w, g = _operands(rows, n_in, n_out)
-        y, dx, dw = np.empty_like(g), np.empty_like(x), np.empty_like(w)
-        calls.append((lambda x=x, w=w, y=y: np.matmul(x, w.T, out=y), count))
-        calls.append((lambda g=g, w=w, dx=dx: np.matmul(g, w, out=dx), count))
-        calls.append((lambda g=g, x=x, dw=dw: np.matmul(g.T, x, out=dw), count))
+        calls.append((partial(np.matmul, x, w.T, out=np.empty_like(g)), count))
+        calls.append((partial(np.matmul, g, w, out=np.empty_like(x)), count))
+        calls.append((partial(np.matmul, g.T, x, out=np.empty_like(w)), count))
     return calls
 
 
@@ -140,29 +140,33 @@ def rounds_for(size: Size) -> int:
 def run(peer: str = "") -> dict[str, Any]:
     """Measure all sizes on one thread; the report as plain values."""
     from hpcml import backend
-    from hpcml.train.environment import blas, versions
+    from hpcml.train.environment import blas, cpu, versions
 
     backend.set_threads(1)
+    library = blas()[0]  # before a peer loads its own
     rows = [measure(size, peer, rounds_for(size)) for size in SIZES]
-    return {"bench": "step", "version": 1, "peer": peer, "threads": 1, "blas": blas(),
-            "packages": versions(), "rows": [asdict(row) for row in rows]}  # fmt: skip
+    return {"bench": "step", "version": 1, "peer": peer, "threads": 1, "cpu": cpu(),
+            "blas": library, "packages": versions(), "rows": [asdict(row) for row in rows]}  # fmt: skip
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as a table to print."""
-    library = report["blas"][0] if report["blas"] else {}
-    lines = [
-        f"one training step, fp32, 1 thread; BLAS {library.get('internal_api')} "
-        f"{library.get('version')} ({library.get('architecture')})",
-        f"{'(layers, width, block, batch)':>30} {'hpcml ms':>10} {'GEMM':>6}"
-        + (f" {'torch ms':>10} {'GEMM':>6} {'ratio':>7} {'GEMM ratio':>11}" if report["peer"] else ""),
-    ]
+    library = report["blas"]
+    heads = ["(layers, width, block, batch)", "hpcml ms", "GEMM"]
+    if report["peer"]:
+        heads += [f"{report['peer']} ms", "GEMM", "ratio", "GEMM ratio"]
+    rows = [heads]
     for row in report["rows"]:
-        line = f"{row['size']:>30} {row['ours'] * 1e3:10.1f} {row['gemm_ours'] / row['ours']:6.0%}"
+        cells = [row["size"], f"{row['ours'] * 1e3:.1f}", f"{row['gemm_ours'] / row['ours']:.0%}"]
         if report["peer"]:
-            line += (
-                f" {row['peer'] * 1e3:10.1f} {row['gemm_peer'] / row['peer']:6.0%}"
-                f" {row['ratio']:7.2f} {row['gemm_peer'] / row['gemm_ours']:11.2f}"
-            )
-        lines.append(line)
-    return "\n".join(lines)
+            share = row["gemm_peer"] / row["peer"]
+            cells += [f"{row['peer'] * 1e3:.1f}", f"{share:.0%}", f"{row['ratio']:.2f}",
+                      f"{row['gemm_peer'] / row['gemm_ours']:.2f}"]  # fmt: skip
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    title = (
+        f"one training step, fp32, 1 thread, {report['cpu']}; NumPy's BLAS: "
+        f"{library['internal_api']} {library['version']} ({library['architecture']})"
+    )
+    return "\n".join([title, *lines])

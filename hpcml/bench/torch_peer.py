@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hpcml.errors import UserError
@@ -82,9 +83,7 @@ def step(
     torch.set_num_threads(1)
     model = TorchGPT(size, vocab)
     model.load_state_dict({name: torch.tensor(value.numpy()) for name, value in state.items()})
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     tokens, target = (torch.from_numpy(field) for field in batch)
 
     def call() -> float:
@@ -93,7 +92,7 @@ def step(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return float(loss)
+        return loss.item()  # type: ignore[no-any-return]
 
     return call
 
@@ -103,7 +102,7 @@ def products(shapes: list[tuple[int, int, int, int]]) -> list[tuple[Callable[[],
     calls: list[tuple[Callable[[], Any], int]] = []
     for rows, n_in, n_out, count in shapes:
         x, w, g = torch.randn(rows, n_in), torch.randn(n_out, n_in), torch.randn(rows, n_out)
-        calls.append((lambda x=x, w=w: torch.mm(x, w.t()), count))
-        calls.append((lambda g=g, w=w: torch.mm(g, w), count))
-        calls.append((lambda g=g, x=x: torch.mm(g.t(), x), count))
+        calls.append((partial(torch.mm, x, w.t()), count))
+        calls.append((partial(torch.mm, g, w), count))
+        calls.append((partial(torch.mm, g.t(), x), count))
     return calls

@@ -20,6 +20,7 @@ def describe(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions(),
+        "cpu": cpu(),
         "blas": blas(),
         "hosts": sorted({rank["host"] for rank in ranks}),
         "ranks": ranks,
@@ -42,8 +43,16 @@ def blas() -> list[dict[str, Any]]:
     """The BLAS libraries loaded: name, version, kernel chosen, threads."""
     import threadpoolctl
 
+    told = ("internal_api", "version", "architecture", "num_threads")
     return [
-        {name: library.get(name) for name in ("internal_api", "version", "architecture", "num_threads")}
+        {name: library.get(name) for name in told}
         for library in threadpoolctl.threadpool_info()
         if library["user_api"] == "blas"
     ]
+
+
+def cpu() -> str:
+    """The CPU's name as the kernel of numba's compiler knows it, such as znver5."""
+    from llvmlite import binding
+
+    return str(binding.get_host_cpu_name())

@@ -76,7 +76,8 @@ def _build(config: Config, mesh: Mesh) -> Run:
         grad_clip=config.optim.grad_clip, seed=config.run.seed, groups=decay_matrices,
     )  # fmt: skip
     agree(mesh.world, partial(_try_sample, step, data))
-    agree(mesh.world, lambda: mesh.rank == 0 and folder.claim())  # nothing is lost before all is well
+    # Only now, with all well, are the results of an earlier run removed.
+    agree(mesh.world, folder.claim if mesh.rank == 0 else lambda: None)
     return Run(config, mesh, data, step, folder, callback)
 
 

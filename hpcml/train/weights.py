@@ -30,7 +30,9 @@ def load(model: Module, path: str | Path, key: str = "model.init_from") -> None:
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f'{key}="{path}" cannot be read ({error}): name a safetensors file') from None
+        raise UserError(
+            f'{key}="{path}" cannot be read ({error}): name a safetensors file'
+        ) from None
     named = list(model.named_parameters(remove_duplicate=False))
     found = {id(parameter): state[name] for name, parameter in named if name in state}
     for name, parameter in named:  # a shared parameter is in the file under one of its names

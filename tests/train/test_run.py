@@ -149,8 +149,6 @@ def test_sample_refuses_in_one_line(
     assert said.count("\n") == 1 and line in said
 
 
-def test_sample_refuses_what_is_no_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sample_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", str(tmp_path)]) == 2
     assert "no folder of a run" in capsys.readouterr().err
