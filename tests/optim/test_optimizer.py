@@ -60,16 +60,16 @@ def test_all_frozen() -> None:
     "wrong", [[Tensor([1.0])], [("weight", parameter(1.0))], [{"lr": 1.0}], [3]], ids=repr
 )
 def test_what_is_no_parameter(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="SGD takes|an optimizer takes"):
+    with pytest.raises(TypeError, match=r"SGD takes|an optimizer takes"):
         SGD(wrong)
 
 
 def test_the_same_parameter_twice() -> None:
     weight = parameter(1.0)
     weight.name = "layer.weight"
-    with pytest.raises(ValueError, match="layer.weight is given twice"):
+    with pytest.raises(ValueError, match=r"layer\.weight is given twice"):
         SGD([weight, weight])
-    with pytest.raises(ValueError, match="layer.weight is given twice"):
+    with pytest.raises(ValueError, match=r"layer\.weight is given twice"):
         SGD([{"params": [weight]}, {"params": [weight]}])
 
 
