@@ -1,16 +1,13 @@
-"""Draw the losses of runs into one picture: python docs/plot_losses.py OUT.png RUN_DIR [RUN_DIR ...]
+"""Draw the losses of runs into one picture (needs matplotlib).
 
-Needs matplotlib.
+python docs/plot_losses.py OUT.png RUN_DIR [RUN_DIR ...]
 """
 
 import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the drawing back end comes first)
+from matplotlib import pyplot as plt
 
 out, *folders = sys.argv[1:]
 figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")

@@ -43,7 +43,7 @@ SIZES = (Size(4, 4, 128, 64, 12), Size(6, 6, 384, 256, 16), Size(12, 12, 768, 25
 
 @dataclass
 class Row:
-    """Medians in seconds; `ratio` is the peer's time by ours; gemm_* is the matrix products' part."""
+    """Medians in seconds; `ratio` is the peer's time by ours, gemm_* the matrix products alone."""
 
     size: str
     ours: float
@@ -145,8 +145,16 @@ def run(peer: str = "") -> dict[str, Any]:
     backend.set_threads(1)
     library = blas()[0]  # before a peer loads its own
     rows = [measure(size, peer, rounds_for(size)) for size in SIZES]
-    return {"bench": "step", "version": 1, "peer": peer, "threads": 1, "cpu": cpu(),
-            "blas": library, "packages": versions(), "rows": [asdict(row) for row in rows]}  # fmt: skip
+    return {
+        "bench": "step",
+        "version": 1,
+        "peer": peer,
+        "threads": 1,
+        "cpu": cpu(),
+        "blas": library,
+        "packages": versions(),
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 def table(report: dict[str, Any]) -> str:

@@ -16,7 +16,8 @@ def run(args: list[str]) -> int:
     from hpcml.data.tokenizers import from_dict
     from hpcml.train import config as configuration
     from hpcml.train import weights
-    from hpcml.train.loop import build_model, sample_text
+    from hpcml.train.build import build_model
+    from hpcml.train.results import sample_text
 
     folder = Path(options.run_dir)
     try:

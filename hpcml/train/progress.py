@@ -8,14 +8,18 @@ from typing import Any
 
 
 class Progress:
-    """Reports of rank 0; other ranks make one with `show=False` and stay silent."""
+    """Reports of the first rank; the others make one with `show=False` and stay silent."""
 
     def __init__(self, steps: int, log_every: int, show: bool) -> None:
         self.steps, self.log_every, self.show = steps, log_every, show
         self._start = time.perf_counter()
         self._live: Any = None
         self._task: Any = None
-        if show and log_every and sys.stdout.isatty():
+
+    def start(self) -> None:
+        """Begin to count time; on a terminal, show the bar."""
+        self._start = time.perf_counter()
+        if self.show and sys.stdout.isatty():
             self._open_bar()
 
     def _open_bar(self) -> None:
@@ -32,13 +36,13 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line."""
         if self.show:
-            (self._live.console.print if self._live else print)(text)
+            sys.stdout.write(text + "\n")  # rich moves its bar out of the way
             sys.stdout.flush()
 
     def step(self, record: dict[str, Any]) -> None:
         """Report a step, if it is one of those to report, from its record of metrics."""
         done = record["step"] + 1
-        if not self.show or not self.log_every:
+        if not self.show:
             return
         text = describe(record)
         if self._live is not None:

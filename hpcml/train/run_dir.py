@@ -26,7 +26,7 @@ class RunDir:
     def check(self, overwrite: bool) -> None:
         """Refuse a folder that holds something or cannot be written; changes nothing.
 
-        With `overwrite` the files of an earlier run may be there, and nothing else. Raises UserError.
+        With `overwrite` the files of an earlier run may be there, and nothing else.
         """
         name = f'run.dir="{self.path}"'
         there = self._entries()
@@ -79,7 +79,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "w", buffering=1)  # a line reaches the file when it is complete
+        self._file = path.open("w", buffering=1)  # a line reaches the file when it is complete
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one object."""

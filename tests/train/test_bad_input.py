@@ -134,6 +134,15 @@ def test_an_exception_on_one_rank_ends_the_job_with_its_traceback_once(job: Path
     assert done.stderr.count("Traceback") == 1
 
 
+def test_an_exception_leaves_a_summary_that_says_failed(job: Path) -> None:
+    (job.parent / "user.py").write_text("def crash(record):\n    raise RuntimeError('enough')\n")
+    with pytest.raises(RuntimeError, match="enough"):
+        main(["train", str(job), "callback.kind=user:crash"])
+    folder = job.parent / "runs" / "job"
+    assert summary(folder)["exit"] == "failed" and len(metrics(folder)) == 1
+    assert not (folder / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_interrupt_ends_cleanly_and_leaves_the_metrics(job: Path, ranks: int) -> None:
     command = [sys.executable, "-m", "hpcml", "train", str(job), "run.steps=1000",

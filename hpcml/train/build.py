@@ -1,0 +1,94 @@
+"""All parts of a run, made from its configuration and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from hpcml import backend
+from hpcml.comm import Mesh
+from hpcml.comm.guard import agree
+from hpcml.data import Batches, Data, as_data
+from hpcml.errors import UserError
+from hpcml.nn import Module
+from hpcml.optim import Optimizer
+from hpcml.parallel import Step, parallelize
+from hpcml.train import kinds, weights
+from hpcml.train.config import Config
+from hpcml.train.run_dir import RunDir
+
+
+@dataclass
+class Run:
+    """What a run consists of."""
+
+    config: Config
+    mesh: Mesh
+    data: Data
+    step: Step
+    folder: RunDir
+    callback: Callable[[dict[str, Any]], Any] | None
+
+
+def build(config: Config, mesh: Mesh) -> Run:
+    """Make everything, all ranks agreeing, the cheap checks first. Collective.
+
+    The folder of the results is claimed last: with a mistake anywhere, nothing is lost.
+    """
+    folder = RunDir(config.run.dir)
+    agree(mesh.world, partial(folder.check, config.run.overwrite))
+    data = agree(mesh.world, lambda: as_data(kinds.build(config.data, {"seed": config.run.seed})))
+    model = agree(mesh.world, partial(build_model, config, data.info))
+    chosen = config.loss if config.loss.kind else kinds.choose(config.loss, data.loss)
+    loss = agree(mesh.world, partial(kinds.build, chosen))
+    callback = None
+    if config.callback.kind:
+        callback = agree(mesh.world, partial(kinds.build, config.callback))
+
+    def optimizer(parameters: Any) -> Optimizer:
+        return kinds.build(config.optim, {}, parameters)  # type: ignore[no-any-return]
+
+    step = parallelize(
+        model, loss=loss, optimizer=optimizer, mesh=mesh, microbatch=config.train.microbatch,
+        grad_clip=config.optim.grad_clip, seed=config.run.seed, groups=decay_matrices,
+    )  # fmt: skip
+    agree(mesh.world, partial(_try_sample, step, data))
+    agree(mesh.world, folder.claim if mesh.rank == 0 else lambda: None)
+    return Run(config, mesh, data, step, folder, callback)
+
+
+def build_model(config: Config, info: Mapping[str, Any]) -> Module:
+    """Make the model of a configuration for data that offer `info`."""
+    model = kinds.build(config.model, info)
+    if not isinstance(model, Module):
+        raise UserError(
+            f'model.kind="{config.model.kind}" made a {type(model).__name__}: it must derive from '
+            "hpcml.nn.Module"
+        )
+    model.to(backend.dtype(config.train.precision))
+    if config.model.init_from:
+        weights.load(model, config.model.init_from)
+    return model
+
+
+def decay_matrices(model: Module) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay for matrices, none for biases and scales, as in GPT-2."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _try_sample(step: Step, data: Data) -> None:
+    """Evaluate one sample, so that a model or loss that does not fit the data says so now."""
+    try:
+        step.try_batch(next(iter(Batches(data.train, 1, None)))[0:1])
+    except UserError:
+        raise
+    except (ValueError, TypeError, IndexError) as error:
+        raise UserError(
+            f"model and loss do not take a sample of the data: {kinds.one_line(error)}"
+        ) from error
