@@ -71,7 +71,7 @@ class Block(Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, width) -> (B, T, width)."""
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
 class Transformer(Module):

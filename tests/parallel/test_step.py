@@ -65,6 +65,18 @@ def test_gradients_are_those_of_the_mean_loss(mesh: Mesh) -> None:
     assert step.grad_norm == pytest.approx(np.sqrt(total), rel=1e-12)
 
 
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1e3])
+def test_clipping_bounds_the_whole_gradient(mesh: Mesh, clip: float) -> None:
+    """The norm is that of the sum over ranks, before clipping; 0 means no limit."""
+    step = make("mlp", mesh, lr=1.0, momentum=0.0, weight_decay=0.0, grad_clip=clip)
+    before = values(step)
+    step(KINDS["mlp"].batch(7, 0))
+    moved = sum(((array - before[name]) ** 2).sum() for name, array in values(step).items())
+    norm = step.grad_norm
+    assert 0.01 < norm < 100
+    assert np.sqrt(moved) == pytest.approx(min(norm, clip or norm), rel=2e-4)
+
+
 def test_a_rank_loads_its_own_samples(mesh: Mesh) -> None:
     batch = Lazy(KINDS["mlp"].batch(7, 0))
     make("mlp", mesh, microbatch=2)(batch)
