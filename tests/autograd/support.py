@@ -1,4 +1,4 @@
-"""What the tests of autograd and nn share: random arrays in awkward layouts, comparison with torch."""
+"""What the tests of autograd and nn share: awkward random arrays, comparison with PyTorch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def normal(*shape: int, dtype: str = "float64", salt: int = 0) -> Array:
 
 def layouts(x: Array) -> dict[str, Array]:
     """Arrays equal to x whose elements lie otherwise."""
+    x = np.asarray(x)
     wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1]) if x.ndim else (), x.dtype)
     strided = wide[..., ::2] if x.ndim else wide
     strided[...] = x
@@ -47,7 +48,8 @@ def assert_close(actual: Any, expected: Any, dtype: str = "float64", factor: flo
     """Equal shapes, and differences within the tolerance of the type times `factor`."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape
-    limit = factor * TOLERANCE[dtype] * max(1.0, np.abs(expected).max(initial=0, where=np.isfinite(expected)))
+    largest = np.abs(expected).max(initial=1, where=np.isfinite(expected))
+    limit = factor * TOLERANCE[dtype] * largest
     np.testing.assert_allclose(actual, expected, rtol=0, atol=limit)
 
 

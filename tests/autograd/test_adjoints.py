@@ -23,8 +23,17 @@ def positive(*sizes: int, salt: int = 0) -> Array:
     return np.asarray(np.abs(normal(*sizes, salt=salt)) + 0.5)
 
 
-BROADCAST = [((2, 3), (2, 3)), ((2, 3), (3,)), ((2, 1), (1, 3)), ((), (2, 3)), ((), ()),
-             ((4, 1, 3), (2, 1)), ((0, 3), (3,)), ((1,), (1, 1)), ((2, 0), (2, 1))]  # fmt: skip
+BROADCAST = [
+    ((2, 3), (2, 3)),
+    ((2, 3), (3,)),
+    ((2, 1), (1, 3)),
+    ((), (2, 3)),
+    ((), ()),
+    ((4, 1, 3), (2, 1)),
+    ((0, 3), (3,)),
+    ((1,), (1, 1)),
+    ((2, 0), (2, 1)),
+]
 SHAPES: list[tuple[int, ...]] = [(2, 3), (), (1,), (0, 3), (2, 3, 4)]
 
 
@@ -38,7 +47,9 @@ def one(function: Callable[..., Tensor], make: Callable[..., Array] = normal) ->
 
 
 def keyed(function: Primitive, *sizes: tuple[int, ...], **attributes: Any) -> Case:
-    return (lambda *x: function(*x, **attributes)), [normal(*s, salt=i) for i, s in enumerate(sizes)]
+    return (lambda *x: function(*x, **attributes)), [
+        normal(*s, salt=i) for i, s in enumerate(sizes)
+    ]
 
 
 def seeded(function: Primitive, *sizes: tuple[int, ...], **attributes: Any) -> Case:
@@ -122,7 +133,9 @@ TABLE: dict[Primitive, list[Case]] = {
     attention.attention: [
         keyed(attention.attention, (2, 2, 5, 3), (2, 2, 7, 3), (2, 2, 7, 3), causal=False),
         keyed(attention.attention, (1, 2, 5, 3), (1, 2, 3, 3), (1, 2, 3, 3), causal=True),
-        keyed(attention.attention, (1, 1, 3, 2), (1, 1, 5, 2), (1, 1, 5, 2), causal=True, scale=0.3),
+        keyed(
+            attention.attention, (1, 1, 3, 2), (1, 1, 5, 2), (1, 1, 5, 2), causal=True, scale=0.3
+        ),
         keyed(attention.attention, (1, 1, 0, 2), (1, 1, 5, 2), (1, 1, 5, 2)),
         seeded(attention.attention, (2, 1, 4, 2), (2, 1, 4, 2), (2, 1, 4, 2), p=0.4),
     ],
@@ -136,10 +149,19 @@ TABLE: dict[Primitive, list[Case]] = {
     linear.matmul: [
         keyed(linear.matmul, a, b)
         for a, b in [
-            ((2, 3), (3, 4)), ((3,), (3,)), ((3,), (3, 4)), ((2, 3), (3,)), ((5, 2, 3), (3, 4)),
-            ((5, 1, 2, 3), (4, 3, 2)), ((3,), (5, 3, 4)), ((5, 2, 3), (3,)), ((0, 3), (3, 4)),
-            ((2, 0), (0, 4)), ((1, 1), (1, 1)), ((0, 2, 3), (3, 1)),
-        ]  # fmt: skip
+            ((2, 3), (3, 4)),
+            ((3,), (3,)),
+            ((3,), (3, 4)),
+            ((2, 3), (3,)),
+            ((5, 2, 3), (3, 4)),
+            ((5, 1, 2, 3), (4, 3, 2)),
+            ((3,), (5, 3, 4)),
+            ((5, 2, 3), (3,)),
+            ((0, 3), (3, 4)),
+            ((2, 0), (0, 4)),
+            ((1, 1), (1, 1)),
+            ((0, 2, 3), (3, 1)),
+        ]
     ],
     shape.sum: [
         keyed(shape.sum, s, dim=d, keepdim=k)
@@ -148,7 +170,13 @@ TABLE: dict[Primitive, list[Case]] = {
     ],
     shape.mean: [
         keyed(shape.mean, s, dim=d, keepdim=k)
-        for s, d in [((2, 3, 4), None), ((2, 3, 4), (0, -1)), ((2, 3), [1]), ((), None), ((0, 3), 1)]
+        for s, d in [
+            ((2, 3, 4), None),
+            ((2, 3, 4), (0, -1)),
+            ((2, 3), [1]),
+            ((), None),
+            ((0, 3), 1),
+        ]
         for k in (True, False)
     ],
     shape.amax: [
@@ -166,32 +194,55 @@ TABLE: dict[Primitive, list[Case]] = {
     ],
     shape.expand: [
         keyed(shape.expand, s, shape=t)
-        for s, t in [((3,), (2, 3)), ((2, 1), (-1, 4)), ((), (2, 2)), ((1,), (0,)), ((1, 1), (1, 1))]
+        for s, t in [
+            ((3,), (2, 3)),
+            ((2, 1), (-1, 4)),
+            ((), (2, 2)),
+            ((1,), (0,)),
+            ((1, 1), (1, 1)),
+        ]
     ],
     shape.getitem: [
         keyed(shape.getitem, (4, 3), index=i)
         for i in [
-            1, (slice(1, 3), 2), (..., None), slice(None, None, -2), np.array([0, 0, 3]), slice(0),
-            (np.array([1, 1]), np.array([2, 2])), np.eye(4, 3) > 0, np.array([], int), (3, 2),
+            1,
+            (slice(1, 3), 2),
+            (..., None),
+            slice(None, None, -2),
+            np.array([0, 0, 3]),
+            slice(0),
+            (np.array([1, 1]), np.array([2, 2])),
+            np.eye(4, 3) > 0,
+            np.array([], int),
+            (3, 2),
             np.array(2),
         ]
-    ],  # fmt: skip
+    ],
     shape.take_along_dim: [
         keyed(shape.take_along_dim, (3, 4), index=np.array(i), dim=d)
-        for i, d in [([[0, 0], [3, 1], [2, 2]], 1), ([[1, 1, 0, 2]], 0), ([[1], [1], [1]], -1),
-                     ([[3, 3]], 1), ([[1], [2]], 0)]
-    ],  # fmt: skip
+        for i, d in [
+            ([[0, 0], [3, 1], [2, 2]], 1),
+            ([[1, 1, 0, 2]], 0),
+            ([[1], [1], [1]], -1),
+            ([[3, 3]], 1),
+            ([[1], [2]], 0),
+        ]
+    ],
     shape.pad: [
         keyed(shape.pad, (2, 3), widths=((1, 0), (0, 2)), value=3.0),
         keyed(shape.pad, (0, 3), widths=((1, 1), (0, 0))),
     ],
     shape.windows: [
         keyed(shape.windows, (2, 7, 6), size=(3, 2), stride=s, dilation=d)
-        for s in [(1, 1), (2, 3)] for d in [(1, 1), (2, 1), (3, 2)]
-    ] + [keyed(shape.windows, (0, 4), size=(2,), stride=(1,), dilation=(1,)),
-         keyed(shape.windows, (1,), size=(1,), stride=(1,), dilation=(1,))],
+        for s in [(1, 1), (2, 3)]
+        for d in [(1, 1), (2, 1), (3, 2)]
+    ]
+    + [
+        keyed(shape.windows, (0, 4), size=(2,), stride=(1,), dilation=(1,)),
+        keyed(shape.windows, (1,), size=(1,), stride=(1,), dilation=(1,)),
+    ],
     module.boundary: [keyed(module.boundary, (2, 3), on_gradient=lambda g: None)],
-}  # fmt: skip
+}
 
 
 def test_all_primitives_are_in_the_table() -> None:
@@ -233,7 +284,9 @@ def test_expanded_inputs(operation: Primitive) -> None:
         if not arrays[0].ndim or not arrays[0].size:
             continue
         expanded = np.broadcast_to(arrays[0][:1], arrays[0].shape)
-        values = [function(Tensor(x), *map(Tensor, arrays[1:])) for x in (expanded, expanded.copy())]
+        values = [
+            function(Tensor(x), *map(Tensor, arrays[1:])) for x in (expanded, expanded.copy())
+        ]
         np.testing.assert_allclose(values[0].numpy(), values[1].numpy(), rtol=1e-12)
 
 
