@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from hpcml import backend, memory
+from hpcml.autograd.ops.arrays import contiguous
 from hpcml.backend import Array
 from hpcml.errors import UserError
 
@@ -137,7 +138,7 @@ class Context:
         assert self._saved is not None
         for i, (unpack, value) in enumerate(self._saved):
             if unpack is not None and unpack is not _data:
-                self._saved[i] = (None, unpack(value))
+                self._saved[i] = (None, contiguous(unpack(value)))
         return [value if unpack is None else unpack(value) for unpack, value in self._saved]
 
     def empty(self, shape: tuple[int, ...], like: Array) -> Array:

@@ -125,6 +125,21 @@ def test_hooks_may_keep_on_disk_and_unpack_once(tmp_path: Path) -> None:
     np.testing.assert_array_equal(w.gradient, expected[1])  # type: ignore[arg-type]
 
 
+def test_hooks_may_return_read_only_or_strided_arrays() -> None:
+    def unpack(packed: tuple[bytes, Any, Any]) -> Array:
+        data, dtype, shape = packed
+        return np.asfortranarray(np.frombuffer(data, dtype).reshape(shape))
+
+    x, w = leaf(normal(5, 8)), leaf(normal(8, 8))
+    network(x, w).backward()
+    expected = x.gradient
+    x.grad = w.grad = None
+    with saved_tensors_hooks(lambda a: (a.tobytes(), a.dtype, a.shape), unpack):
+        out = network(x, w)
+    out.backward()
+    np.testing.assert_allclose(x.gradient, expected, rtol=1e-12)  # type: ignore[arg-type]
+
+
 def test_hooks_nest_and_end() -> None:
     seen: list[str] = []
 

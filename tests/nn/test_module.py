@@ -233,9 +233,11 @@ def test_mistakes() -> None:
     with pytest.raises(TypeError, match="Module defines no forward"):
         nn.Module()(1)
     for make, text in (
-        (lambda: nn.Linear(0, 2), "in_features=0"), (lambda: nn.Embedding(2, -1), "embedding_dim=-1"),
-        (lambda: nn.LayerNorm((2, 0)), "normalized_shape=0"), (lambda: nn.Dropout(2), "p=2"),
-    ):  # fmt: skip
+        (lambda: nn.Linear(0, 2), "in_features=0"),
+        (lambda: nn.Embedding(2, -1), "embedding_dim=-1"),
+        (lambda: nn.LayerNorm((2, 0)), "normalized_shape=0"),
+        (lambda: nn.Dropout(2), "p=2"),
+    ):
         with pytest.raises(ValueError, match=text):
             make()
 

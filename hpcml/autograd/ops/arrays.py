@@ -44,9 +44,8 @@ def check_indices(index: Array, count: int, what: str) -> None:
 
 def same_type(name: str, **arrays: Array | None) -> None:
     """Raise a TypeError unless all arrays of `name` have one dtype, as compiled loops ask."""
-    types = {key: array.dtype for key, array in arrays.items() if array is not None}
-    if len(set(types.values())) > 1:
-        said = ", ".join(f"{key} of {dtype}" for key, dtype in types.items())
+    if len({array.dtype for array in arrays.values() if array is not None}) > 1:
+        said = ", ".join(f"{key} of {a.dtype}" for key, a in arrays.items() if a is not None)
         raise TypeError(f"{name}({said}): convert them to one type")
 
 

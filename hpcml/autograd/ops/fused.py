@@ -71,8 +71,8 @@ def layer_norm(
     same_type("layer_norm", x=x, weight=weight, bias=bias)
     x = floats(x)
     rows = x.size // size if size else 0
-    none = empty((0,), x)
-    mean, inverse = empty((rows,), x), empty((rows,), x)
+    none = x.reshape(-1)[:0]
+    mean, inverse = empty((2, rows), x)
     out = ctx.empty(x.shape, x)
     kernels.of(x).layer_norm(
         x.reshape(rows, size), none if weight is None else contiguous(weight).reshape(-1),
@@ -89,11 +89,11 @@ def layer_norm_x(ctx: Context, g: Array) -> Array:
     x, weight = ctx.saved
     rows, size, mean, inverse = ctx.attributes
     pending = ctx.take_pending()
-    none = empty((0, size), x)
+    none = x.reshape(rows, size)[:0]
     out = ctx.empty(x.shape, x)
     kernels.of(x).layer_norm_backward(
         contiguous(g).reshape(rows, size), x.reshape(rows, size),
-        none[:0, 0] if weight is None else contiguous(weight).reshape(-1), mean, inverse,
+        none.reshape(-1) if weight is None else contiguous(weight).reshape(-1), mean, inverse,
         none if pending is None else contiguous(pending).reshape(rows, size),
         out.reshape(rows, size),
     )  # fmt: skip
