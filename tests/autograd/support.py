@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcml.autograd import Tensor
+from hpcml.autograd import Context, Tensor, primitive
 
 Array = np.ndarray[Any, Any]
 
@@ -73,3 +73,15 @@ def same_as_torch(
             assert a.grad is not None
             assert type(a.grad.data) is np.ndarray and a.grad.dtype == a.dtype
             assert_close(a.grad.numpy(), b.grad.numpy(), str(a.dtype), factor)
+
+
+def noting(name: str, calls: list[str]) -> Any:
+    """An operation that notes when its adjoints run."""
+
+    @primitive
+    def noted(ctx: Context, a: Array, b: Array) -> Array:
+        return a + b
+
+    for which in "ab":
+        noted.adjoint(lambda ctx, g, which=which: calls.append(name + which) or ctx.fit(g, 0))
+    return noted

@@ -1,8 +1,7 @@
-"""Modules: trees, names, hooks, state; PyTorch's names, shapes, signatures and first values."""
+"""Modules: trees, names, hooks, state."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
@@ -12,136 +11,8 @@ from hpcml import nn, rng
 from hpcml.autograd import Tensor
 from hpcml.errors import UserError
 from hpcml.nn import functional as F
-from tests.autograd.support import assert_close, leaf, normal
-
-torch = pytest.importorskip("torch")
-
-LAYERS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-    "Linear": ((3, 4), {}),
-    "Linear without bias": ((3, 4), {"bias": False}),
-    "Embedding": ((5, 3), {}),
-    "LayerNorm": ((4,), {}),
-    "LayerNorm of two": (((2, 4),), {"eps": 1e-3}),
-    "LayerNorm without bias": ((4,), {"bias": False}),
-    "LayerNorm without weights": ((4,), {"elementwise_affine": False}),
-    "MultiheadAttention": ((8, 2), {}),
-    "MultiheadAttention without bias": ((8, 2), {"bias": False}),
-    "Dropout": ((0.1,), {}),
-    "GELU": ((), {}),
-    "ReLU": ((), {}),
-    "Tanh": ((), {}),
-    "Sigmoid": ((), {}),
-    "Flatten": ((), {}),
-    "CrossEntropyLoss": ((), {}),
-    "MSELoss": ((), {}),
-}
-
-
-def pair(name: str) -> tuple[Any, Any]:
-    arguments, options = LAYERS[name]
-    kind = name.split()[0]
-    return getattr(nn, kind)(*arguments, **options), getattr(torch.nn, kind)(*arguments, **options)
-
-
-def network(library: Any) -> Any:
-    return library.Sequential(
-        library.Embedding(7, 4),
-        library.ModuleList([library.Linear(4, 4), library.LayerNorm(4)]),
-        library.Sequential(library.Linear(4, 2), library.GELU()),
-    )
-
-
-def shapes(module: Any) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(value.shape)) for name, value in module.state_dict().items()]
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_state_has_the_names_shapes_and_order_of_torch(name: str) -> None:
-    ours, theirs = pair(name)
-    assert shapes(ours) == shapes(theirs)
-    ours.load_state_dict(theirs.state_dict())
-    for key, value in theirs.state_dict().items():
-        np.testing.assert_array_equal(ours.state_dict()[key].numpy(), value.numpy())
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_first_values_are_distributed_as_in_torch(name: str) -> None:
-    torch.manual_seed(0)
-    kind = name.split()[0]
-    arguments = {"Linear": (200, 300), "Embedding": (200, 300), "MultiheadAttention": (200, 4)}
-    sizes = arguments.get(kind, LAYERS[name][0])
-    ours, theirs = (getattr(lib, kind)(*sizes, **LAYERS[name][1]) for lib in (nn, torch.nn))
-    for key, value in theirs.state_dict().items():
-        found, expected = ours.state_dict()[key].numpy(), value.numpy()
-        spread = expected.std()
-        assert abs(found.std() - spread) <= 0.15 * spread
-        assert abs(found.mean() - expected.mean()) <= 0.3 * spread
-        assert abs(np.abs(found).max() - np.abs(expected).max()) <= 0.2 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("name", sorted({name.split()[0] for name in LAYERS} | {"ModuleList"}))
-def test_signatures_of_layers_fit_torch(name: str) -> None:
-    for method in ("__init__", "forward"):
-        if name == "ModuleList" and method == "forward":
-            continue
-        check_signature(
-            getattr(getattr(nn, name), method), getattr(getattr(torch.nn, name), method)
-        )
-
-
-def check_signature(ours: Any, theirs: Any) -> None:
-    """Same positional parameters in the same order, same defaults."""
-    mine, peers = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
-    positional = [n for n, p in mine.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == list(peers)[: len(positional)]
-    for name, parameter in mine.items():
-        if name in peers and name != "modules":
-            assert parameter.default == peers[name].default, name
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["relu", "layer_norm", "dropout", "embedding", "cross_entropy", "mse_loss", "tanh", "sigmoid"],
-)
-def test_signatures_of_functions_fit_torch(name: str) -> None:
-    check_signature(getattr(F, name), getattr(torch.nn.functional, name))
-
-
-def test_signatures_that_torch_does_not_tell() -> None:
-    documented = {
-        "linear": "input weight bias", "gelu": "input approximate",
-        "conv2d": "input weight bias stride padding dilation",
-        "max_pool2d": "input kernel_size stride padding", "pad": "input pad",
-        "avg_pool2d": "input kernel_size stride padding", "softmax": "input dim",
-        "log_softmax": "input dim",
-        "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale",
-    }  # fmt: skip
-    for name, expected in documented.items():
-        parameters = inspect.signature(getattr(F, name)).parameters.values()
-        found = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        assert found == expected.split(), name
-
-
-def test_a_torch_network_loads_and_computes_the_same() -> None:
-    ours, theirs = network(nn), network(torch.nn)
-    assert shapes(ours) == shapes(theirs)
-    ours.load_state_dict(theirs.state_dict())
-    tokens = np.array([[1, 6, 6]])
-
-    def forward(net: Any, x: Any) -> Any:
-        x = net[0](x)
-        for layer in net[1]:
-            x = layer(x)
-        return net[2](x)
-
-    out = forward(ours, Tensor(tokens))
-    expected = forward(theirs, torch.tensor(tokens))
-    assert_close(out.numpy(), expected.detach().numpy(), "float32")
-    out.sum().backward()
-    expected.sum().backward()
-    peers = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        assert_close(parameter.grad.numpy(), peers[name].grad.numpy(), "float32")  # type: ignore[union-attr]
+from tests.autograd.support import leaf, normal
+from tests.nn.support import network
 
 
 def test_state_that_does_not_fit_is_one_line_with_all_problems() -> None:
@@ -202,7 +73,7 @@ def test_shared_parameters() -> None:
 def test_the_tree() -> None:
     model = network(nn)
     names = [name for name, _ in model.named_modules()]
-    assert names == [name for name, _ in network(torch.nn).named_modules()]
+    assert names == ["", "0", "1", "1.0", "1.1", "2", "2.0", "2.1"]
     assert [n for n, _ in model.named_children()] == ["0", "1", "2"]
     assert len(model) == 3 and model[0] is next(iter(model)) and len(model[1]) == 2
     order: list[str] = []
