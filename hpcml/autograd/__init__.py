@@ -9,7 +9,7 @@ from hpcml.autograd.primitive import (
     primitive,
     saved_tensors_hooks,
 )
-from hpcml.autograd.tensor import Handle, Tensor
+from hpcml.autograd.tensor import Handle, Tensor, from_dlpack
 
 __all__ = [
     "Context",
@@ -17,6 +17,7 @@ __all__ = [
     "Primitive",
     "Tensor",
     "enable_grad",
+    "from_dlpack",
     "gradcheck",
     "no_grad",
     "primitive",

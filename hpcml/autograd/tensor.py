@@ -200,4 +200,10 @@ def _array(data: Any) -> Array:
     return made.astype(np.float32) if made.dtype == np.float64 and not typed else made
 
 
+def from_dlpack(source: Any) -> Tensor:
+    """A tensor in the memory of another library's array, on its device, without a copy."""
+    on_cpu = source.__dlpack_device__()[0] == 1  # kDLCPU of dlpack.h
+    return Tensor(backend.device_module("cpu" if on_cpu else "cuda").from_dlpack(source))
+
+
 Primitive.tensor = Tensor

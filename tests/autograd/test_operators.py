@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcml.autograd import Tensor
+from hpcml.autograd import Tensor, from_dlpack
 from hpcml.autograd.ops import shape
 from tests.autograd.support import Array, layouts, normal, same_as_torch
 
@@ -242,8 +242,9 @@ def test_exchange_through_dlpack_and_numpy() -> None:
     there = torch.from_dlpack(tensor)
     there[0, 0] = 7
     assert x[0, 0] == 7  # one memory
-    back = Tensor(np.from_dlpack(there))
-    assert np.shares_memory(back.data, x)
+    back = from_dlpack(there)
+    assert isinstance(back, Tensor) and np.shares_memory(back.data, x)
+    assert from_dlpack(tensor).data.tolist() == from_dlpack(x).tolist() == x.tolist()
     assert np.shares_memory(np.asarray(tensor), x)
     assert np.asarray(tensor, np.float64).dtype == np.float64
     assert Tensor(torch.ones(2, dtype=torch.float64)).dtype == np.float64
