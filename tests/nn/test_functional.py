@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcml import nn
+from hpcml import backend, nn
 from hpcml.autograd import Tensor, gradcheck
 from hpcml.nn import functional as F
 from tests.autograd.support import layouts, leaf, normal, same_as_torch
@@ -207,3 +207,20 @@ def test_composition_by_finite_differences() -> None:
         return F.cross_entropy(y, np.array([2]))
 
     assert gradcheck(network, [leaf(a) for a in arrays])
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_sixteen_bits_stay_sixteen_bits(name: str) -> None:
+    """The kernels that are not compiled: values and gradients to the precision of the type."""
+    dtype = backend.dtype(name)
+    arrays = [normal(4, 8).astype(dtype), normal(8, 8).astype(dtype), normal(8).astype(dtype)]
+    results = []
+    for kind in (dtype, np.dtype(np.float32)):
+        x, w, b = (leaf(a.astype(kind)) for a in arrays)
+        y = F.gelu(F.layer_norm(F.linear(x, w, b), (8,), b)) * 0.5 + x.tanh() / 2
+        loss = F.cross_entropy(y, np.array([1, 2, 3, 0]))
+        loss.backward()
+        results.append([loss.numpy(), *[t.gradient for t in (x, w, b)]])
+        assert {a.dtype for a in results[-1]} == {kind}
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found.astype(np.float32), expected, atol=0.05)
