@@ -195,8 +195,9 @@ def test_early():
     ],
 )
 def test_death_of_a_rank_ends_the_run_at_once(run, death, told):
-    body = f"@pytest.mark.limit(50)\ndef test_death():\n    if comm.rank == 1: {death}\n"
-    outcome = run(body + "    comm.barrier()\n")
+    body = "@pytest.mark.limit(50)\ndef test_death():\n    comm.barrier()\n"
+    body += f"    if comm.rank == 1: {death}\n    comm.barrier()\n"
+    outcome = run(body)
     assert outcome.code != 0
     assert f"rank 1 ended {told} in test_case.py::test_death" in outcome.text
     assert "the process is gone" in outcome.stacks(1)

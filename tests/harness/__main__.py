@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +23,9 @@ from tests.harness.board import VARIABLE, Board
 
 _LAUNCHER = ("PMI", "MPI_", "HYDI_", "HYDRA_", "OMPI_", "PRTE_", "SLURM_", "PBS_", "FLUX_", "JSM_")
 """Variables of an outer job, which would be mistaken for those of ours."""
+
+_AFTER_REPORT = 20.0
+"""Seconds a launcher has to end a run that has failed; now and then one never does."""
 
 
 def main(arguments: list[str]) -> int:
@@ -65,24 +69,27 @@ def _run(command: list[str], board: Board, limit: float) -> int:
         command, stdin=subprocess.DEVNULL, env=_environment(board), start_new_session=True
     )
     try:
-        code = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        print(board.collect(f"the run exceeded its limit of {limit:g} s"), file=sys.stderr)
-        return 1
+        code = _wait(process, board, limit)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        for position in board.positions():
-            _kill(position.pid)
+        board.kill()
         process.wait()
     return code if 0 <= code < 128 else 1
 
 
-def _kill(pid: int) -> None:
-    """End a rank, which may be in a group of its own, unless its number is another's by now."""
-    with contextlib.suppress(OSError):
-        if b"tests.harness" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+def _wait(process: subprocess.Popen[bytes], board: Board, limit: float) -> int:
+    """The exit status of the run; 1 if it does not end by itself, in time or after its report."""
+    end = time.monotonic() + limit
+    reported = False
+    while time.monotonic() < end:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(1)
+        if board.claimed() and not reported:
+            reported, end = True, time.monotonic() + _AFTER_REPORT
+    if not reported:
+        print(board.collect(f"the run exceeded its limit of {limit:g} s"), file=sys.stderr)
+    return 1
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

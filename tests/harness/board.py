@@ -1,8 +1,8 @@
 """What the ranks of a job leave for whoever reports on it: a folder on this machine.
 
-Each rank writes its process id, the test it is in and, when asked by `SIGNAL`, the stacks of all
-its threads, into files of its own. Signals and files work where a rank can do nothing more: blocked
-in MPI, stuck in a compiled loop, or gone.
+Each rank writes its process id, the test it is in and, by itself or when asked by `SIGNAL`, the
+stacks of all its threads, into files of its own. Signals and files work where a rank can do nothing
+more: blocked in MPI, stuck in a compiled loop, or gone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ SIGNAL = signal.SIGUSR2
 VARIABLE = "HPCML_TEST_BOARD"
 """Environment variable with the folder, where an observer has made one."""
 FINISHED = "after the last test"
+_SETTLE = 1.0
+"""Seconds for ranks to write their stacks unasked, and for the others to stop somewhere. Asking at
+once is dangerous: the handler may read the frames of a thread that is just changing them."""
 _ANSWER = 3.0
 """Seconds a rank has to answer; the handler of faulthandler runs at once, even within MPI."""
 _MACHINERY = re.compile(r'  File "(.*/(_pytest|pluggy|pytest|tests/harness)/|<frozen runpy>)')
@@ -39,7 +42,7 @@ class Position:
 
 
 class Board:
-    """The folder, seen by one rank (`join`, `at`, `report`) or by an observer (the rest)."""
+    """The folder, as a rank (`join`, `at`, `report`, `dump`) or an observer (the rest) uses it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,6 +72,11 @@ class Board:
         """Leave a failure that this rank may not get to tell the others."""
         (self.folder / f"{self.rank}.report").write_text(text, encoding="utf-8")
 
+    def dump(self) -> None:
+        """Write this rank's stacks unasked. The caller holds the interpreter: no thread moves."""
+        if self._stacks:
+            faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+
     def claim(self) -> bool:
         """Whether this caller is the first, who reports for all."""
         try:
@@ -92,8 +100,12 @@ class Board:
     def collect(self, why: str) -> str:
         """Ask every rank for its stacks; the text to print: reason, failures so far, stacks."""
         positions = self.positions()
-        alive = [position for position in positions if _ask(position.pid)]
-        self._wait(alive)
+        alive = [position for position in positions if _signal(position.pid, 0)]
+        self._wait(alive, _SETTLE)
+        for position in alive:
+            if not self._read(f"{position.rank}.stacks"):
+                _signal(position.pid, SIGNAL)
+        self._wait(alive, _ANSWER)
         parts = [f"\n{' ' + why + ' ':=^100}\n"]
         for position in positions:
             parts.append(
@@ -109,9 +121,15 @@ class Board:
                 parts.append(_readable(self._read(f"{position.rank}.stacks")))
         return "".join(parts) + "=" * 100 + "\n"
 
-    def _wait(self, positions: list[Position]) -> None:
-        """Until the stacks of all are there and grow no more."""
-        deadline = time.monotonic() + _ANSWER
+    def kill(self) -> None:
+        """End all ranks but the caller, unless their numbers are other processes' by now."""
+        for position in self.positions():
+            if position.pid != os.getpid() and _is_test_run(position.pid):
+                _signal(position.pid, signal.SIGKILL)
+
+    def _wait(self, positions: list[Position], patience: float) -> None:
+        """Until the stacks of all are there and grow no more, or patience ends."""
+        deadline = time.monotonic() + patience
         before: list[int] = []
         while time.monotonic() < deadline:
             sizes = [len(self._read(f"{position.rank}.stacks")) for position in positions]
@@ -134,13 +152,21 @@ def write(descriptor: int, text: str) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _ask(pid: int) -> bool:
-    """Signal the process; whether it exists."""
+def _signal(pid: int, number: int) -> bool:
+    """Send a signal, 0 for none; whether the process exists."""
     try:
-        os.kill(pid, SIGNAL)
+        os.kill(pid, number)
     except ProcessLookupError:
         return False
     return True
+
+
+def _is_test_run(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # gone, or no such files on this system
+        return False
+    return b"pytest" in command or b"tests.harness" in command
 
 
 def _readable(stacks: str) -> str:
@@ -150,7 +176,7 @@ def _readable(stacks: str) -> str:
     kept = []
     for thread in re.split(r"\n\n", stacks.strip()):
         header, *frames = thread.splitlines()
-        if header.startswith("Thread") and all(_WATCHING.match(frame) for frame in frames):
+        if all(_WATCHING.match(frame) for frame in frames):
             continue
         own = [frame for frame in frames if not _MACHINERY.match(frame)]
         kept += [header, *(own or ["  between tests, or waiting for other ranks to end this one"])]

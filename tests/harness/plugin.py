@@ -86,11 +86,13 @@ class Safety:
 
     def end(self, why: str) -> None:
         """Print what all ranks are doing, and end the job. Never returns."""
+        self.board.dump()
         if not self.board.claim():
             time.sleep(2 * _BACKSTOP)  # the one who claimed it ends this process too
             os._exit(1)
         write(self.stderr, self.board.collect(why))
         time.sleep(0.5)  # the launcher forwards output on its own; let it do so
+        self.board.kill()  # not all launchers do, and not always
         if self.own:
             shutil.rmtree(self.own, ignore_errors=True)
         os._exit(1)

@@ -36,6 +36,7 @@ def main() -> int:
                 how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
                 write(2, board.collect(f"rank {position.rank} ended {how} in {position.test}"))
                 time.sleep(0.5)  # the launcher forwards output on its own; let it do so
+                board.kill()  # not all launchers do, and not always
             return 1
     return code if code >= 0 else 1
 
