@@ -72,6 +72,10 @@ def parallelize(
     return Step(model, loss, made, mesh, microbatch, grad_clip, seed)
 
 
+# A run that diverges says so once, by its loss; NumPy need not warn before.
+_quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+
+
 class Step:
     """One update of the parameters for each call; see `parallelize`.
 
@@ -89,6 +93,7 @@ class Step:
         self.grad_norm = math.nan
         self._dtype = optimizer.storage.dtype
 
+    @_quiet
     def __call__(self, batch: Any) -> float:
         """Compute the gradient of the batch's mean loss, update, return that loss.
 
@@ -118,8 +123,12 @@ class Step:
         self.samples = first + size
         return total
 
+    @_quiet
     def evaluate(self, batches: Iterable[Any]) -> float:
-        """Return the mean loss over the samples of `batches`, divided among the ranks."""
+        """Return the mean loss over the samples of `batches`, divided among the ranks.
+
+        Raises NonFiniteError, on all ranks.
+        """
         total, count = 0.0, 0
         with evaluating(self.model):
             for batch in batches:
@@ -130,8 +139,12 @@ class Step:
                 count += size
         if count == 0:
             raise UserError("evaluate() got no samples: give it at least one batch")
-        return self._sum(total) / count
+        mean = self._sum(total) / count
+        if not math.isfinite(mean):
+            raise NonFiniteError(f"validation loss {mean}: lower the learning rate")
+        return mean
 
+    @_quiet
     def try_batch(self, fields: Sequence[Any]) -> None:
         """Evaluate the loss of a batch's fields and forget it: raises what a step would raise."""
         with evaluating(self.model):

@@ -58,6 +58,7 @@ CASES = [
     ("model.kind=user:NoForward", 2, ["needs need"]),
     ("model.kind=user:nothing", 2, ["made a int", "hpcml.nn.Module"]),
     ("loss.kind=user:Diverges", 3, ["loss nan", "learning rate"]),
+    ("optim.lr=1e30", 3, ["step 1", "learning rate"]),
     ("optim.lr=fast", 2, ['optim.lr="fast"', "number"]),
     ("HPCML_LOG=loud", 2, ['HPCML_LOG="loud"']),
 ]
