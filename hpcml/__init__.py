@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpcml import autograd, comm, data, models, nn, optim, parallel
-    from hpcml.autograd import Tensor, no_grad
+    from hpcml.autograd import Tensor, from_dlpack, no_grad
     from hpcml.comm import Mesh
     from hpcml.parallel import parallelize
     from hpcml.rng import manual_seed
@@ -19,6 +19,7 @@ __all__ = [
     "autograd",
     "comm",
     "data",
+    "from_dlpack",
     "manual_seed",
     "models",
     "nn",
@@ -31,6 +32,7 @@ __all__ = [
 _HOMES = {
     "Mesh": "hpcml.comm",
     "Tensor": "hpcml.autograd",
+    "from_dlpack": "hpcml.autograd",
     "manual_seed": "hpcml.rng",
     "no_grad": "hpcml.autograd",
     "parallelize": "hpcml.parallel",
