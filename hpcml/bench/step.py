@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import hpcml
+from hpcml import kernels
 from hpcml.errors import UserError
 from hpcml.models import GPT, NextTokenLoss
 from hpcml.parallel import Step
@@ -77,13 +78,14 @@ def products(size: Size) -> list[tuple[int, int, int, int]]:
 
 
 def our_products(size: Size) -> list[tuple[Callable[[], Any], int]]:
-    """The step's matrix products in NumPy: forward, and both of backward."""
+    """The step's matrix products as `linear` calls them: forward, and both of backward."""
     calls: list[tuple[Callable[[], Any], int]] = []
     for rows, n_in, n_out, count in products(size):
         x, w, g = _operands(rows, n_in, n_out)
-        calls.append((partial(np.matmul, x, w.T, out=np.empty_like(g)), count))
-        calls.append((partial(np.matmul, g, w, out=np.empty_like(x)), count))
-        calls.append((partial(np.matmul, g.T, x, out=np.empty_like(w)), count))
+        k = kernels.of(x)
+        calls.append((partial(k.linear, x, w, np.empty_like(g)), count))
+        calls.append((partial(k.linear_input_gradient, g, w, np.empty_like(x)), count))
+        calls.append((partial(k.linear_weight_gradient, g, x, np.empty_like(w)), count))
     return calls
 
 
@@ -140,10 +142,10 @@ def rounds_for(size: Size) -> int:
 def run(peer: str = "") -> dict[str, Any]:
     """Measure all sizes on one thread; the report as plain values."""
     from hpcml import backend
-    from hpcml.train.environment import blas, cpu, versions
+    from hpcml.train.environment import blas, cpu, gemm_library, versions
 
     backend.set_threads(1)
-    library = blas()[0]  # before a peer loads its own
+    before = blas()  # before a peer loads its own
     rows = [measure(size, peer, rounds_for(size)) for size in SIZES]
     return {
         "bench": "step",
@@ -151,7 +153,8 @@ def run(peer: str = "") -> dict[str, Any]:
         "peer": peer,
         "threads": 1,
         "cpu": cpu(),
-        "blas": library,
+        "gemm": gemm_library(),
+        "blas": before,
         "packages": versions(),
         "rows": [asdict(row) for row in rows],
     }
@@ -159,7 +162,7 @@ def run(peer: str = "") -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The report as a table to print."""
-    library = report["blas"]
+    numpys = report["blas"][0] if report["blas"] else {}
     heads = ["(layers, width, block, batch)", "hpcml ms", "GEMM"]
     if report["peer"]:
         heads += [f"{report['peer']} ms", "GEMM", "ratio", "GEMM ratio"]
@@ -174,7 +177,7 @@ def table(report: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     title = (
-        f"one training step, fp32, 1 thread, {report['cpu']}; NumPy's BLAS: "
-        f"{library['internal_api']} {library['version']} ({library['architecture']})"
+        f"one training step, fp32, 1 thread, {report['cpu']}; GEMM by {report['gemm']}; NumPy's "
+        f"BLAS: {numpys.get('internal_api')} {numpys.get('version')} ({numpys.get('architecture')})"
     )
     return "\n".join([title, *lines])

@@ -93,6 +93,21 @@ def sgd_plain_update(p: Array, g: Array, scale: float, lr: float, decay: float) 
     p -= lr * (g * scale + decay * p)
 
 
+def linear(x: Array, weight: Array, out: Array) -> None:
+    """out = x weight^T."""
+    xp(x).matmul(x, weight.T, out=out)
+
+
+def linear_input_gradient(g: Array, weight: Array, out: Array) -> None:
+    """out = g weight."""
+    xp(g).matmul(g, weight, out=out)
+
+
+def linear_weight_gradient(g: Array, x: Array, out: Array) -> None:
+    """out = g^T x."""
+    xp(g).matmul(g.T, x, out=out)
+
+
 def layer_norm(
     x: Array, weight: Array, bias: Array, eps: float, out: Array, mean: Array, inverse: Array
 ) -> None:

@@ -21,6 +21,7 @@ def describe(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions(),
         "cpu": cpu(),
+        "gemm": gemm_library(),
         "blas": blas(),
         "hosts": sorted({rank["host"] for rank in ranks}),
         "ranks": ranks,
@@ -56,3 +57,10 @@ def cpu() -> str:
     from llvmlite import binding
 
     return str(binding.get_host_cpu_name())
+
+
+def gemm_library() -> str:
+    """The library that multiplies matrices in float32."""
+    from hpcml.kernels.cpu.blas import register
+
+    return register()["s"]

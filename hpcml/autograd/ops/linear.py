@@ -11,8 +11,8 @@ from hpcml.backend import Array, xp
 
 
 def _rows(x: Array) -> Array:
-    """x (..., n) as a matrix (rows, n)."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    """x (..., n) as a contiguous matrix (rows, n)."""
+    return contiguous(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 @primitive
@@ -28,7 +28,7 @@ def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
         raise ValueError(f"linear(weight {weight.shape}, bias {bias.shape}): bias must be (out,)")
     ctx.save(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
     out = ctx.empty((*x.shape[:-1], weight.shape[0]), x)
-    xp(x).matmul(_rows(x), weight.T, out=_rows(out))
+    kernels.of(x).linear(_rows(x), contiguous(weight), _rows(out))
     if bias is not None:
         kernels.of(out).add_bias(_rows(out), contiguous(bias))
     return out
@@ -38,20 +38,22 @@ def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
 def linear_x(ctx: Context, g: Array) -> Array:
     _, weight = ctx.saved
     out = ctx.empty(ctx.shapes[0], g)
-    xp(g).matmul(_rows(g), weight, out=_rows(out))
+    kernels.of(g).linear_input_gradient(_rows(g), contiguous(weight), _rows(out))
     return out
 
 
 @linear.adjoint
 def linear_weight(ctx: Context, g: Array) -> Array:
     x, _ = ctx.saved
-    return xp(g).matmul(_rows(g).T, _rows(x), out=ctx.empty(ctx.shapes[1], g))
+    out = ctx.empty(ctx.shapes[1], g)
+    kernels.of(g).linear_weight_gradient(_rows(g), _rows(x), out)
+    return out
 
 
 @linear.adjoint
 def linear_bias(ctx: Context, g: Array) -> Array:
     out = ctx.empty(ctx.shapes[2], g)
-    kernels.of(g).column_sums(contiguous(_rows(g)), out)
+    kernels.of(g).column_sums(_rows(g), out)
     return out
 
 

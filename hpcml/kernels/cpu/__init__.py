@@ -22,6 +22,11 @@ from hpcml.kernels.cpu.pointwise import (
     sgd_update,
     sum_of_squares,
 )
+from hpcml.kernels.cpu.products import (
+    linear,
+    linear_input_gradient,
+    linear_weight_gradient,
+)
 from hpcml.kernels.cpu.random import dropout, random_normal, random_uniform, random_words
 from hpcml.kernels.cpu.rows import (
     cross_entropy,
@@ -50,6 +55,9 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_weight_gradient",
+    "linear",
+    "linear_input_gradient",
+    "linear_weight_gradient",
     "load",
     "random_normal",
     "random_uniform",

@@ -1,19 +1,25 @@
-"""GEMM inside compiled code: the routine of the BLAS that NumPy has loaded, called by address.
+"""GEMM inside compiled code: the routine of a BLAS library, called by address.
 
-The address is registered under a name of our own, so that compiled code on disk stays valid
-whatever BLAS the next process finds. Where none is found a plain loop takes its place.
+It is the BLAS that NumPy has loaded; on Intel's CPUs MKL, where the extra `mkl` has installed it
+(OpenBLAS is the faster one elsewhere). The address is registered under a name of our own, so that
+compiled code on disk stays valid whatever the next process finds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import threadpoolctl
 from llvmlite import binding as llvm
-from numba import carray, cfunc, types
+from numba import types
 from numba.extending import overload
 
 ROW_MAJOR, PLAIN, TRANSPOSED = np.int32(101), np.int32(111), np.int32(112)  # from cblas.h
@@ -53,59 +59,83 @@ def _gemm(ta: Any, tb: Any, m: Any, n: Any, k: Any, alpha: Any, a: Any, lda: Any
     return call
 
 
-def _plain_gemm(real: Any) -> Any:
-    """Compile the loop that stands in for a BLAS that cannot be found."""
-    dtype = np.float32 if real == types.float32 else np.float64
-    pointer = types.CPointer(real)
-    order, size = types.int32, types.int64
-    signature = types.void(
-        order, order, order, size, size, size,
-        real, pointer, size, pointer, size, real, pointer, size,
-    )  # fmt: skip
+class _Routine:
+    """What stands in for a BLAS that cannot be found: NumPy's product, called back."""
 
-    @cfunc(signature, error_model="numpy")
-    def routine(order: Any, ta: Any, tb: Any, m: Any, n: Any, k: Any, alpha: Any, a: Any, lda: Any,
-                b: Any, ldb: Any, beta: Any, c: Any, ldc: Any) -> None:  # fmt: skip
-        a_rows, b_rows = (k if ta == TRANSPOSED else m), (n if tb == TRANSPOSED else k)
-        A, B = carray(a, (a_rows, lda), dtype), carray(b, (b_rows, ldb), dtype)
-        C = carray(c, (m, ldc), dtype)
-        for i in range(m):
-            for j in range(n):
-                C[i, j] = beta * C[i, j] if beta != 0 else dtype(0)
-            for p in range(k):
-                factor = alpha * (A[p, i] if ta == TRANSPOSED else A[i, p])
-                for j in range(n):
-                    C[i, j] += factor * (B[j, p] if tb == TRANSPOSED else B[p, j])
+    def __init__(self, letter: str) -> None:
+        self.dtype = np.dtype(np.float32 if letter == "s" else np.float64)
+        number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+        real = ctypes.c_float if letter == "s" else ctypes.c_double
+        kind = ctypes.CFUNCTYPE(
+            None, number, number, number, size, size, size,
+            real, address, size, address, size, real, address, size,
+        )  # fmt: skip
+        self.pointer = kind(self._gemm)
+        self.address = ctypes.cast(self.pointer, address).value or 0
 
-    return routine
+    def _gemm(self, order: int, ta: int, tb: int, m: int, n: int, k: int, alpha: float, a: int,
+              lda: int, b: int, ldb: int, beta: float, c: int, ldc: int) -> None:  # fmt: skip
+        left = self._at(a, k, m, lda).T if ta == TRANSPOSED else self._at(a, m, k, lda)
+        right = self._at(b, n, k, ldb).T if tb == TRANSPOSED else self._at(b, k, n, ldb)
+        out = self._at(c, m, n, ldc)
+        product = alpha * (left @ right)
+        out[...] = product if beta == 0 else product + beta * out
+
+    def _at(self, address: int, rows: int, columns: int, leading: int) -> np.ndarray[Any, Any]:
+        """The matrix at an address, whose rows lie `leading` elements apart."""
+        size = self.dtype.itemsize
+        count = (rows - 1) * leading + columns if rows and columns else 0
+        memory = np.ctypeslib.as_array((ctypes.c_ubyte * (count * size)).from_address(address or 0))
+        return np.ndarray((rows, columns), self.dtype, memory, 0, (leading * size, size))
 
 
-def _find(letter: str) -> int | None:
+def _libraries() -> Iterator[ctypes.CDLL]:
+    """Libraries to look into: on Intel's CPUs MKL where installed, then what NumPy has loaded."""
+    if _is_intel():
+        with contextlib.suppress(PackageNotFoundError, OSError):
+            for file in files("mkl") or ():
+                if file.name.startswith("libmkl_rt."):
+                    # The same bits wherever an array starts: MKL's default depends on alignment.
+                    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+                    yield ctypes.CDLL(str(file.locate()))
     for library in threadpoolctl.threadpool_info():
-        if library["user_api"] != "blas":
-            continue
-        handle = ctypes.CDLL(library["filepath"])
+        if library["user_api"] == "blas":
+            yield ctypes.CDLL(library["filepath"])
+
+
+def _is_intel() -> bool:
+    with contextlib.suppress(OSError):
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    return False
+
+
+def _find(letter: str) -> tuple[int, str] | None:
+    """Address of a library's GEMM and the name of its file."""
+    for library in _libraries():
         for name in _NAMES:
-            try:
-                function = getattr(handle, name.format(letter))
-            except AttributeError:
-                continue
-            return ctypes.cast(function, ctypes.c_void_p).value
+            with contextlib.suppress(AttributeError):
+                function = getattr(library, name.format(letter))
+                address = ctypes.cast(function, ctypes.c_void_p).value
+                assert address is not None
+                return address, Path(library._name).name
     return None
 
 
 @functools.cache
-def register() -> dict[str, bool]:
-    """Make the GEMM symbols known to compiled code; say for each letter whether BLAS was found."""
-    found = {}
-    for letter, real in (("s", types.float32), ("d", types.float64)):
-        address = _find(letter)
-        found[letter] = address is not None
-        if address is None:
-            _stand_ins.append(_plain_gemm(real))
-            address = _stand_ins[-1].address
-        llvm.add_symbol(f"hpcml_{letter}gemm", address)
-    return found
+def register() -> dict[str, str]:
+    """Make the GEMM symbols known to compiled code; say which library serves each letter.
+
+    "numpy" is NumPy's product, called back where no library was found.
+    """
+    serving = {}
+    for letter in ("s", "d"):
+        found = _find(letter)
+        if found is None:
+            _stand_ins.append(_Routine(letter))
+            found = _stand_ins[-1].address, "numpy"
+        llvm.add_symbol(f"hpcml_{letter}gemm", found[0])
+        serving[letter] = found[1]
+    return serving
 
 
-_stand_ins: list[Any] = []  # compiled code must outlive its address
+_stand_ins: list[_Routine] = []  # a routine must outlive its address
