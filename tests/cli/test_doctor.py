@@ -168,7 +168,7 @@ def test_a_preset_blas_kernel_is_named() -> None:
 
 
 def test_numba_and_its_cache() -> None:
-    found = {"version": "1", "works": True, "cache": "/c", "kept": True}
+    found = {"version": "1", "works": True, "cache": "/c", "kept": True, "gemm": "libblas.so"}
     assert host.numba(Outcome(found)).status == "ok"
     assert host.numba(Outcome(found | {"kept": False})).status == "warn"
     assert host.numba(Outcome(found | {"works": False})).status == "fail"

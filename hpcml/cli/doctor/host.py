@@ -54,7 +54,8 @@ def numba(outcome: Outcome) -> Row:
             "numba", "warn", f"{found['version']}, compiled kernels are not kept",
             "set HPCML_CACHE_DIR to a folder that can be written, or every start compiles",
         )  # fmt: skip
-    return Row("numba", "ok", f"{found['version']}, kernels kept in {found['cache']}")
+    kernels = f"kernels kept in {found['cache']}, GEMM by {found['gemm']}"
+    return Row("numba", "ok", f"{found['version']}, {kernels}")
 
 
 def blas(outcome: Outcome, flags: set[str], environ: Mapping[str, str] = os.environ) -> Row:

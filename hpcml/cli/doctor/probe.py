@@ -34,10 +34,10 @@ def library() -> Found:
 
 
 def numba() -> Found:
-    """Find whether numba compiles, and where compiled kernels are kept."""
+    """Find whether numba compiles, where kernels are kept, and whose GEMM they call."""
     module = importlib.import_module("numba")
     double = module.njit(lambda x: x + x)
-    from hpcml.kernels.cpu import jit
+    from hpcml.kernels.cpu import blas, jit
 
     folder = jit.cache_folder()
     return {
@@ -45,6 +45,7 @@ def numba() -> Found:
         "works": double(21) == 42,
         "cache": str(folder),
         "kept": not folder.name.startswith("hpcml-"),
+        "gemm": blas.register()["s"],
     }
 
 
