@@ -197,13 +197,14 @@ def conv2d(
     dilation: int | tuple[int, int] = 1,
 ) -> Tensor:
     """Cross-correlation: (N, C, H, W) with weight (F, C, kh, kw) -> (N, F, H', W')."""
-    (vertical, horizontal), (filters, channels, *size) = _pair(padding), weight.shape
+    filters, channels, *size = weight.shape
     if input.ndim != 4 or input.shape[1] != channels:
         raise ValueError(f"conv2d({input.shape}, weight {weight.shape}): channels must agree")
-    if vertical or horizontal:
-        input = pad(input, (horizontal, horizontal, vertical, vertical))
     view = shape.windows(
-        input, size=tuple(size), stride=_pair(stride), dilation=_pair(dilation)
+        _surround(input, padding, 0.0),
+        size=tuple(size),
+        stride=_pair(stride),
+        dilation=_pair(dilation),
     )  # (N, C, H', W', kh, kw)
     rows = view.permute(0, 2, 3, 1, 4, 5).flatten(3)
     return products.linear(rows, weight.reshape(filters, -1), bias).permute(0, 3, 1, 2)
@@ -216,10 +217,7 @@ def max_pool2d(
     padding: int | tuple[int, int] = 0,
 ) -> Tensor:
     """Maximum over windows: (N, C, H, W) -> (N, C, H', W')."""
-    vertical, horizontal = _pair(padding)
-    if vertical or horizontal:
-        input = pad(input, (horizontal, horizontal, vertical, vertical), value=-np.inf)
-    return _pooled(input, kernel_size, stride).amax((-2, -1))
+    return _pooled(input, kernel_size, stride, padding, -np.inf).amax((-2, -1))
 
 
 def avg_pool2d(
@@ -229,14 +227,21 @@ def avg_pool2d(
     padding: int | tuple[int, int] = 0,
 ) -> Tensor:
     """Mean over windows, padding counted: (N, C, H, W) -> (N, C, H', W')."""
-    vertical, horizontal = _pair(padding)
-    if vertical or horizontal:
-        input = pad(input, (horizontal, horizontal, vertical, vertical))
-    return _pooled(input, kernel_size, stride).mean((-2, -1))
+    return _pooled(input, kernel_size, stride, padding, 0.0).mean((-2, -1))
 
 
-def _pooled(input: Tensor, kernel_size: Any, stride: Any) -> Tensor:
+def _pooled(input: Tensor, kernel_size: Any, stride: Any, padding: Any, value: float) -> Tensor:
     size = _pair(kernel_size)
     return shape.windows(
-        input, size=size, stride=size if stride is None else _pair(stride), dilation=(1, 1)
+        _surround(input, padding, value),
+        size=size,
+        stride=size if stride is None else _pair(stride),
+        dilation=(1, 1),
     )
+
+
+def _surround(input: Tensor, padding: int | tuple[int, int], value: float) -> Tensor:
+    vertical, horizontal = _pair(padding)
+    if vertical or horizontal:
+        return pad(input, (horizontal, horizontal, vertical, vertical), value=value)
+    return input

@@ -155,7 +155,20 @@ class Dropout(Module):
         return f"p={self.p}"
 
 
-class Sequential(Module):
+class _Numbered(Module):
+    """Modules named 0, 1, 2, ..."""
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Module]:
+        return self.children()
+
+    def __getitem__(self, index: int) -> Module:
+        return list(self.children())[index]
+
+
+class Sequential(_Numbered):
     """Modules called one after the other."""
 
     def __init__(self, *modules: Module) -> None:
@@ -169,17 +182,8 @@ class Sequential(Module):
             input = module(input)
         return input
 
-    def __len__(self) -> int:
-        return len(self._modules)
 
-    def __iter__(self) -> Iterator[Module]:
-        return self.children()
-
-    def __getitem__(self, index: int) -> Module:
-        return list(self.children())[index]
-
-
-class ModuleList(Module):
+class ModuleList(_Numbered):
     """A list of modules that a model calls as it likes."""
 
     def __init__(self, modules: Any = ()) -> None:
@@ -191,15 +195,6 @@ class ModuleList(Module):
         """Add a module at the end."""
         setattr(self, str(len(self)), module)
         return self
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def __iter__(self) -> Iterator[Module]:
-        return self.children()
-
-    def __getitem__(self, index: int) -> Module:
-        return list(self.children())[index]
 
 
 class CrossEntropyLoss(Module):
