@@ -1,4 +1,4 @@
-"""Draw the losses of runs into one picture (needs matplotlib).
+"""Draw the losses of runs into one picture (needs matplotlib: the extra `plot`).
 
 python docs/plot_losses.py OUT.png RUN_DIR [RUN_DIR ...]
 """

@@ -33,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if first_rank():
             print(f"hpcml: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        from hpcml.comm import launch
+
+        if launch.read().size > 1:
+            raise  # the others must be ended too
+        print("hpcml: interrupted", file=sys.stderr)
+        return 130
 
 
 def first_rank() -> bool:

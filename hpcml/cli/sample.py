@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from hpcml.errors import UserError
@@ -22,16 +23,20 @@ def run(args: list[str]) -> int:
     folder = Path(options.run_dir)
     try:
         described = json.loads((folder / "data.json").read_text())
-    except (OSError, ValueError) as error:
+        info, tokenizer = described["info"], described["tokenizer"]
+        made = tokenizer and from_dict(tokenizer)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'"{folder}" is no folder of a run (data.json: {error}): name the run.dir of a run'
+            f'"{folder}" is no folder of a run (data.json: {type(error).__name__} {error}): name '
+            "the run.dir of a run"
         ) from None
-    if described["tokenizer"] is None:
+    if made is None:
         raise UserError(f'"{folder}" holds no language model: only runs on text can be sampled')
     config = configuration.load(folder / "config.toml")
-    model = build_model(config, described["info"]).name_parts()
+    config = replace(config, model=replace(config.model, init_from=""))  # has its own weights
+    model = build_model(config, info).name_parts()
     weights.load(model, folder / "model.safetensors", "model")
-    data = Data([], None, described["info"], tokenizer=from_dict(described["tokenizer"]))
+    data = Data([], None, info, tokenizer=made)
     if not options.prompt:
         raise UserError('--prompt="" is empty: give at least one character')
     print(

@@ -59,7 +59,7 @@ def refuse(error: UserError) -> int:
     speaks = hook.claim.take() if hook else read().rank in (None, 0)
     if speaks:
         sys.stdout.flush()
-        sys.stderr.write(f"hpcml: error: {error}\n")
+        sys.stderr.write(f"hpcml: error: {' '.join(str(error).split())}\n")
         sys.stderr.flush()
     return leave(error.exit_code)
 

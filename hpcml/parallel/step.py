@@ -157,8 +157,9 @@ class Step:
         else:
             loss = self.loss(self.model(*arrays[:-1]), arrays[-1])
         if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {loss.shape}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserError(
-                f"the loss must be a tensor of one element, the mean over samples, not {loss!r:.80}"
+                f"the loss must be a tensor of one element, the mean over samples, not {found}"
             )
         return loss
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from hpcml.optim import Optimizer
 from hpcml.parallel import Step, parallelize
 from hpcml.train import kinds, weights
 from hpcml.train.config import Config
+from hpcml.train.log import logger
 from hpcml.train.run_dir import RunDir
 
 
@@ -40,12 +42,13 @@ def build(config: Config, mesh: Mesh) -> Run:
     folder = RunDir(config.run.dir)
     agree(mesh.world, partial(folder.check, config.run.overwrite))
     data = agree(mesh.world, lambda: as_data(kinds.build(config.data, {"seed": config.run.seed})))
+    logger.info("data: %d samples, offering %s", len(data.train), dict(data.info))
     model = agree(mesh.world, partial(build_model, config, data.info))
     chosen = config.loss if config.loss.kind else kinds.choose(config.loss, data.loss)
     loss = agree(mesh.world, partial(kinds.build, chosen))
     callback = None
     if config.callback.kind:
-        callback = agree(mesh.world, partial(kinds.build, config.callback))
+        callback = agree(mesh.world, partial(_build_callback, config))
 
     def optimizer(parameters: Any) -> Optimizer:
         return kinds.build(config.optim, {}, parameters)  # type: ignore[no-any-return]
@@ -55,8 +58,22 @@ def build(config: Config, mesh: Mesh) -> Run:
         grad_clip=config.optim.grad_clip, seed=config.run.seed, groups=decay_matrices,
     )  # fmt: skip
     agree(mesh.world, partial(_try_sample, step, data))
-    agree(mesh.world, folder.claim if mesh.rank == 0 else lambda: None)
-    return Run(config, mesh, data, step, folder, callback)
+    logger.info("%s, loss and data fit", type(model).__name__)
+    claim = partial(folder.claim, config.run.overwrite)
+    agree(mesh.world, claim if mesh.rank == 0 else lambda: None)
+    return Run(replace(config, loss=chosen), mesh, data, step, folder, callback)
+
+
+def _build_callback(config: Config) -> Callable[[dict[str, Any]], Any]:
+    made = kinds.build(config.callback)
+    try:
+        inspect.signature(made).bind({})
+    except TypeError as error:
+        raise UserError(
+            f'callback.kind="{config.callback.kind}" must be callable with one argument, the '
+            f"record of a step: {error}"
+        ) from None
+    return made  # type: ignore[no-any-return]
 
 
 def build_model(config: Config, info: Mapping[str, Any]) -> Module:
@@ -83,12 +100,13 @@ def decay_matrices(model: Module) -> list[dict[str, Any]]:
 
 
 def _try_sample(step: Step, data: Data) -> None:
-    """Evaluate one sample, so that a model or loss that does not fit the data says so now."""
+    """Evaluate two samples, so that a model or loss that does not fit the data says so now."""
     try:
-        step.try_batch(next(iter(Batches(data.train, 1, None)))[0:1])
+        step.try_batch(next(iter(Batches(data.train, 2, None)))[0:2])
     except UserError:
         raise
     except (ValueError, TypeError, IndexError) as error:
+        logger.debug("the first samples failed", exc_info=True)
         raise UserError(
             f"model and loss do not take a sample of the data: {kinds.one_line(error)}"
         ) from error

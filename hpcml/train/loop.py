@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from hpcml.comm import Mesh
 from hpcml.comm.guard import StopFlag, agree
 from hpcml.data import Batches
-from hpcml.errors import NonFiniteError
+from hpcml.errors import NonFiniteError, UserError
 from hpcml.optim import learning_rate
 from hpcml.train import log, results, threads, usage
 from hpcml.train.build import Run, build
@@ -29,13 +31,17 @@ def train(config: Config) -> int:
     mesh = Mesh(**asdict(config.mesh))
     agree(mesh.world, partial(log.setup, mesh.rank))
     ranks = agree(mesh.world, partial(threads.share, mesh))
+    log.logger.info("%s on %s, %d thread(s)", mesh, mesh.node.host, ranks[mesh.rank]["threads"])
     run = build(config, mesh)
     show = mesh.rank == 0 and config.run.log_every > 0
     progress = Progress(config.run.steps, config.run.log_every, show)
     if mesh.rank == 0:
         results.begin(run, ranks, progress)
-    with StopFlag() as stop:
-        return _Loop(run, stop, progress).run()
+    try:
+        with StopFlag() as stop:
+            return _Loop(run, stop, progress).run()
+    finally:
+        run.folder.release()
 
 
 class _Loop:
@@ -46,6 +52,7 @@ class _Loop:
         first = run.mesh.rank == 0
         self.metrics = JsonLines(run.folder / "metrics.jsonl") if first else None
         self.own = JsonLines(run.folder / "ranks" / f"rank-{run.mesh.rank:05}.jsonl")
+        self.stopped = False  # by a signal to any rank
         self.loss: float | None = None
         self.val_loss: float | None = None
 
@@ -60,7 +67,7 @@ class _Loop:
         try:
             for number, batch in enumerate(batches):
                 self._step(number, batch)
-                if self.stop.agreed(self.of.mesh.world):
+                if self._asked_to_stop():
                     exit_ = "interrupted"
                     break
             else:
@@ -68,14 +75,28 @@ class _Loop:
         except NonFiniteError:
             exit_ = "non-finite"
             raise
+        except KeyboardInterrupt:  # a second one: do not wait for the step
+            exit_ = "interrupted"
+            raise
         finally:
-            self.progress.close()
-            self.own.close()
-            if self.metrics is not None:
-                self.metrics.close()
-                seconds = time.perf_counter() - start
-                results.end(self.of, self.progress, exit_, seconds, self.loss, self.val_loss)
+            self._end(exit_, time.perf_counter() - start)
         return INTERRUPTED if exit_ == "interrupted" else 0
+
+    def _end(self, exit_: str, seconds: float) -> None:
+        """Close the records and write the results."""
+        self.progress.close()
+        self.own.close()
+        if self.metrics is not None:
+            self.metrics.close()
+            # After a failure it is that one that must be told, not a disk that is full since.
+            with suppress(*(UserError, OSError) if exit_ == "failed" else ()):
+                results.end(self.of, self.progress, exit_, seconds, self.loss, self.val_loss)
+        if exit_ in ("completed", "non-finite"):  # where all ranks come: none leaves before the end
+            self.of.mesh.world.barrier()
+
+    def _asked_to_stop(self) -> bool:
+        self.stopped = self.stopped or self.stop.agreed(self.of.mesh.world)
+        return self.stopped
 
     def _step(self, number: int, batch: Any) -> None:
         """One update, its validation if it is due, and its record."""
@@ -97,21 +118,33 @@ class _Loop:
             record["tokens_per_second"] = per_second * run.data.info["sequence_length"]
         done, every = number + 1, config.run.eval_every
         last = done == config.run.steps
-        if run.data.val is not None and (last or (every and done % every == 0)):
-            record["val_loss"] = self.val_loss = self._validate()
-        if number == 0 or last:
-            self._add_usage(record, sent)
-        if self.metrics is not None:
-            self.metrics.write(record)
+        try:
+            if number == 0 or last:
+                self._add_usage(record, sent)
+            if run.data.val is not None and (last or (every and done % every == 0)):
+                self._validate(record)
+        finally:  # the step was made, whatever becomes of its validation
+            if self.metrics is not None:
+                self.metrics.write(record)
         self.progress.step(record)
         if run.callback is not None:
             run.callback(record)
 
-    def _validate(self) -> float:
+    def _validate(self, record: dict[str, Any]) -> None:
+        """Add the validation loss, unless a signal cuts it short."""
         config, val = self.of.config, self.of.data.val
         assert val is not None
         limit = config.run.eval_batches or None
-        return self.of.step.evaluate(Batches(val, config.train.global_batch, None, 0, limit))
+
+        def batches() -> Iterator[Any]:
+            for batch in Batches(val, config.train.global_batch, None, 0, limit):
+                yield batch
+                if self._asked_to_stop():
+                    return
+
+        loss = self.of.step.evaluate(batches())
+        if not self.stopped:
+            record["val_loss"] = self.val_loss = loss
 
     def _add_usage(self, record: dict[str, Any], sent: dict[str, Any]) -> None:
         """Add memory and traffic of the step over all ranks; each rank keeps its own too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -36,8 +37,12 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line."""
         if self.show:
-            sys.stdout.write(text + "\n")  # rich moves its bar out of the way
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(text + "\n")  # rich moves its bar out of the way
+                sys.stdout.flush()
+            except BrokenPipeError:  # the reader left (`| head`): the run goes on
+                self.show = False
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def step(self, record: dict[str, Any]) -> None:
         """Report a step, if it is one of those to report, from its record of metrics."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def begin(run: Run, ranks: list[dict[str, Any]], progress: Progress) -> None:
     """Write the configuration, the environment and what the data offer (first rank only)."""
     config, folder, data = run.config, run.folder, run.data
     (folder / "config.toml").write_text(configuration.dump(config))
-    folder.write_json("env.json", environment.describe(ranks))
+    folder.write_json("env.json", {"mesh": run.mesh.sizes, **environment.describe(ranks)})
     info = {name: value for name, value in data.info.items() if np.isscalar(value)}
     folder.write_json(
         "data.json",
@@ -90,4 +91,13 @@ def sample_text(
     made = generate(
         model, start, tokens, length=length, temperature=temperature, top_k=top_k, seed=seed
     )
-    return data.tokenizer.decode(made)
+    return printable(data.tokenizer.decode(made))
+
+
+def printable(text: str) -> str:
+    """Text that any terminal shows: control characters and what it cannot encode replaced."""
+    shown = "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+    encoding = sys.stdout.encoding or "utf-8"
+    return shown.encode(encoding, "replace").decode(encoding)

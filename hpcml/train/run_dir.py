@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hpcml.errors import UserError
 
@@ -18,7 +20,8 @@ class RunDir:
     """Names of the files of a run in folder `path`."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
+        self._lock: TextIO | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -35,25 +38,41 @@ class RunDir:
                 f"{name} holds {there[0]!r}: set run.overwrite=true to replace a run, or another "
                 "run.dir"
             )
-        strange = [entry for entry in there if entry not in (*FILES, "ranks")]
+        strange = [entry for entry in there if not _ours(entry)]
         if strange:
             raise UserError(f"{name} holds {strange[0]!r}, no file of a run: set another run.dir")
         place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise self._unwritable("is a file" if place.is_file() else "permission denied", place)
 
-    def claim(self) -> None:
-        """Make the folder, empty of what an earlier run left. Raises UserError."""
+    def claim(self, overwrite: bool) -> None:
+        """Make the folder, with `overwrite` empty of what an earlier run left. Raises UserError.
+
+        Locks it until `release`: of two runs that start at once one is refused.
+        """
+        first = self.path / "config.toml"
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = first.open("a" if overwrite else "x")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for entry in self._entries():
-                if entry in FILES:
+                if entry not in ("ranks", first.name):
                     (self.path / entry).unlink()
             for file in (self.path / "ranks").glob("rank-*.jsonl"):
                 file.unlink()
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.toml").touch()
+        except (FileExistsError, BlockingIOError):
+            self.release()
+            raise UserError(
+                f'run.dir="{self.path}" was taken by another run just now: set another run.dir'
+            ) from None
         except OSError as error:
             raise self._unwritable(error.strerror or str(error), self.path) from None
+
+    def release(self) -> None:
+        """Give up the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _entries(self) -> list[str]:
         try:
@@ -70,8 +89,11 @@ class RunDir:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file as a whole or not at all."""
         temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        temporary.replace(self.path / name)
+        try:
+            temporary.write_text(json.dumps(value, indent=1) + "\n")
+            temporary.replace(self.path / name)
+        except OSError as error:
+            raise self._unwritable(error.strerror or str(error), temporary) from None
 
 
 class JsonLines:
@@ -82,9 +104,21 @@ class JsonLines:
         self._file = path.open("w", buffering=1)  # a line reaches the file when it is complete
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object."""
-        self._file.write(json.dumps(record) + "\n")
+        """Append one object. Raises UserError where the disk is full."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(
+                f'"{self._file.name}" cannot be written ({error.strerror}): make room there, or '
+                "set another run.dir"
+            ) from None
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what could not be written was told before."""
+        with suppress(OSError):
+            self._file.close()
+
+
+def _ours(entry: str) -> bool:
+    """Whether a run leaves something of this name, finished or cut short."""
+    return entry in (*FILES, "ranks") or entry.endswith(".tmp") or entry.startswith(".tmp")

@@ -27,7 +27,7 @@ def share(mesh: Mesh) -> list[dict[str, Any]]:
     every = mesh.world.allgather_object((mesh.node.index, mine))
     sharing = sum(node == mesh.node.index and set(theirs) & set(mine) != set()
                   for node, theirs in every)  # fmt: skip
-    asked = os.environ.get("OMP_NUM_THREADS", "")
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is by nesting level
     if asked and not (asked.isdigit() and int(asked) > 0):
         raise UserError(f'OMP_NUM_THREADS="{asked}" must be a positive number: mend or unset it')
     count = int(asked) if asked else max(1, len(mine) // max(sharing, 1))

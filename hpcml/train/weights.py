@@ -13,13 +13,19 @@ from hpcml.nn import Module
 
 def save(model: Module, path: Path) -> None:
     """Write the parameters as safetensors: serial names, logical shapes, a shared one once."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     temporary = path.with_suffix(".tmp")
-    save_file(
-        {name: np.ascontiguousarray(p.numpy()) for name, p in model.named_parameters()}, temporary
-    )
-    temporary.replace(path)
+    arrays = {name: np.ascontiguousarray(p.numpy()) for name, p in model.named_parameters()}
+    try:
+        save_file(arrays, temporary)
+        temporary.chmod(0o644)  # safetensors makes it the owner's alone
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f'"{path}" cannot be written ({error}): make room there, or set another run.dir'
+        ) from None
 
 
 def load(model: Module, path: str | Path, key: str = "model.init_from") -> None:
@@ -28,6 +34,7 @@ def load(model: Module, path: str | Path, key: str = "model.init_from") -> None:
     from safetensors.numpy import load_file
 
     try:
+        Path(path).open("rb").close()  # safetensors calls any failure "no such file"
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -26,6 +26,10 @@ def nothing(layers, heads, width):
 class Diverges(nn.Module):
     def forward(self, logits, target):
         return logits.mean() * float("nan")
+def takes_nothing():
+    pass
+def a_vector(logits, target):
+    return logits.sum((1, 2))
 def crash(record):
     import hpcml.comm.world
     if hpcml.comm.world.world().rank == 1:
@@ -54,6 +58,8 @@ CASES = [
     ("data.path=short.txt", 2, ["sequence_length=16", "shorter"]),
     ("run.dir=used", 2, ['run.dir="used"', "run.overwrite=true"]),
     ("run.dir=text.txt/below", 2, ["text.txt/below", "writable"]),
+    ("callback.kind=user:takes_nothing", 2, ["callback", "one argument"]),
+    ("loss.kind=user:a_vector", 2, ["one element", "shape"]),
     ("model.kind=user:missing", 2, ["user:missing"]),
     ("model.kind=user:NoForward", 2, ["needs need"]),
     ("model.kind=user:nothing", 2, ["made a int", "hpcml.nn.Module"]),
@@ -120,6 +126,53 @@ def test_overwriting_is_asked_for_and_happens_last(
     (used.parent / "thesis.tex").touch()
     assert main(["train", str(job), "run.dir=used", "run.overwrite=true"]) == 2
     assert "thesis.tex" in capsys.readouterr().err
+
+
+def test_of_two_runs_into_one_folder_one_is_refused(job: Path) -> None:
+    """Both found it empty when they began; the results of neither may be mixed or lost."""
+    command = [sys.executable, "-m", "hpcml", "train", str(job), "run.dir=both", "run.steps=60"]
+    runs = [
+        subprocess.Popen([*command, f"run.seed={seed}"], env=child_environment(), cwd=job.parent,
+                         stderr=subprocess.PIPE, text=True)
+        for seed in (1, 2)
+    ]  # fmt: skip
+    said = [run.communicate(timeout=90)[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 2], said
+    assert "run.dir" in "".join(said)
+    assert len(metrics(job.parent / "both")) == 60
+
+
+def test_what_a_killed_run_left_can_be_overwritten(job: Path) -> None:
+    used = job.parent / "used"
+    for name in (".summary.json.tmp", "model.tmp", ".tmpAbC"):
+        (used / name).touch()
+    assert main(["train", str(job), "run.dir=used", "run.overwrite=true"]) == 0
+    assert not list(used.glob("*.tmp"))
+
+
+def test_a_divergence_is_told_in_the_summary(job: Path) -> None:
+    assert main(["train", str(job), "loss.kind=user:Diverges"]) == 3
+    folder = job.parent / "runs" / "job"
+    assert summary(folder)["exit"] == "non-finite" and metrics(folder) == []
+
+
+def test_output_into_a_closed_pipe_does_not_end_the_run(job: Path) -> None:
+    command = f"{sys.executable} -m hpcml train {job} run.log_every=1 run.steps=30 | head -1"
+    done = subprocess.run(
+        ["bash", "-c", command], env=child_environment(), cwd=job.parent, text=True,
+        capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+    assert summary(job.parent / "runs" / "job")["exit"] == "completed"
+
+
+def test_the_log_is_quiet_until_asked_and_names_the_rank(job: Path) -> None:
+    quiet = hpcml("train", job, "run.dir=a", ranks=2, cwd=job.parent)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    loud = hpcml("train", job, "run.dir=b", ranks=2, cwd=job.parent, HPCML_LOG="info")
+    lines = loud.stderr.splitlines()
+    assert lines and all("INFO" in line for line in lines)
+    assert all(any(f"[rank {rank}]" in line for line in lines) for rank in (0, 1))
 
 
 def test_copies_of_a_world_of_one_are_refused(job: Path) -> None:

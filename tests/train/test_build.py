@@ -1,0 +1,44 @@
+"""Parts of a run: threads, parameter groups."""
+
+from __future__ import annotations
+
+import pytest
+import threadpoolctl
+
+from hpcml.comm import Mesh
+from hpcml.errors import UserError
+from hpcml.models import GPT
+from hpcml.train import threads
+from hpcml.train.build import decay_matrices
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    decaying, others = decay_matrices(GPT(7, 8, 2, 2, 16))
+    assert "weight_decay" not in decaying and others["weight_decay"] == 0
+    assert {p.ndim for p in decaying["params"]} == {2}
+    assert {p.ndim for p in others["params"]} == {1}
+    assert len(decaying["params"]) == 2 + 4 * 2  # tokens, positions; four matrices a block
+
+
+@pytest.mark.parametrize(("asked", "given"), [("1", 1), ("2", 2), ("1,4", 1)])
+def test_threads_are_those_asked_for(
+    asked: str, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    (rank,) = threads.share(Mesh())
+    blas = [i for i in threadpoolctl.threadpool_info() if i["user_api"] == "blas"]
+    assert rank["threads"] == given and all(i["num_threads"] == given for i in blas)
+
+
+def test_threads_are_the_cores_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "cores", lambda: [3, 5, 7])
+    assert threads.share(Mesh())[0]["threads"] == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads.share(Mesh())
+
+
+def test_a_number_of_threads_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")
+    with pytest.raises(UserError, match="OMP_NUM_THREADS"):
+        threads.share(Mesh())
