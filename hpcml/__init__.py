@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpcml import autograd, comm, data, models, nn, optim, parallel
-    from hpcml.autograd import Tensor, from_dlpack, no_grad
+    from hpcml.autograd import Tensor, cat, from_dlpack, maximum, minimum, no_grad, stack, where
     from hpcml.comm import Mesh
     from hpcml.parallel import parallelize
     from hpcml.rng import manual_seed
@@ -17,25 +17,35 @@ __all__ = [
     "Mesh",
     "Tensor",
     "autograd",
+    "cat",
     "comm",
     "data",
     "from_dlpack",
     "manual_seed",
+    "maximum",
+    "minimum",
     "models",
     "nn",
     "no_grad",
     "optim",
     "parallel",
     "parallelize",
+    "stack",
+    "where",
 ]
 
 _HOMES = {
     "Mesh": "hpcml.comm",
     "Tensor": "hpcml.autograd",
+    "cat": "hpcml.autograd",
     "from_dlpack": "hpcml.autograd",
     "manual_seed": "hpcml.rng",
+    "maximum": "hpcml.autograd",
+    "minimum": "hpcml.autograd",
     "no_grad": "hpcml.autograd",
     "parallelize": "hpcml.parallel",
+    "stack": "hpcml.autograd",
+    "where": "hpcml.autograd",
 }
 
 

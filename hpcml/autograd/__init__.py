@@ -1,5 +1,6 @@
 """Automatic differentiation: tensors, primitives with one adjoint for each input, backward."""
 
+from hpcml.autograd.functions import cat, maximum, minimum, stack, where
 from hpcml.autograd.gradcheck import gradcheck
 from hpcml.autograd.primitive import (
     Context,
@@ -16,10 +17,15 @@ __all__ = [
     "Handle",
     "Primitive",
     "Tensor",
+    "cat",
     "enable_grad",
     "from_dlpack",
     "gradcheck",
+    "maximum",
+    "minimum",
     "no_grad",
     "primitive",
     "saved_tensors_hooks",
+    "stack",
+    "where",
 ]

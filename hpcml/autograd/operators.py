@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpcml import backend
-from hpcml.autograd.ops import fused, linear, pointwise, shape
+from hpcml.autograd.ops import extremes, fused, linear, pointwise, shape
 
 if TYPE_CHECKING:
     from hpcml.autograd.tensor import Tensor
@@ -194,7 +194,19 @@ class Operators:
 
     def amax(self, dim: Dims = None, keepdim: bool = False) -> Tensor:
         """Maximum over `dim`; equal maxima share the gradient."""
-        return shape.amax(self, dim=dim, keepdim=keepdim)
+        return extremes.amax(self, dim=dim, keepdim=keepdim)
+
+    def amin(self, dim: Dims = None, keepdim: bool = False) -> Tensor:
+        """Minimum over `dim`; equal minima share the gradient."""
+        return extremes.amin(self, dim=dim, keepdim=keepdim)
+
+    def max(self) -> Tensor:
+        """Maximum of all elements; equal maxima share the gradient."""
+        return extremes.amax(self)
+
+    def min(self) -> Tensor:
+        """Minimum of all elements; equal minima share the gradient."""
+        return extremes.amin(self)
 
     def var(self, dim: Dims = None, *, correction: int = 1, keepdim: bool = False) -> Tensor:
         """Variance over `dim`: the sum of squared deviations by count - correction."""
@@ -202,6 +214,12 @@ class Operators:
         total = shape.sum(centred * centred, dim=dim, keepdim=keepdim)
         count = math.prod(self.shape) // max(total.numel(), 1)
         return total / (count - correction)
+
+    def std(self, dim: Dims = None, *, correction: int = 1, keepdim: bool = False) -> Tensor:
+        """Square root of the variance over `dim`; where that is 0 the gradient is 0."""
+        variance = self.var(dim, correction=correction, keepdim=keepdim)
+        constant = variance == 0
+        return variance.masked_fill(constant, 1).sqrt().masked_fill(constant, 0)
 
     # --- movement -------------------------------------------------------------------------------
 

@@ -164,17 +164,23 @@ def packed_self_attention(
 def attention_weights(
     query: Tensor, key: Tensor, attn_mask: Any = None, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale query key^T + mask): (B, H, T, S), stored."""
+    """softmax(scale query key^T + mask): (B, H, T, S), stored; 0 where a query sees no key."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = (query @ key.transpose(-2, -1)) * scale
-    if attn_mask is not None:
-        mask = array_of(attn_mask)
-        if mask.dtype == bool:
-            scores = scores.masked_fill(~mask, -np.inf)
-        else:
-            learned = isinstance(attn_mask, Tensor)
-            scores = scores + (attn_mask if learned else mask.astype(scores.dtype, copy=False))
-    return fused.softmax(scores, dim=-1)
+    if attn_mask is None:
+        return fused.softmax(scores, dim=-1)
+    mask = array_of(attn_mask)
+    if mask.dtype == bool:
+        shut = ~mask
+        scores = scores.masked_fill(shut, -np.inf)
+    else:
+        shut = mask == -np.inf
+        learned = isinstance(attn_mask, Tensor)
+        scores = scores + (attn_mask if learned else mask.astype(scores.dtype, copy=False))
+    blind = shut.all(-1, keepdims=True)
+    if not blind.any():
+        return fused.softmax(scores, dim=-1)
+    return fused.softmax(scores.masked_fill(blind, 0), dim=-1).masked_fill(blind, 0)
 
 
 def pad(input: Tensor, pad: tuple[int, ...], *, value: float = 0.0) -> Tensor:
@@ -216,8 +222,10 @@ def max_pool2d(
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
 ) -> Tensor:
-    """Maximum over windows: (N, C, H, W) -> (N, C, H', W')."""
-    return _pooled(input, kernel_size, stride, padding, -np.inf).amax((-2, -1))
+    """Maximum over windows, the first gets the gradient: (N, C, H, W) -> (N, C, H', W')."""
+    windows = _pooled(input, kernel_size, stride, padding, -np.inf).flatten(-2)
+    first = windows.argmax(-1, keepdim=True).data
+    return shape.take_along_dim(windows, index=first, dim=-1).squeeze(-1)
 
 
 def avg_pool2d(

@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcml import rng
 from hpcml.autograd import Primitive, Tensor
-from hpcml.autograd.ops import attention, fused, linear, pointwise, shape
+from hpcml.autograd.ops import attention, extremes, fused, linear, pointwise, shape
 from hpcml.nn import module
 from tests.autograd.support import Array, normal
 
@@ -71,7 +71,8 @@ TABLE: dict[Primitive, list[Case]] = {
         (lambda a: 2.0**a, [normal(2, 3)]),
         (lambda a: a**0, [normal(3)]),
     ],
-    pointwise.maximum: both(pointwise.maximum),
+    extremes.maximum: both(extremes.maximum),
+    extremes.minimum: both(extremes.minimum),
     pointwise.neg: one(pointwise.neg),
     pointwise.exp: one(pointwise.exp),
     pointwise.log: one(pointwise.log, positive),
@@ -176,11 +177,20 @@ TABLE: dict[Primitive, list[Case]] = {
         ]
         for k in (True, False)
     ],
-    shape.amax: [
-        keyed(shape.amax, s, dim=d, keepdim=k)
-        for s, d in [((2, 3, 4), None), ((2, 3, 4), (0, -1)), ((2, 3), 1), ((), None), ((0, 3), 1)]
-        for k in (True, False)
-    ],
+    **{
+        extreme: [
+            keyed(extreme, s, dim=d, keepdim=k)
+            for s, d in [
+                ((2, 3, 4), None),
+                ((2, 3, 4), (0, -1)),
+                ((2, 3), 1),
+                ((), None),
+                ((0, 3), 1),
+            ]
+            for k in (True, False)
+        ]
+        for extreme in (extremes.amax, extremes.amin)
+    },
     shape.reshape: [
         keyed(shape.reshape, s, shape=t)
         for s, t in [((2, 3), (6,)), ((2, 3), (-1, 2)), ((), (1, 1)), ((0, 3), (3, 0)), ((1,), ())]

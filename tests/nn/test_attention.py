@@ -66,6 +66,19 @@ def test_a_mask_in_double_leaves_float32_and_a_learned_mask_gets_a_gradient() ->
         F.scaled_dot_product_attention(q, k, k, CAUSAL, is_causal=True)
 
 
+@pytest.mark.parametrize("rows", [[1], [0, 1, 2, 3, 4]], ids=str)
+def test_a_query_that_sees_no_key_gets_zeros(rows: list[int]) -> None:
+    seen = ~CAUSAL
+    seen[rows] = False
+    q, k, v = (normal(2, 3, n, 4, salt=n + i) for i, n in enumerate((5, 7, 7)))
+    for mask in (seen, np.where(seen, 0.3, -np.inf), seen[:, :1]):
+        same_as_torch(
+            lambda *x, m=mask: F.scaled_dot_product_attention(*x, m),
+            lambda *x, m=mask: TF.scaled_dot_product_attention(*x, torch.tensor(m)),
+            q, k, v, factor=4,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_packed_self_attention(dtype: str, causal: bool) -> None:

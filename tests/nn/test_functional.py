@@ -188,6 +188,20 @@ def test_pooling(name: str, sizes: tuple[int, ...], arguments: tuple[Any, ...], 
         )
 
 
+@pytest.mark.parametrize("arguments", [(2,), (3, 1), (3, 2, 1), ((2, 3), (1, 2), 1)], ids=str)
+def test_the_first_of_equal_maxima_gets_the_gradient(arguments: tuple[Any, ...]) -> None:
+    ties = np.random.default_rng(0).integers(0, 3, (2, 2, 7, 6)).astype(float)
+    for x in (ties, np.zeros((1, 1, 6, 6)), -ties, np.where(ties > 1, np.inf, ties)):
+        same_as_torch(
+            lambda x: F.max_pool2d(x, *arguments), lambda x: TF.max_pool2d(x, *arguments), x
+        )
+    holes = normal(1, 2, 8, 8)
+    holes[..., ::3, ::3] = np.nan  # one in a window at most: NaN is the largest of all
+    same_as_torch(
+        lambda x: F.max_pool2d(x, *arguments), lambda x: TF.max_pool2d(x, *arguments), holes
+    )
+
+
 def test_pad() -> None:
     x = normal(2, 3, 4)
     for widths in [(1, 2), (0, 1, 2, 0), (1, 1, 1, 1, 1, 1)]:

@@ -9,7 +9,7 @@ from hpcml.autograd.primitive import Context, primitive
 from hpcml.backend import Array, xp
 
 
-def _apply(ctx: Context, name: str, *arrays: Any) -> Array:
+def evaluate(ctx: Context, name: str, *arrays: Any) -> Array:
     """Evaluate a ufunc, into counted memory where the result is of floats."""
     types = {d for d in ctx.dtypes if d is not None}
     if len(types) > 1 or next(iter(types)).kind in "biu":
@@ -26,7 +26,7 @@ def _apply(ctx: Context, name: str, *arrays: Any) -> Array:
     return function(*arrays, out=ctx.empty(shape, first))
 
 
-def _times(ctx: Context, g: Array, factor: Any) -> Array:
+def times(ctx: Context, g: Array, factor: Any) -> Array:
     """g * factor, which broadcasts to g, in counted memory."""
     return xp(g).multiply(g, factor, out=ctx.empty(g.shape, g))
 
@@ -34,7 +34,7 @@ def _times(ctx: Context, g: Array, factor: Any) -> Array:
 @primitive
 def add(ctx: Context, a: Array, b: Array) -> Array:
     """a + b."""
-    return _apply(ctx, "add", a, b)
+    return evaluate(ctx, "add", a, b)
 
 
 @add.adjoint
@@ -50,7 +50,7 @@ def add_b(ctx: Context, g: Array) -> Array:
 @primitive
 def sub(ctx: Context, a: Array, b: Array) -> Array:
     """a - b."""
-    return _apply(ctx, "subtract", a, b)
+    return evaluate(ctx, "subtract", a, b)
 
 
 @sub.adjoint
@@ -68,26 +68,26 @@ def mul(ctx: Context, a: Array, b: Array) -> Array:
     """a * b."""
     for_a, for_b = ctx.needs
     ctx.save(a if for_b else None, b if for_a else None)
-    return _apply(ctx, "multiply", a, b)
+    return evaluate(ctx, "multiply", a, b)
 
 
 @mul.adjoint
 def mul_a(ctx: Context, g: Array) -> Array:
     _, b = ctx.saved
-    return ctx.fit(_times(ctx, g, b), 0)
+    return ctx.fit(times(ctx, g, b), 0)
 
 
 @mul.adjoint
 def mul_b(ctx: Context, g: Array) -> Array:
     a, _ = ctx.saved
-    return ctx.fit(_times(ctx, g, a), 1)
+    return ctx.fit(times(ctx, g, a), 1)
 
 
 @primitive
 def div(ctx: Context, a: Array, b: Array) -> Array:
     """a / b."""
     ctx.save(a if ctx.needs[1] else None, b)
-    return _apply(ctx, "true_divide", a, b)
+    return evaluate(ctx, "true_divide", a, b)
 
 
 @div.adjoint
@@ -106,7 +106,7 @@ def div_b(ctx: Context, g: Array) -> Array:
 def power(ctx: Context, a: Array, b: Array) -> Array:
     """a ** b."""
     ctx.save(a, b)
-    return _apply(ctx, "power", a, b)
+    return evaluate(ctx, "power", a, b)
 
 
 @power.adjoint
@@ -116,7 +116,7 @@ def power_a(ctx: Context, g: Array) -> Array:
         power = a ** xp(b).where(b == 0, 1, b - 1)  # so that 0 ** 0 has no infinite slope
     else:
         power = a ** (b - 1 if b else 1)
-    return ctx.fit(_times(ctx, g, b * power), 0)
+    return ctx.fit(times(ctx, g, b * power), 0)
 
 
 @power.adjoint
@@ -124,13 +124,13 @@ def power_b(ctx: Context, g: Array) -> Array:
     a, b = ctx.saved
     m = xp(g)
     vanishes = (a == 0) & (b >= 0)  # there the logarithm does not exist
-    return ctx.fit(_times(ctx, g, a**b * m.log(m.where(vanishes, 1, a))), 1)
+    return ctx.fit(times(ctx, g, a**b * m.log(m.where(vanishes, 1, a))), 1)
 
 
 @primitive
 def neg(ctx: Context, a: Array) -> Array:
     """-a."""
-    return _apply(ctx, "negative", a)
+    return evaluate(ctx, "negative", a)
 
 
 @neg.adjoint
@@ -141,7 +141,7 @@ def neg_a(ctx: Context, g: Array) -> Array:
 @primitive
 def exp(ctx: Context, a: Array) -> Array:
     """e ** a."""
-    out = _apply(ctx, "exp", a)
+    out = evaluate(ctx, "exp", a)
     ctx.save(out)
     return out
 
@@ -149,14 +149,14 @@ def exp(ctx: Context, a: Array) -> Array:
 @exp.adjoint
 def exp_a(ctx: Context, g: Array) -> Array:
     (out,) = ctx.saved
-    return _times(ctx, g, out)
+    return times(ctx, g, out)
 
 
 @primitive
 def log(ctx: Context, a: Array) -> Array:
     """Natural logarithm."""
     ctx.save(a)
-    return _apply(ctx, "log", a)
+    return evaluate(ctx, "log", a)
 
 
 @log.adjoint
@@ -168,7 +168,7 @@ def log_a(ctx: Context, g: Array) -> Array:
 @primitive
 def sqrt(ctx: Context, a: Array) -> Array:
     """Square root."""
-    out = _apply(ctx, "sqrt", a)
+    out = evaluate(ctx, "sqrt", a)
     ctx.save(out)
     return out
 
@@ -183,19 +183,19 @@ def sqrt_a(ctx: Context, g: Array) -> Array:
 def absolute(ctx: Context, a: Array) -> Array:
     """|a|; the gradient at 0 is 0."""
     ctx.save(a)
-    return _apply(ctx, "absolute", a)
+    return evaluate(ctx, "absolute", a)
 
 
 @absolute.adjoint
 def absolute_a(ctx: Context, g: Array) -> Array:
     (a,) = ctx.saved
-    return _times(ctx, g, xp(g).sign(a))
+    return times(ctx, g, xp(g).sign(a))
 
 
 @primitive
 def tanh(ctx: Context, a: Array) -> Array:
     """Hyperbolic tangent."""
-    out = _apply(ctx, "tanh", a)
+    out = evaluate(ctx, "tanh", a)
     ctx.save(out)
     return out
 
@@ -203,13 +203,13 @@ def tanh(ctx: Context, a: Array) -> Array:
 @tanh.adjoint
 def tanh_a(ctx: Context, g: Array) -> Array:
     (out,) = ctx.saved
-    return _times(ctx, g, 1 - out * out)
+    return times(ctx, g, 1 - out * out)
 
 
 @primitive
 def sigmoid(ctx: Context, a: Array) -> Array:
     """1 / (1 + e ** -a), by tanh, which cannot overflow."""
-    out = _apply(ctx, "multiply", a, 0.5)
+    out = evaluate(ctx, "multiply", a, 0.5)
     xp(out).tanh(out, out=out)
     out *= 0.5
     out += 0.5
@@ -220,13 +220,13 @@ def sigmoid(ctx: Context, a: Array) -> Array:
 @sigmoid.adjoint
 def sigmoid_a(ctx: Context, g: Array) -> Array:
     (out,) = ctx.saved
-    return _times(ctx, g, out * (1 - out))
+    return times(ctx, g, out * (1 - out))
 
 
 @primitive
 def relu(ctx: Context, a: Array) -> Array:
-    """max(a, 0); the gradient at 0 is 0."""
-    out = _apply(ctx, "maximum", a, 0)
+    """max(a, 0); the gradient at 0 is 0, at NaN that of the result."""
+    out = evaluate(ctx, "maximum", a, 0)
     ctx.save(out)
     return out
 
@@ -234,33 +234,14 @@ def relu(ctx: Context, a: Array) -> Array:
 @relu.adjoint
 def relu_a(ctx: Context, g: Array) -> Array:
     (out,) = ctx.saved
-    return _times(ctx, g, out > 0)
-
-
-@primitive
-def maximum(ctx: Context, a: Array, b: Array) -> Array:
-    """The larger of a and b; where they are equal each gets half of the gradient."""
-    ctx.save(a, b)
-    return _apply(ctx, "maximum", a, b)
-
-
-@maximum.adjoint
-def maximum_a(ctx: Context, g: Array) -> Array:
-    a, b = ctx.saved
-    return ctx.fit(_times(ctx, g, (a > b) + 0.5 * (a == b)), 0)
-
-
-@maximum.adjoint
-def maximum_b(ctx: Context, g: Array) -> Array:
-    a, b = ctx.saved
-    return ctx.fit(_times(ctx, g, (b > a) + 0.5 * (a == b)), 1)
+    return times(ctx, g, ~(out <= 0))  # not out > 0: NaN is passed on
 
 
 @primitive
 def where(ctx: Context, a: Array, b: Array, *, condition: Array) -> Array:
     """a where `condition` holds, b elsewhere."""
     ctx.attributes = condition
-    return xp(condition).where(condition, a, b)
+    return xp(condition).where(condition, *promoted("where", (a, b)))
 
 
 @where.adjoint

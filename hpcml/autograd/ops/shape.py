@@ -13,12 +13,12 @@ from hpcml.backend import Array, xp
 Axes = int | tuple[int, ...] | list[int] | None
 
 
-def _axes(dim: Axes) -> int | tuple[int, ...] | None:
-    """Dimensions as NumPy takes them."""
-    return tuple(dim) if isinstance(dim, list) else dim
+def axes_of(dim: Axes) -> int | tuple[int, ...] | None:
+    """Dimensions as NumPy takes them; none are all, as in PyTorch."""
+    return dim if isinstance(dim, int) else tuple(dim or ()) or None
 
 
-def _kept(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+def kept(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
     """`shape` with 1 along the reduced axes."""
     if axes is None:
         return (1,) * len(shape)
@@ -29,13 +29,13 @@ def _kept(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
 def _spread(ctx: Context, g: Array, axes: Axes) -> Array:
     """The gradient of a reduction, broadcast back to the input's shape."""
     shape = ctx.shapes[0]
-    return xp(g).broadcast_to(g.reshape(_kept(shape, axes)), shape)
+    return xp(g).broadcast_to(g.reshape(kept(shape, axes)), shape)
 
 
 @primitive
 def sum(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> Array:
     """Sum over `dim` (all by default)."""
-    ctx.attributes = dim = _axes(dim)
+    ctx.attributes = dim = axes_of(dim)
     return xp(x).asarray(x.sum(axis=dim, keepdims=keepdim))
 
 
@@ -47,7 +47,7 @@ def sum_x(ctx: Context, g: Array) -> Array:
 @primitive
 def mean(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> Array:
     """Mean over `dim` (all by default)."""
-    dim = _axes(dim)
+    dim = axes_of(dim)
     if x.size:
         out = xp(x).asarray(x.mean(axis=dim, keepdims=keepdim))
     else:  # NaN, for which NumPy would warn
@@ -60,25 +60,6 @@ def mean(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> 
 def mean_x(ctx: Context, g: Array) -> Array:
     dim, count = ctx.attributes
     return _spread(ctx, g / count, dim)
-
-
-@primitive
-def amax(ctx: Context, x: Array, *, dim: Axes = None, keepdim: bool = False) -> Array:
-    """Maximum over `dim`; equal maxima share the gradient equally."""
-    ctx.attributes = dim = _axes(dim)
-    out = xp(x).asarray(x.max(axis=dim, keepdims=keepdim))
-    ctx.save(x, out)
-    return out
-
-
-@amax.adjoint
-def amax_x(ctx: Context, g: Array) -> Array:
-    x, out = ctx.saved
-    dim = ctx.attributes
-    shape = _kept(x.shape, dim)
-    chosen = x == out.reshape(shape)
-    each = g.reshape(shape) / chosen.sum(axis=dim, keepdims=True)
-    return xp(x).multiply(chosen, each, out=ctx.empty(x.shape, x))
 
 
 @primitive
