@@ -168,6 +168,8 @@ class Operators:
         if min is None and max is None:
             raise ValueError("clamp() needs min, max or both")
         limited = self.data.clip(plain(min), plain(max))
+        if self.data.dtype.kind not in "biu":  # bfloat16 and a plain number make float32
+            limited = limited.astype(self.data.dtype, copy=False)
         return pointwise.where(self, limited, condition=limited == self.data)
 
     def masked_fill(self, mask: Any, value: float) -> Tensor:

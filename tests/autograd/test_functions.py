@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hpcml
-from hpcml import autograd
+from hpcml import autograd, backend
 from hpcml.autograd import Tensor, gradcheck
 from tests.autograd.support import layouts, leaf, normal, same_as_torch
 
@@ -70,6 +70,17 @@ def test_types_of_where_are_those_of_torch() -> None:
         )
         assert f"torch.{ours.dtype}" == str(theirs.dtype)
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_sixteen_bits_stay_sixteen_bits(name: str) -> None:
+    x = leaf(normal(3, 4).astype(backend.dtype(name)))
+    for out in (hpcml.where(x > 0, x, 0.5), x.masked_fill(x > 0, -np.inf), x.clamp(max=0.5),
+                hpcml.maximum(x, 0.5), hpcml.minimum(x, x), hpcml.stack([x, x]), x.std(0),
+                x.max(), x.relu()):  # fmt: skip
+        x.grad = None
+        out.backward(np.ones(out.shape))
+        assert out.dtype == x.dtype and x.grad is not None and x.grad.dtype == x.dtype
 
 
 @pytest.mark.parametrize("name", ["maximum", "minimum"])

@@ -241,7 +241,11 @@ def relu_a(ctx: Context, g: Array) -> Array:
 def where(ctx: Context, a: Array, b: Array, *, condition: Array) -> Array:
     """a where `condition` holds, b elsewhere."""
     ctx.attributes = condition
-    return xp(condition).where(condition, *promoted("where", (a, b)))
+    pair = promoted("where", (a, b))
+    kind = next(x.dtype for x in pair if hasattr(x, "dtype"))
+    if kind.kind not in "biu":  # bfloat16 and a plain number would make float64
+        pair = tuple([x if hasattr(x, "dtype") else kind.type(x) for x in pair])
+    return xp(condition).where(condition, *pair)
 
 
 @where.adjoint
