@@ -2,7 +2,7 @@
 
 from hpcml.autograd.functions import cat, maximum, minimum, stack, where
 from hpcml.autograd.gradcheck import gradcheck
-from hpcml.autograd.primitive import (
+from hpcml.autograd.record import (
     Context,
     Primitive,
     enable_grad,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.autograd.primitive import Context, empty, no_grad
+from hpcml.autograd.record import Context, empty, no_grad
 from hpcml.autograd.tensor import Tensor
 from hpcml.backend import Array, is_array, xp
 

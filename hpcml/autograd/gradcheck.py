@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hpcml.autograd.primitive import no_grad
+from hpcml.autograd.record import no_grad
 from hpcml.autograd.tensor import Tensor
 
 

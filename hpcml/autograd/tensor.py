@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcml import backend
 from hpcml.autograd.operators import Operators
-from hpcml.autograd.primitive import Context, Primitive, empty
+from hpcml.autograd.record import Context, Primitive, empty
 from hpcml.backend import Array
 
 

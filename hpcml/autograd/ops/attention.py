@@ -10,7 +10,7 @@ import numpy as np
 from hpcml import kernels, rng
 from hpcml.autograd.ops.arrays import contiguous, floats, same_type
 from hpcml.autograd.ops.fused import threshold
-from hpcml.autograd.primitive import Context, empty, primitive
+from hpcml.autograd.record import Context, empty, primitive
 from hpcml.backend import Array
 
 

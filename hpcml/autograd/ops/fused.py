@@ -6,7 +6,7 @@ import numpy as np
 
 from hpcml import kernels, rng
 from hpcml.autograd.ops.arrays import check_indices, contiguous, floats, integers, same_type
-from hpcml.autograd.primitive import Context, empty, primitive
+from hpcml.autograd.record import Context, empty, primitive
 from hpcml.backend import Array, xp
 
 

@@ -6,7 +6,7 @@ import math
 
 from hpcml import kernels
 from hpcml.autograd.ops.arrays import contiguous, same_type
-from hpcml.autograd.primitive import Context, primitive
+from hpcml.autograd.record import Context, primitive
 from hpcml.backend import Array, xp
 
 

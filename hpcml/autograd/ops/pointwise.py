@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpcml.autograd.ops.arrays import promoted
-from hpcml.autograd.primitive import Context, primitive
+from hpcml.autograd.record import Context, primitive
 from hpcml.backend import Array, xp
 
 

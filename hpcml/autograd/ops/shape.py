@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.autograd.primitive import Context, primitive, unbroadcast
+from hpcml.autograd.record import Context, primitive, unbroadcast
 from hpcml.backend import Array, xp
 
 Axes = int | tuple[int, ...] | list[int] | None
