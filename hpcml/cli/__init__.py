@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _command(args)
+        code = _command(args)
+        sys.stdout.flush()  # here, where a reader who has left is expected
+        return code
     except UserError as error:
         if first_rank():
             print(f"hpcml: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
@@ -40,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # the others must be ended too
         print("hpcml: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader left (`| head`); what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141  # as a shell reports it
 
 
 def first_rank() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from hpcml.cli import main
 from hpcml.comm.guard import StopFlag
 from hpcml.errors import UserError
 from hpcml.train.run_dir import JsonLines
+from tests.comm.jobs import child_environment
 from tests.train.jobs import metrics, summary, write_job
 
 
@@ -50,6 +53,20 @@ def test_a_full_disk_is_one_line() -> None:
     with pytest.raises(UserError, match=r"/dev/full.*No space left"):
         lines.write({"step": 0})
     lines.close()
+
+
+def test_a_reader_who_leaves_ends_any_command_quietly(tmp_path: Path) -> None:
+    """`hpcml sample RUN_DIR | head` used to end in a traceback."""
+    folder = tmp_path / "r"
+    assert main(["train", str(write_job(tmp_path)), f"run.dir={folder}"]) == 0
+    command = (
+        f"{sys.executable} -m hpcml sample {folder} --tokens 2000 | true; echo ${{PIPESTATUS[0]}}"
+    )
+    environment = child_environment(PYTHONUNBUFFERED="")  # what is printed is written at the end
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, text=True, capture_output=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 def test_a_fine_tuned_run_is_sampled_without_what_it_began_with(
