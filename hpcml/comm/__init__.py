@@ -5,8 +5,10 @@ mpi4py is imported in this package alone, when the first mesh is made.
 
 from __future__ import annotations
 
+from hpcml.comm.algorithms import algorithm
 from hpcml.comm.axis import Axis
 from hpcml.comm.ledger import Count, Ledger, Tally
 from hpcml.comm.mesh import Mesh
+from hpcml.comm.request import Request
 
-__all__ = ["Axis", "Count", "Ledger", "Mesh", "Tally"]
+__all__ = ["Axis", "Count", "Ledger", "Mesh", "Request", "Tally", "algorithm"]

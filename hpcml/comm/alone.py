@@ -5,53 +5,44 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from typing import Any
 
-from hpcml.comm.transport import Array, Node, copy
+from hpcml.comm.board import Board
+from hpcml.comm.reduction import Reduction
+from hpcml.comm.transport import Array, Node, Pending
+
+
+def run(operation: str, x: Array | None, *rest: Any) -> None:
+    """Any collective of a group of one: the arguments of an algorithm, without the link.
+
+    The result is the input, or what `out` held with the input added.
+    """
+    if operation == "broadcast":
+        return
+    out = rest[0]
+    reduction = next((given for given in rest if isinstance(given, Reduction)), None)
+    if reduction is not None and reduction.onto:
+        reduction.fold([x], out)  # type: ignore[list-item]  # the only rank is the root
+    elif out is not x:
+        out[...] = x
 
 
 class Alone:
-    """A `Transport` of one rank: every collective is a copy, every barrier passes."""
+    """A `Transport` of one rank: nobody to send to, and every barrier passes."""
 
     size = 1
     rank = 0
+    vendor = None
+    members = (0,)
 
-    def allreduce(self, buffer: Array, out: Array, op: str) -> None:
-        """Copy."""
-        copy(buffer, out)
+    def __init__(self) -> None:
+        self.board = Board()
 
-    def reduce(self, buffer: Array, out: Array | None, op: str, root: int) -> None:
-        """Copy."""
-        copy(buffer, out)
-
-    def reduce_scatter(self, buffer: Array, out: Array, op: str) -> None:
-        """Copy."""
-        copy(buffer, out)
-
-    def allgather(self, buffer: Array, out: Array) -> None:
-        """Copy."""
-        copy(buffer, out)
-
-    def gather(self, buffer: Array, out: Array | None, root: int) -> None:
-        """Copy."""
-        copy(buffer, out)
-
-    def scatter(self, buffer: Array | None, out: Array, root: int) -> None:
-        """Copy."""
-        assert buffer is not None, "the only rank is the root"
-        copy(buffer, out)
-
-    def broadcast(self, buffer: Array, root: int) -> None:
-        """Nothing to do: the buffer is the root's."""
-
-    def alltoall(self, buffer: Array, out: Array) -> None:
-        """Copy."""
-        copy(buffer, out)
-
-    def send(self, buffer: Array, dest: int, tag: int) -> None:
+    def isend(self, buffer: Array, dest: int, tag: int, synchronous: bool = False) -> Pending:
         """There is no other rank; `Axis` keeps messages to oneself."""
         raise AssertionError("a rank that is alone has nobody to send to")
 
-    def recv(self, buffer: Array, source: int, tag: int) -> None:
+    def irecv(self, buffer: Array, source: int, tag: int) -> Pending:
         """There is no other rank; `Axis` keeps messages to oneself."""
         raise AssertionError("a rank that is alone has nobody to receive from")
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from hpcml.comm.reduction import OPS
 from hpcml.comm.staging import Staged, stage
 from hpcml.comm.transport import Array
 
 Shape = tuple[int, ...]
 
-OPS = ("sum", "prod", "min", "max")
 _HALVES = ("float16", "bfloat16")
 _DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -62,6 +63,12 @@ class Operands:
     finish: Callable[[], Any]
     """Deliver the result: returns what the caller gets."""
 
+    def flat(self) -> tuple[Array, Array]:
+        """Input and result in one dimension; the same object for an operation in place."""
+        assert self.target is not None, "every rank gets a result here"
+        target = self.target.reshape(-1)
+        return (target if self.source is self.target else self.source.reshape(-1)), target
+
 
 def operands(
     x: Any,
@@ -70,14 +77,14 @@ def operands(
     op: str | None = None,
     *,
     receives: bool = True,
-    home: int | None = None,
+    home: Callable[[Shape], int] | None = None,
 ) -> Operands:
     """Check and stage the input and the output of a collective call.
 
     `shape` maps the shape of the input to that of the result, and may refuse it. A non-contiguous
-    input is copied, and so is one that overlaps `out`, unless the two coincide or the input is
-    block number `home` of `out`. A non-contiguous `out` is refused. `receives=False` on ranks that
-    get no result, where `out` is ignored.
+    input is copied, and so is one that overlaps `out`, unless the two coincide or one is the block
+    of the other that begins at row `home`. A non-contiguous `out` is refused. `receives=False` on
+    ranks that get no result, where `out` is ignored.
     """
     staged = stage(x)
     source = contiguous(staged.host)
@@ -93,7 +100,7 @@ def operands(
     target = place.host
     check_out(target, expected, source.dtype)
     if np.may_share_memory(source, target) and source.size:
-        source = _disentangled(source, target, home)
+        source = _disentangled(source, target, home(source.shape) if home else None)
     return Operands(source, target, lambda: _delivered(place, out))
 
 
@@ -118,13 +125,19 @@ def check_out(out: Array, shape: Shape, dtype: np.dtype[Any]) -> None:
 
 
 def _disentangled(source: Array, target: Array, home: int | None) -> Array:
-    """The source as `target` itself if they coincide, at its home in it, or else as a copy."""
+    """The source as `target` itself if they coincide, as it is at its home, or else as a copy."""
     offset = _address(source) - _address(target)
     if offset == 0 and source.nbytes == target.nbytes:
         return target
-    if home is not None and offset == home * source.nbytes:
+    row = source.itemsize * math.prod(source.shape[1:])
+    if home is not None and abs(offset) == home * row and (offset >= 0) == _fits(source, target):
         return source
     return source.copy()
+
+
+def _fits(source: Array, target: Array) -> bool:
+    """Whether it is the source that is the part of the other."""
+    return source.nbytes <= target.nbytes
 
 
 def _address(x: Array) -> int:
@@ -136,12 +149,25 @@ def _delivered(place: Staged, out: Any) -> Any:
     return out
 
 
-def blocks_of(what: str, size: int) -> Callable[[Shape], Shape]:
-    """Shape rule: dim 0 is cut into `size` equal blocks, and the result is one of them."""
+def blocks_of(
+    what: str, size: int, counts: Sequence[int] | None = None, rank: int = 0
+) -> Callable[[Shape], Shape]:
+    """Shape rule: dim 0 is cut into `size` blocks, and the result is one of them.
+
+    Equal ones, or of `counts` rows; then the result is that of `rank`.
+    """
+    check_counts(what, size, counts)
 
     def rule(shape: Shape) -> Shape:
         if not shape:
             raise ValueError(f"{what} cuts dim 0, but the input has no dims: use reshape(-1)")
+        if counts is not None:
+            if shape[0] != sum(counts):
+                raise ValueError(
+                    f"{what} with counts={list(counts)} cuts {sum(counts)} rows, "
+                    f"but the input has shape {shape}"
+                )
+            return (counts[rank], *shape[1:])
         if shape[0] % size:
             padded = -(-shape[0] // size) * size
             raise ValueError(
@@ -153,15 +179,44 @@ def blocks_of(what: str, size: int) -> Callable[[Shape], Shape]:
     return rule
 
 
-def stacked(what: str, size: int) -> Callable[[Shape], Shape]:
-    """Shape rule: the result holds `size` blocks of the input's shape along dim 0."""
+def stacked(
+    what: str, size: int, counts: Sequence[int] | None = None, rank: int = 0
+) -> Callable[[Shape], Shape]:
+    """Shape rule: the result holds `size` blocks of the input's shape along dim 0.
+
+    Or blocks of `counts` rows, of which the input is that of `rank`.
+    """
+    check_counts(what, size, counts)
 
     def rule(shape: Shape) -> Shape:
         if not shape:
             raise ValueError(f"{what} joins along dim 0, but the input has no dims: use reshape(1)")
+        if counts is not None:
+            if shape[0] != counts[rank]:
+                raise ValueError(
+                    f"{what} with counts={list(counts)} takes {counts[rank]} rows of rank {rank}, "
+                    f"but the input has shape {shape}"
+                )
+            return (sum(counts), *shape[1:])
         return (shape[0] * size, *shape[1:])
 
     return rule
+
+
+def check_counts(what: str, size: int, counts: Sequence[int] | None) -> None:
+    """Raise `ValueError` unless these are rows for each of `size` ranks."""
+    if counts is not None and (len(counts) != size or min(counts) < 0):
+        raise ValueError(
+            f"{what} over {size} ranks needs as many counts of 0 or more, not {list(counts)}"
+        )
+
+
+def elements(shape: Shape, size: int, counts: Sequence[int] | None) -> tuple[int, ...]:
+    """Elements of each rank's block of an array of this shape, cut along dim 0."""
+    row = math.prod(shape[1:])
+    if counts is None:
+        return (shape[0] // size * row,) * size
+    return tuple(count * row for count in counts)
 
 
 def unchanged(shape: Shape) -> Shape:

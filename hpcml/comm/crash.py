@@ -14,6 +14,8 @@ from types import TracebackType
 
 import numpy as np
 
+from hpcml.comm.algorithms import find
+from hpcml.comm.link import Link
 from hpcml.comm.transport import Transport
 
 _GRACE = 1.0
@@ -42,7 +44,8 @@ class Claim:
 
     def __init__(self, transport: Transport) -> None:
         token = np.frombuffer(uuid.uuid4().bytes, np.uint8).copy()
-        transport.broadcast(token, 0)
+        if transport.size > 1:
+            find("broadcast", "binomial").run(Link(transport), token, 0)
         path = os.path.join(tempfile.gettempdir(), f"hpcml-{token.tobytes().hex()}.claim")
         self._file: int | None
         try:

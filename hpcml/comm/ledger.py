@@ -18,11 +18,15 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Count:
-    """Calls of one operation on one axis, their payload and the bytes sent, both in bytes."""
+    """Calls of one operation on one axis, their payload, what was sent and what of it left the node.
+
+    All but the calls in bytes.
+    """
 
     calls: int = 0
     bytes: int = 0
     bytes_sent: int = 0
+    bytes_off_node: int = 0
 
     def __add__(self, other: Count) -> Count:
         return self._each(other, int.__add__)
@@ -60,20 +64,25 @@ class Ledger:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[tuple[str, str], Count] = {}
+        self._counts: dict[tuple[str, str], list[int]] = {}
 
-    def record(self, axis: str, operation: str, payload: int, sent: int) -> None:
-        """Count one call with its payload and the bytes it sends."""
+    def record(
+        self, axis: str, operation: str, payload: int, sent: int, off_node: int = 0
+    ) -> None:
+        """Count one call with its payload, the bytes it sent and those of them to other nodes."""
         with self._lock:
-            before = self._counts.get((axis, operation), Count())
-            self._counts[axis, operation] = before + Count(1, payload, sent)
+            row = self._counts.setdefault((axis, operation), [0, 0, 0, 0])
+            row[0] += 1
+            row[1] += payload
+            row[2] += sent
+            row[3] += off_node
 
     def snapshot(self) -> Tally:
         """All counts until now; subtract two snapshots for what happened between them."""
         tally = Tally()
         with self._lock:
-            for (axis, operation), count in self._counts.items():
-                tally.setdefault(axis, {})[operation] = count
+            for (axis, operation), row in self._counts.items():
+                tally.setdefault(axis, {})[operation] = Count(*row)
         return tally
 
     def reset(self) -> None:

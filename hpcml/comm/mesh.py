@@ -30,12 +30,19 @@ class Mesh:
     Making a mesh is collective over `comm`, which is an mpi4py communicator; by default all ranks
     of the job. The first one initialises MPI; a process started alone needs none.
 
+    `deterministic`: reductions combine in the order of the ranks (see `Axis`).
+
     Raises `UserError` for sizes that cannot be, unknown names, and a product that is not the number
     of ranks.
     """
 
     def __init__(
-        self, comm: Any = None, layout: Mapping[str, int] | None = None, **sizes: int
+        self,
+        comm: Any = None,
+        layout: Mapping[str, int] | None = None,
+        *,
+        deterministic: bool = False,
+        **sizes: int,
     ) -> None:
         """Lay the ranks out; `Mesh({"stage": 2})` is short for `Mesh(layout={"stage": 2})`."""
         if isinstance(comm, Mapping) and layout is None:
@@ -50,7 +57,8 @@ class Mesh:
         order = tuple(range(base.size)) if comm is not None else placement(base.nodes())
         self._transport = _reordered(base, order)
         self._nodes = self._transport.nodes()
-        self.world = Axis("world", self._transport, self.ledger)
+        self.deterministic = deterministic
+        self.world = self._axis("world", self._transport)
         self._axes = self._all_axes()
 
     @property
@@ -93,7 +101,7 @@ class Mesh:
             if name not in self.grid.names and name not in grid.AXES:
                 raise ValueError(f"no axis {name!r} in the mesh ({', '.join(self.grid.names)})")
         large = tuple(name for name in self.grid.ordered(chosen) if self.sizes[name] > 1)
-        return self._axes[large] if large else Axis(chosen[0], Alone(), self.ledger)
+        return self._axes[large] if large else self._axis(chosen[0], Alone())
 
     def __repr__(self) -> str:
         return f"Mesh({self.grid}, rank={self.rank})"
@@ -113,6 +121,9 @@ class Mesh:
             for row in rows
         ]
         return "\n".join([f"mesh {self.grid}: {ranks}", *lines])
+
+    def _axis(self, name: str, transport: Transport) -> Axis:
+        return Axis(name, transport, self.ledger, self.deterministic)
 
     def _by_rank(self, names: list[str]) -> list[list[str]]:
         rows = [["rank", *names, "host", "local"]]
@@ -143,7 +154,7 @@ class Mesh:
             for names in combinations(large, count):
                 label = "*".join(names)
                 transport = self._transport.subset(self.grid.group(self.rank, *names), label)
-                axes[names] = Axis(label, transport, self.ledger)
+                axes[names] = self._axis(label, transport)
         return axes
 
 

@@ -1,7 +1,8 @@
-"""What an axis needs from whatever carries its data: MPI now, threads of one process later.
+"""What an axis needs from whatever carries its data: MPI between processes, queues between threads.
 
-A transport moves contiguous NumPy buffers of types that the carrier knows (integers, float32,
-float64); shapes, 16-bit floats, devices and the ledger are the business of `Axis`.
+A transport moves contiguous buffers as bytes between ranks and knows where they run. Collectives
+are made of such messages (`hpcml.comm.algorithms`); where the carrier brings collectives of its
+own, `vendor` offers them as one more algorithm.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
+from hpcml.comm.board import Board
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -29,16 +32,26 @@ class Node:
     """Ranks on the node."""
 
 
-class Transport(Protocol):
-    """Blocking operations among `size` ranks on contiguous buffers of equal length on all ranks.
+class Pending(Protocol):
+    """A message on its way."""
 
-    `op` is one of sum, prod, min, max. `buffer is out` asks for the operation in place; otherwise
-    the two do not overlap, save that `allgather` and `gather` also take a rank's own block of `out`
-    as its `buffer`.
+    def wait(self) -> None:
+        """Return when the buffer may be used: read again after a send, read after a receive.
+
+        Raises `ValueError` if a message of another length came.
+        """
+
+    def test(self) -> bool:
+        """Whether `wait` would return at once. Completes the message if so, like `wait`."""
+
+
+class Vendor(Protocol):
+    """Blocking collectives of the carrier on flat arrays of types it knows.
+
+    Those are integers, float32 and float64. `op` is one of sum, prod, min, max. `buffer is out`
+    asks for the operation in place; otherwise the two do not overlap, save that a rank's block of
+    an all-gather or gather may already lie at its place in `out`. `counts` are elements by rank.
     """
-
-    size: int
-    rank: int
 
     def allreduce(self, buffer: Array, out: Array, op: str) -> None:
         """Combine element-wise over the ranks; all get the result."""
@@ -46,29 +59,47 @@ class Transport(Protocol):
     def reduce(self, buffer: Array, out: Array | None, op: str, root: int) -> None:
         """The same for the root alone; `out` is None elsewhere."""
 
-    def reduce_scatter(self, buffer: Array, out: Array, op: str) -> None:
-        """Combine, and rank r gets the r-th of `size` equal blocks."""
+    def reduce_scatter(self, buffer: Array, out: Array, counts: Sequence[int], op: str) -> None:
+        """Combine, and rank r gets the r-th block, of `counts[r]` elements."""
 
-    def allgather(self, buffer: Array, out: Array) -> None:
-        """All ranks get the buffers of all, in the order of the ranks."""
+    def allgather(self, buffer: Array, out: Array, counts: Sequence[int]) -> None:
+        """All ranks get the blocks of all, in the order of the ranks."""
 
-    def gather(self, buffer: Array, out: Array | None, root: int) -> None:
+    def gather(self, buffer: Array, out: Array | None, counts: Sequence[int], root: int) -> None:
         """The same for the root alone; `out` is None elsewhere."""
 
-    def scatter(self, buffer: Array | None, out: Array, root: int) -> None:
-        """Rank r gets the r-th equal block of the root's buffer, which is None elsewhere."""
+    def scatter(self, buffer: Array | None, out: Array, counts: Sequence[int], root: int) -> None:
+        """Rank r gets the r-th block of the root's buffer, which is None elsewhere."""
 
     def broadcast(self, buffer: Array, root: int) -> None:
         """All ranks get the root's buffer, in place."""
 
-    def alltoall(self, buffer: Array, out: Array) -> None:
+    def alltoall(
+        self, buffer: Array, out: Array, sends: Sequence[int], receives: Sequence[int]
+    ) -> None:
         """Block s of rank r becomes block r of rank s."""
 
-    def send(self, buffer: Array, dest: int, tag: int) -> None:
-        """Send to another rank; returns when the buffer may be used again."""
 
-    def recv(self, buffer: Array, source: int, tag: int) -> None:
-        """Receive from another rank a message of the buffer's length."""
+class Transport(Protocol):
+    """Messages among `size` ranks, in order between any two of them for one tag."""
+
+    size: int
+    rank: int
+    vendor: Vendor | None
+    """The carrier's own collectives, if it has any."""
+    members: tuple[int, ...]
+    """The number of each rank in the whole job, which is how reports name it."""
+    board: Board
+    """Where the ranks of the job note what they are doing."""
+
+    def isend(self, buffer: Array, dest: int, tag: int, synchronous: bool = False) -> Pending:
+        """Start to send a contiguous buffer to another rank.
+
+        `synchronous`: done only when the other rank has begun to receive, as the tests want it.
+        """
+
+    def irecv(self, buffer: Array, source: int, tag: int) -> Pending:
+        """Start to receive from another rank a message of the buffer's length."""
 
     def barrier(self) -> None:
         """Return when all ranks have come here."""
@@ -79,7 +110,8 @@ class Transport(Protocol):
     def subset(self, ranks: Sequence[int], name: str) -> Transport:
         """A transport among these ranks, in this order. Called by exactly these ranks.
 
-        Asking again for the same ranks and name gives the same transport.
+        Asking again for the same ranks and name gives the same transport; another name gives one
+        whose messages cannot be mistaken for this one's, as a communication thread needs it.
         """
 
     def nodes(self) -> tuple[Node, ...]:
@@ -87,9 +119,3 @@ class Transport(Protocol):
 
     def abort(self, code: int) -> None:
         """End the whole job now, other ranks included."""
-
-
-def copy(buffer: Array, out: Array | None) -> None:
-    """Copy between the buffers of a rank that is alone, unless they are the same."""
-    if out is not None and out is not buffer:
-        np.copyto(out, buffer)

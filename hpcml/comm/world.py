@@ -10,9 +10,11 @@ from typing import Any
 
 from hpcml.comm import crash
 from hpcml.comm.alone import Alone
+from hpcml.comm.board import Board
 from hpcml.comm.launch import check_world, read
 from hpcml.comm.tags import Tag
-from hpcml.comm.transport import Array, Node, Transport
+from hpcml.comm.transport import Array, Node, Pending, Transport
+from hpcml.comm.vendor import MpiVendor
 from hpcml.errors import UserError
 
 
@@ -62,63 +64,28 @@ def _first_line(error: BaseException) -> str:
 class MpiTransport:
     """A `Transport` over an mpi4py intracommunicator, which it owns."""
 
-    def __init__(self, comm: Any) -> None:
-        """A transport over this communicator; 16-bit floats and bool never get here."""
+    def __init__(self, comm: Any, members: Sequence[int] | None = None) -> None:
+        """Messages over this communicator, of the job's ranks `members` (all, if not given)."""
         from mpi4py import MPI
 
         self._mpi = MPI
         self._comm = comm
-        self._ops = {"sum": MPI.SUM, "prod": MPI.PROD, "min": MPI.MIN, "max": MPI.MAX}
         self._subsets: dict[tuple[tuple[int, ...], str], Transport] = {}
         self._nodes: tuple[Node, ...] | None = None
         self.size: int = comm.Get_size()
         self.rank: int = comm.Get_rank()
+        self.members = tuple(range(self.size) if members is None else members)
+        self.vendor = MpiVendor(comm)
+        self.board = Board()
 
-    def allreduce(self, buffer: Array, out: Array, op: str) -> None:
-        """`MPI_Allreduce`."""
-        self._comm.Allreduce(self._unless_in(buffer, out), out, self._ops[op])
+    def isend(self, buffer: Array, dest: int, tag: int, synchronous: bool = False) -> Pending:
+        """`MPI_Isend` or `MPI_Issend`."""
+        start = self._comm.Issend if synchronous else self._comm.Isend
+        return _Sent(start(buffer, dest, tag))
 
-    def reduce(self, buffer: Array, out: Array | None, op: str, root: int) -> None:
-        """`MPI_Reduce`."""
-        self._comm.Reduce(self._unless_in(buffer, out), out, self._ops[op], root)
-
-    def reduce_scatter(self, buffer: Array, out: Array, op: str) -> None:
-        """`MPI_Reduce_scatter_block`."""
-        self._comm.Reduce_scatter_block(buffer, out, self._ops[op])
-
-    def allgather(self, buffer: Array, out: Array) -> None:
-        """`MPI_Allgather`."""
-        self._comm.Allgather(self._unless_in(buffer, out), out)
-
-    def gather(self, buffer: Array, out: Array | None, root: int) -> None:
-        """`MPI_Gather`."""
-        self._comm.Gather(self._unless_in(buffer, out), out, root)
-
-    def scatter(self, buffer: Array | None, out: Array, root: int) -> None:
-        """`MPI_Scatter`."""
-        self._comm.Scatter(buffer, out, root)
-
-    def broadcast(self, buffer: Array, root: int) -> None:
-        """`MPI_Bcast`."""
-        self._comm.Bcast(buffer, root)
-
-    def alltoall(self, buffer: Array, out: Array) -> None:
-        """`MPI_Alltoall`."""
-        self._comm.Alltoall(self._unless_in(buffer, out), out)
-
-    def send(self, buffer: Array, dest: int, tag: int) -> None:
-        """`MPI_Send`."""
-        self._comm.Send(buffer, dest, tag)
-
-    def recv(self, buffer: Array, source: int, tag: int) -> None:
-        """`MPI_Recv`; raises `ValueError` if the message has another length than the buffer."""
-        status = self._mpi.Status()
-        self._comm.Recv(buffer, source, tag, status)
-        if status.Get_count(self._mpi.BYTE) != buffer.nbytes:
-            raise ValueError(
-                f"a message of {status.Get_count(self._mpi.BYTE)} bytes came from rank {source} "
-                f"(tag {tag}) for an array of {buffer.nbytes} bytes: shapes and types must agree"
-            )
+    def irecv(self, buffer: Array, source: int, tag: int) -> Pending:
+        """`MPI_Irecv`."""
+        return _Received(self._comm.Irecv(buffer, source, tag), buffer.nbytes, source, tag)
 
     def barrier(self) -> None:
         """`MPI_Barrier`."""
@@ -139,17 +106,18 @@ class MpiTransport:
 
         An MPI library has room for some thousand communicators, and programs make many meshes.
         """
-        members = tuple(ranks)
-        if len(members) == 1:
+        chosen = tuple(ranks)
+        if len(chosen) == 1:
             return Alone()
-        if (members, name) not in self._subsets:
+        if (chosen, name) not in self._subsets:
             group = self._comm.Get_group()
-            part = group.Incl(members)
+            part = group.Incl(chosen)
             comm = self._comm.Create_group(part, tag=Tag.GROUP)
             part.Free()
             group.Free()
-            self._subsets[members, name] = MpiTransport(comm)
-        return self._subsets[members, name]
+            members = [self.members[rank] for rank in chosen]
+            self._subsets[chosen, name] = MpiTransport(comm, members)
+        return self._subsets[chosen, name]
 
     def nodes(self) -> tuple[Node, ...]:
         """The nodes by `MPI_Comm_split_type(SHARED)`, in the order of their first ranks."""
@@ -170,16 +138,53 @@ class MpiTransport:
         """`MPI_Abort` of the whole job."""
         self._mpi.COMM_WORLD.Abort(code)
 
-    def _unless_in(self, buffer: Array, out: Array | None) -> Any:
-        """MPI's name for "where the result goes" if the input lies there, else the input."""
-        if out is None or not _share(buffer, out):
-            return buffer
-        return self._mpi.IN_PLACE
+
+class _Sent:
+    """A message that leaves."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def wait(self) -> None:
+        """`MPI_Wait`."""
+        self._request.Wait()
+
+    def test(self) -> bool:
+        """`MPI_Test`."""
+        return bool(self._request.Test())
 
 
-def _share(buffer: Array, out: Array) -> bool:
-    """Whether the input lies in the result: nothing but these two cases may overlap."""
-    if buffer is out:
-        return True
-    start, at = (x.__array_interface__["data"][0] for x in (out, buffer))
-    return bool(buffer.nbytes and start <= at < start + out.nbytes)
+class _Received:
+    """A message that comes, and must have the length that was expected."""
+
+    def __init__(self, request: Any, nbytes: int, source: int, tag: int) -> None:
+        self._request, self._nbytes, self._source, self._tag = request, nbytes, source, tag
+        self._done = False
+
+    def wait(self) -> None:
+        """`MPI_Wait`; raises `ValueError` if a message of another length came."""
+        if not self._done:
+            self._finish(self._request.Wait)
+
+    def test(self) -> bool:
+        """`MPI_Test`; raises like `wait`."""
+        return self._done or self._finish(self._request.Test)
+
+    def _finish(self, ask: Any) -> bool:
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        try:
+            self._done = bool(ask(status))
+            found = status.Get_count(MPI.BYTE) if self._done else self._nbytes
+        except MPI.Exception as error:
+            if error.Get_error_class() != MPI.ERR_TRUNCATE:
+                raise
+            found = -1
+        if found != self._nbytes:
+            size = f"{found} bytes" if found >= 0 else f"more than {self._nbytes} bytes"
+            raise ValueError(
+                f"a message of {size} came from rank {self._source} (tag {self._tag}) for an array "
+                f"of {self._nbytes} bytes: shapes and types must agree"
+            )
+        return self._done

@@ -1,0 +1,26 @@
+"""Collective algorithms over point-to-point messages, and which of them serves a call."""
+
+from __future__ import annotations
+
+from hpcml.comm.algorithms import broadcast, ordered, vendor  # noqa: F401 (they register)
+from hpcml.comm.algorithms.registry import (
+    OPERATIONS,
+    Algorithm,
+    Machine,
+    Situation,
+    algorithm,
+    algorithms,
+    find,
+    span,
+)
+
+__all__ = [
+    "OPERATIONS",
+    "Algorithm",
+    "Machine",
+    "Situation",
+    "algorithm",
+    "algorithms",
+    "find",
+    "span",
+]

@@ -1,0 +1,145 @@
+"""Collective algorithms by operation and name, each with the cost that its paper gives it.
+
+An algorithm is a function that every rank of a group calls with flat contiguous arrays:
+
+    allreduce(link, x, out, reduction)            x and out of n elements, or the same array
+    reduce_scatter(link, x, out, counts, reduction)   x of sum(counts), out of counts[rank]
+    allgather(link, x, out, counts)               x of counts[rank], out of sum(counts)
+    broadcast(link, x, root)                      in place
+    reduce(link, x, out, reduction, root)         out is None but on the root
+    gather(link, x, out, counts, root)            out is None but on the root
+    scatter(link, x, out, counts, root)           x is None but on the root
+    alltoall(link, x, out, sends, receives)       counts by rank, of this rank
+
+`x` is only read, unless it is `out`. A rank's block of an all-gather or gather may already lie at
+its place in `out`, the block of a reduce-scatter may be this rank's place in `x`. Nothing else
+overlaps. The link has at least two ranks; any count may be 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+OPERATIONS = (
+    "allreduce",
+    "reduce_scatter",
+    "allgather",
+    "broadcast",
+    "reduce",
+    "gather",
+    "scatter",
+    "alltoall",
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The constants of the linear cost model of messages (Thakur, Rabenseifner, Gropp 2005)."""
+
+    alpha: float
+    """Seconds to start a message."""
+    beta: float
+    """Seconds for each byte of a message."""
+    gamma: float
+    """Seconds to combine two bytes' worth of numbers, for each byte."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides whether an algorithm can serve a call, and which one does."""
+
+    nodes: tuple[int, ...]
+    """The node of each rank of the group."""
+    native: bool = True
+    """The type is one that the vendor's library reduces well: no 16-bit float."""
+    ordered: bool = False
+    """Contributions must be combined in the order of the ranks."""
+    even: bool = True
+    """All counts are equal."""
+    vendor: bool = False
+    """The carrier has collectives of its own."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.nodes)
+
+    @property
+    def spread(self) -> bool:
+        """Whether the ranks are on several nodes."""
+        return len(set(self.nodes)) > 1
+
+
+Cost = Callable[[int, int, Machine], float]
+"""Seconds for (payload in bytes as the ledger counts it, ranks, machine)."""
+
+
+def _always(situation: Situation) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One way to do one collective operation."""
+
+    operation: str
+    name: str
+    run: Callable[..., None]
+    cost: Cost
+    ordered: bool = False
+    """Combines in the order of the ranks and rounds 16-bit floats as the `Reduction` says."""
+    applies: Callable[[Situation], bool] = _always
+
+
+_algorithms: dict[str, dict[str, Algorithm]] = {operation: {} for operation in OPERATIONS}
+
+
+def algorithm(
+    operation: str,
+    name: str | None = None,
+    *,
+    cost: Cost,
+    ordered: bool = False,
+    applies: Callable[[Situation], bool] = _always,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register the decorated function as an algorithm for `operation`.
+
+        @hpcml.comm.algorithm("allreduce", cost=lambda n, p, m: (p - 1) * (m.alpha + n * m.beta))
+        def mine(link, x, out, reduction): ...
+
+    It can then be named in a call (`axis.allreduce(x, algorithm="mine")`), and it takes part in
+    `hpcml bench collectives` and in the conformance tests. Registering a name again replaces it.
+
+    Raises `ValueError` for an operation that is not in `OPERATIONS`.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation={operation!r} is not one of {', '.join(OPERATIONS)}")
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = name or function.__name__
+        _algorithms[operation][own] = Algorithm(operation, own, function, cost, ordered, applies)
+        return function
+
+    return register
+
+
+def algorithms(operation: str) -> dict[str, Algorithm]:
+    """All algorithms registered for an operation, by name."""
+    return dict(_algorithms[operation])
+
+
+def find(operation: str, name: str) -> Algorithm:
+    """The algorithm of this name; raises `ValueError` that lists those there are."""
+    try:
+        return _algorithms[operation][name]
+    except KeyError:
+        known = ", ".join(sorted(_algorithms[operation]))
+        raise ValueError(f"algorithm={name!r}: {operation} has {known}") from None
+
+
+def span(counts: Any, rank: int) -> slice:
+    """The place of a rank's block among blocks of `counts` elements side by side."""
+    start = sum(counts[:rank])
+    return slice(start, start + counts[rank])

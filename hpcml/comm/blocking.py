@@ -1,0 +1,385 @@
+"""The blocking operations among a group of ranks: checked, counted, done by a chosen algorithm."""
+
+from __future__ import annotations
+
+import pickle
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hpcml.comm import alone
+from hpcml.comm.algorithms import Algorithm, Situation, find, span
+from hpcml.comm.buffers import (
+    blocks_of,
+    check_counts,
+    check_dtype,
+    check_out,
+    contiguous,
+    elements,
+    is_half,
+    operands,
+    stacked,
+    unchanged,
+)
+from hpcml.comm.choice import choose
+from hpcml.comm.ledger import Ledger
+from hpcml.comm.link import Link
+from hpcml.comm.reduction import Reduction
+from hpcml.comm.staging import stage
+from hpcml.comm.tags import LAST_MESSAGE, Tag
+from hpcml.comm.transport import Array, Transport
+
+T = TypeVar("T")
+
+_NOTHING = np.dtype(np.uint8)
+
+LEDGER_NAMES = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "alltoall": "all_to_all",
+}
+"""Names in the ledger where they are not those of the methods."""
+
+
+class Blocking:
+    """One stream of blocking operations among the ranks of a transport; see `Axis` for their use.
+
+    All ranks call the same operations in the same order. Several streams over the same ranks, as a
+    communication thread needs one, have transports of their own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        transport: Transport | None = None,
+        ledger: Ledger | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        """Operations over a transport; without one, those of a rank that is alone."""
+        self.name = name
+        self.transport: Transport = alone.Alone() if transport is None else transport
+        self.ledger = Ledger() if ledger is None else ledger
+        self.deterministic = deterministic
+        self.size = self.transport.size
+        self.rank = self.transport.rank
+        self._link = Link(self.transport)
+        self._sequence = 0
+        self._chosen: dict[tuple[str, int, bool], Algorithm] = {}
+        self._to_self: dict[int, deque[Array]] = defaultdict(deque)
+
+    def allreduce(
+        self,
+        x: Any,
+        op: str = "sum",
+        out: Any = None,
+        *,
+        accumulate: bool = False,
+        algorithm: str | None = None,
+    ) -> Any:
+        """Combine `x` element-wise over the ranks: sum, prod, min or max. All get the result.
+
+        `accumulate` combines the result with what `out` (the same on all ranks) holds already:
+        ((out op x of rank 0) op x of rank 1) ... in deterministic mode.
+        """
+        if accumulate and (out is None or out is x):
+            raise ValueError("accumulate=True adds to `out`: pass one that is not x")
+        arrays = operands(x, out, unchanged, op)
+        source, target = arrays.flat()
+        self._combine("allreduce", source, target, op, accumulate, algorithm)
+        return arrays.finish()
+
+    def reduce_scatter(
+        self,
+        x: Any,
+        op: str = "sum",
+        out: Any = None,
+        *,
+        counts: Sequence[int] | None = None,
+        accumulate: bool = False,
+        algorithm: str | None = None,
+    ) -> Any:
+        """Combine `x` of shape (size * k, ...); rank r gets rows r*k to (r+1)*k of the result.
+
+        `counts`: rows for each rank, the same on all; `accumulate`: as for `allreduce`. `out` may
+        be this rank's rows of `x`: then nothing else of it changes.
+        Raises `ValueError` if the rows cannot be cut so.
+        """
+        if accumulate and out is None:
+            raise ValueError("accumulate=True adds to `out`: pass one")
+        rule = blocks_of("reduce_scatter", self.size, counts, self.rank)
+        arrays = operands(x, out, rule, op, home=self._home(counts, whole=True))
+        source, target = arrays.flat()
+        cut = elements(arrays.source.shape, self.size, counts)
+        self._combine("reduce_scatter", source, target, op, accumulate, algorithm, cut)
+        return arrays.finish()
+
+    def reduce(
+        self, x: Any, op: str = "sum", root: int = 0, out: Any = None, algorithm: str | None = None
+    ) -> Any:
+        """As `allreduce`, but only rank `root` gets the result; the others get None."""
+        self._check_rank("root", root)
+        arrays = operands(x, out, unchanged, op, receives=self.rank == root)
+        source = arrays.source.reshape(-1)
+        target = None if arrays.target is None else arrays.flat()[1]
+        if arrays.source is arrays.target:
+            source = target
+        reduction = Reduction(op, self.deterministic)
+        self._run("reduce", source, source.nbytes, algorithm, source, target, reduction, root)
+        return arrays.finish()
+
+    def allgather(
+        self,
+        x: Any,
+        out: Any = None,
+        *,
+        counts: Sequence[int] | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """Join the equal-shaped `x` (k, ...) of all ranks along dim 0 to (size * k, ...).
+
+        `counts`: rows of each rank, where they differ. `x` may be this rank's own block of `out`:
+        then nothing is copied.
+        """
+        rule = stacked("allgather", self.size, counts, self.rank)
+        arrays = operands(x, out, rule, home=self._home(counts))
+        source, target = arrays.flat()
+        assert arrays.target is not None
+        cut = elements(arrays.target.shape, self.size, counts)
+        self._run("allgather", target, target.nbytes, algorithm, source, target, cut)
+        return arrays.finish()
+
+    def gather(
+        self,
+        x: Any,
+        root: int = 0,
+        out: Any = None,
+        *,
+        counts: Sequence[int] | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """As `allgather`, but only rank `root` gets the result; the others get None."""
+        self._check_rank("root", root)
+        rule = stacked("gather", self.size, counts, self.rank)
+        arrays = operands(x, out, rule, receives=self.rank == root, home=self._home(counts))
+        source = arrays.source.reshape(-1)
+        target = None if arrays.target is None else arrays.target.reshape(-1)
+        cut = elements(rule(arrays.source.shape), self.size, counts)
+        payload = sum(cut) * source.itemsize
+        self._run("gather", source, payload, algorithm, source, target, cut, root)
+        return arrays.finish()
+
+    def scatter(
+        self,
+        x: Any,
+        root: int = 0,
+        out: Any = None,
+        *,
+        counts: Sequence[int] | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """Rank r gets rows r*k to (r+1)*k of the root's `x` of shape (size * k, ...).
+
+        Every rank passes an array of that shape and type, whose values count on the root alone.
+        `counts`: rows for each rank. Raises `ValueError` if the rows cannot be cut so.
+        """
+        self._check_rank("root", root)
+        rule = blocks_of("scatter", self.size, counts, self.rank)
+        arrays = operands(x, out, rule)
+        source, target = arrays.flat()
+        cut = elements(arrays.source.shape, self.size, counts)
+        given = source if self.rank == root else None
+        self._run("scatter", target, source.nbytes, algorithm, given, target, cut, root)
+        return arrays.finish()
+
+    def broadcast(
+        self, x: Any, root: int = 0, out: Any = None, algorithm: str | None = None
+    ) -> Any:
+        """All ranks get the root's `x`; `out is x` overwrites it in place.
+
+        Every rank passes an array of the same shape and type, whose values count on the root alone.
+        """
+        self._check_rank("root", root)
+        arrays = operands(x, out, unchanged)
+        source, target = arrays.flat()
+        if self.rank == root and target is not source:
+            np.copyto(target, source)
+        self._run("broadcast", target, target.nbytes, algorithm, target, root)
+        return arrays.finish()
+
+    def alltoall(
+        self,
+        x: Any,
+        out: Any = None,
+        *,
+        sends: Sequence[int] | None = None,
+        receives: Sequence[int] | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """Cut dim 0 into `size` blocks; block s of rank r becomes block r of rank s.
+
+        Equal blocks, or of `sends` rows to each rank and `receives` rows from each; all ranks give
+        both or none. Raises `ValueError` if the rows cannot be cut so.
+        """
+        if (sends is None) != (receives is None):
+            raise ValueError("alltoall takes sends and receives together, or neither")
+        cut = blocks_of("alltoall", self.size, sends, self.rank)
+        check_counts("alltoall", self.size, receives)
+
+        def exchanged(shape: tuple[int, ...]) -> tuple[int, ...]:
+            cut(shape)
+            return shape if receives is None else (sum(receives), *shape[1:])
+
+        arrays = operands(x, out, exchanged)
+        source, target = arrays.flat()
+        leaving = elements(arrays.source.shape, self.size, sends)
+        coming = elements(exchanged(arrays.source.shape), self.size, receives)
+        if source is target and self.size > 1:
+            source = source.copy()
+        self._run("alltoall", target, source.nbytes, algorithm, source, target, leaving, coming)
+        return arrays.finish()
+
+    def send(self, x: Any, dest: int, tag: int = Tag.MESSAGE) -> None:
+        """Send `x` to rank `dest`, which calls `recv`. May wait until it does.
+
+        A message to oneself is kept until the `recv` that follows.
+        """
+        self._check_message("dest", dest, tag)
+        source = contiguous(stage(x).host)
+        check_dtype(source.dtype)
+        if dest == self.rank:
+            self._to_self[tag].append(source.copy())
+            return
+        self._enter("send", source.size, source.dtype)
+        self._link.send(source.reshape(-1), dest, tag)
+        self._leave("send", source.nbytes)
+
+    def recv(self, out: Any, source: int, tag: int = Tag.MESSAGE) -> Any:
+        """Receive into `out` the array of the same shape and type that rank `source` sends."""
+        self._check_message("source", source, tag)
+        place = stage(out, read=False)
+        check_dtype(place.host.dtype)
+        check_out(place.host, place.host.shape, place.host.dtype)
+        if source == self.rank:
+            np.copyto(place.host, self._from_self(place.host, tag))
+        else:
+            self._enter("recv", place.host.size, place.host.dtype)
+            self._link.recv(place.host.reshape(-1), source, tag)
+            self.transport.board.leave()
+        place.commit()
+        return out
+
+    def barrier(self) -> None:
+        """Return when all ranks of the axis have come here."""
+        if self.size > 1:
+            self._enter("barrier", 0, _NOTHING)
+            self.transport.barrier()
+            self._leave("barrier", 0)
+
+    def allgather_object(self, value: T) -> list[T]:
+        """The small Python values of all ranks, pickled, in the order of the ranks."""
+        text = np.frombuffer(pickle.dumps(value), np.uint8)
+        lengths = self.allgather(np.array([text.size])).tolist()
+        texts = self.allgather(text, counts=lengths)
+        return [pickle.loads(texts[span(lengths, rank)].tobytes()) for rank in range(self.size)]
+
+    def broadcast_object(self, value: T, root: int = 0) -> T:
+        """The root's small Python value, pickled."""
+        self._check_rank("root", root)
+        text = np.frombuffer(pickle.dumps(value if self.rank == root else None), np.uint8)
+        length = self.broadcast(np.array([text.size]), root)
+        if self.rank != root:
+            text = np.empty(int(length[0]), np.uint8)
+        received: T = pickle.loads(self.broadcast(text, root).tobytes())
+        return received
+
+    def _home(
+        self, counts: Sequence[int] | None, whole: bool = False
+    ) -> Callable[[tuple[int, ...]], int]:
+        """First row of this rank's block, by the shape of the block (or of the whole)."""
+
+        def row(shape: tuple[int, ...]) -> int:
+            if counts is not None:
+                return sum(counts[: self.rank])
+            return self.rank * (shape[0] // self.size if whole else shape[0])
+
+        return row
+
+    def _combine(
+        self,
+        operation: str,
+        source: Array,
+        target: Array,
+        op: str,
+        accumulate: bool,
+        algorithm: str | None,
+        *cut: tuple[int, ...],
+    ) -> None:
+        """A reduction whose result all ranks get, or a part of it."""
+        reduction = Reduction(op, stepwise=self.deterministic, onto=accumulate)
+        payload = source.nbytes
+        if accumulate and not self._algorithm(operation, source, payload, algorithm).ordered:
+            result = np.empty_like(target)
+            plain = Reduction(op)
+            self._run(operation, source, payload, algorithm, source, result, *cut, plain)
+            plain.into(target, result)
+        else:
+            self._run(operation, source, payload, algorithm, source, target, *cut, reduction)
+
+    def _run(
+        self, operation: str, buffer: Array, payload: int, algorithm: str | None, *arguments: Any
+    ) -> None:
+        """Do one collective: position, sanitizer, algorithm, ledger."""
+        if self.size == 1:
+            alone.run(operation, *arguments)
+            return
+        chosen = self._algorithm(operation, buffer, payload, algorithm)
+        self._enter(operation, buffer.size, buffer.dtype)
+        chosen.run(self._link, *arguments)
+        self._leave(operation, payload)
+
+    def _algorithm(
+        self, operation: str, buffer: Array, payload: int, name: str | None
+    ) -> Algorithm:
+        if name is not None:
+            return find(operation, name)
+        native = not is_half(buffer.dtype)
+        known = self._chosen.get((operation, payload, native))
+        if known is None:
+            situation = Situation(
+                nodes=self._link.nodes,
+                native=native,
+                ordered=self.deterministic or not native,
+                vendor=self._link.vendor is not None,
+            )
+            known = self._chosen[operation, payload, native] = choose(operation, payload, situation)
+        return known
+
+    def _enter(self, operation: str, count: int, dtype: np.dtype[Any]) -> None:
+        self._sequence += 1
+        self.transport.board.enter(operation, self.name, self._sequence, count, dtype.name)
+
+    def _leave(self, operation: str, payload: int) -> None:
+        self.transport.board.leave()
+        self.ledger.record(
+            self.name, LEDGER_NAMES.get(operation, operation), payload, *self._link.take_counts()
+        )
+
+    def _from_self(self, place: Array, tag: int) -> Array:
+        if not self._to_self[tag]:
+            raise ValueError(
+                f"rank {self.rank} receives from itself (tag {tag}) what it never sent"
+            )
+        message = self._to_self[tag].popleft()
+        check_out(place, message.shape, message.dtype)
+        return message
+
+    def _check_rank(self, what: str, rank: int) -> None:
+        if not 0 <= rank < self.size:
+            raise ValueError(f"{what}={rank} is outside the axis {self.name}({self.size})")
+
+    def _check_message(self, what: str, rank: int, tag: int) -> None:
+        self._check_rank(what, rank)
+        if not 0 <= tag <= LAST_MESSAGE:
+            raise ValueError(f"tag={tag} is not one of 0 to {LAST_MESSAGE}")

@@ -1,0 +1,137 @@
+"""What a collective algorithm communicates through: messages between ranks, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hpcml.comm.tags import Tag
+from hpcml.comm.transport import Array, Pending, Transport, Vendor
+
+LIMIT = 1 << 30
+"""Bytes of the longest message; longer buffers go in several. MPI before version 4 counts with 31
+bits, and no network gains from longer ones. Tests lower it."""
+
+
+class Link:
+    """The ranks of a group as an algorithm sees them.
+
+    Buffers are flat contiguous arrays of any type, of the same length on both ends; those of no
+    elements are not sent at all. `sent` counts the bytes that this rank has sent since the last
+    `take_counts`, `sent_off_node` those of them that went to ranks on other nodes.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        """Messages over `transport`."""
+        self.transport = transport
+        self.size = transport.size
+        self.rank = transport.rank
+        self.vendor: Vendor | None = transport.vendor
+        self.nodes = tuple(node.index for node in transport.nodes())
+        self.node = self.nodes[self.rank]
+        self.sent = 0
+        self.sent_off_node = 0
+        self._parts: dict[tuple[int, ...], Link] = {}
+
+    def isend(self, buffer: Array, dest: int, tag: int = Tag.COLLECTIVE) -> Pending:
+        """Start to send to another rank; the buffer stays unchanged until `wait`."""
+        self.count(buffer.nbytes, dest)
+        pieces = _pieces(buffer)
+        if len(pieces) == 1:
+            return self.transport.isend(pieces[0], dest, tag)
+        return _Several([self.transport.isend(piece, dest, tag) for piece in pieces])
+
+    def irecv(self, buffer: Array, source: int, tag: int = Tag.COLLECTIVE) -> Pending:
+        """Start to receive from another rank as many bytes as the buffer has."""
+        pieces = _pieces(buffer)
+        if len(pieces) == 1:
+            return self.transport.irecv(pieces[0], source, tag)
+        return _Several([self.transport.irecv(piece, source, tag) for piece in pieces])
+
+    def send(self, buffer: Array, dest: int) -> None:
+        """Send to another rank; the buffer may be used again on return."""
+        self.isend(buffer, dest).wait()
+
+    def recv(self, buffer: Array, source: int) -> None:
+        """Receive from another rank as many bytes as the buffer has."""
+        self.irecv(buffer, source).wait()
+
+    def exchange(self, outgoing: Array, dest: int, incoming: Array, source: int) -> None:
+        """Send to one rank while receiving from another (or the same) one."""
+        arriving = self.irecv(incoming, source)
+        leaving = self.isend(outgoing, dest)
+        arriving.wait()
+        leaving.wait()
+
+    def part(self, ranks: Sequence[int]) -> Link:
+        """The link among some ranks of this one, in this order; called by exactly these.
+
+        What is sent there counts here too.
+        """
+        members = tuple(ranks)
+        if members not in self._parts:
+            self._parts[members] = _Part(self, members)
+        return self._parts[members]
+
+    def count(self, nbytes: int, dest: int) -> None:
+        """Count bytes that this rank hands to rank `dest`, by a message or otherwise."""
+        self.sent += nbytes
+        if self.nodes[dest] != self.node:
+            self.sent_off_node += nbytes
+
+    def take_counts(self) -> tuple[int, int]:
+        """Bytes sent, and of these off the node, since the last call."""
+        counts = self.sent, self.sent_off_node
+        self.sent = self.sent_off_node = 0
+        return counts
+
+
+class _Part(Link):
+    """Some ranks of a link: the same messages, ranks counted anew. Needs no communicator."""
+
+    def __init__(self, whole: Link, members: tuple[int, ...]) -> None:
+        self.whole, self.members = whole, members
+        self.size, self.rank = len(members), members.index(whole.rank)
+        self.vendor = None
+        self.nodes = tuple(whole.nodes[member] for member in members)
+        self.node = whole.node
+        self._parts = {}
+
+    def isend(self, buffer: Array, dest: int, tag: int = Tag.COLLECTIVE) -> Pending:
+        """Start to send to another member."""
+        return self.whole.isend(buffer, self.members[dest], tag)
+
+    def irecv(self, buffer: Array, source: int, tag: int = Tag.COLLECTIVE) -> Pending:
+        """Start to receive from another member."""
+        return self.whole.irecv(buffer, self.members[source], tag)
+
+    def count(self, nbytes: int, dest: int) -> None:
+        """Count bytes handed to a member."""
+        self.whole.count(nbytes, self.members[dest])
+
+
+class _Several:
+    """Several messages as one."""
+
+    def __init__(self, messages: list[Pending]) -> None:
+        self.messages = messages
+
+    def wait(self) -> None:
+        """Wait for all of them."""
+        for message in self.messages:
+            message.wait()
+
+    def test(self) -> bool:
+        """Whether all of them are done."""
+        return all([message.test() for message in self.messages])
+
+
+def _pieces(buffer: Array) -> list[Array]:
+    """The buffer as bytes, cut where it is longer than a message may be."""
+    if not buffer.size:
+        return []
+    raw = buffer.reshape(-1).view(np.uint8)
+    if raw.size <= LIMIT:
+        return [raw]
+    return [raw[start : start + LIMIT] for start in range(0, raw.size, LIMIT)]
