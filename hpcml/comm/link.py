@@ -49,13 +49,13 @@ class Link:
             return self.transport.irecv(pieces[0], source, tag)
         return _Several([self.transport.irecv(piece, source, tag) for piece in pieces])
 
-    def send(self, buffer: Array, dest: int) -> None:
+    def send(self, buffer: Array, dest: int, tag: int = Tag.COLLECTIVE) -> None:
         """Send to another rank; the buffer may be used again on return."""
-        self.isend(buffer, dest).wait()
+        self.isend(buffer, dest, tag).wait()
 
-    def recv(self, buffer: Array, source: int) -> None:
+    def recv(self, buffer: Array, source: int, tag: int = Tag.COLLECTIVE) -> None:
         """Receive from another rank as many bytes as the buffer has."""
-        self.irecv(buffer, source).wait()
+        self.irecv(buffer, source, tag).wait()
 
     def exchange(self, outgoing: Array, dest: int, incoming: Array, source: int) -> None:
         """Send to one rank while receiving from another (or the same) one."""
