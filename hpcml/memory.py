@@ -47,6 +47,8 @@ class _Block(np.ndarray[Any, Any]):
     account: Account | None = None
     category: str
     counted: int
+    owner: Any = None
+    """Whose memory it is, where that matters; see `adopt`."""
 
     def __del__(self) -> None:
         if self.account is not None:
@@ -95,10 +97,38 @@ def empty(
         offset = -block.__array_interface__["data"][0] % ALIGNMENT
     else:
         block = _Block(nbytes, np.uint8)
-    block.category, block.counted = category or _local.category, nbytes
-    _local.account.add(block.category, nbytes)
-    block.account = _local.account  # last: what was not added is not taken off either
+    _count(block, category or _local.category, nbytes)
     return np.ndarray(shape, dtype, block, offset)
+
+
+def adopt(
+    region: Any, offset: int, shape: tuple[int, ...], dtype: Any, category: str, owner: Any
+) -> Array:
+    """Return an array in memory that somebody else has made, counted like one of `empty`.
+
+    region: an object with the buffer interface, kept as long as a view of the array lives.
+    owner: what `owner_of` gives for the array and its views.
+    """
+    dtype = np.dtype(dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    block = _Block(nbytes, np.uint8, region, offset)
+    block.owner = owner
+    _count(block, category, nbytes)
+    return np.ndarray(shape, dtype, block)
+
+
+def owner_of(array: Array) -> Any:
+    """Return the owner of the memory of an array made by `adopt` or of a view of one, else None."""
+    base = array.base
+    while type(base) is np.ndarray:
+        base = base.base
+    return base.owner if type(base) is _Block else None
+
+
+def _count(block: _Block, category: str, nbytes: int) -> None:
+    block.category, block.counted = category, nbytes
+    _local.account.add(category, nbytes)
+    block.account = _local.account  # last: what was not added is not taken off either
 
 
 def zeros(

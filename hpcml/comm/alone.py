@@ -33,6 +33,7 @@ class Alone:
     size = 1
     rank = 0
     vendor = None
+    processes = False
     members = (0,)
 
     def __init__(self) -> None:

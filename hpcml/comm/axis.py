@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from hpcml.comm.request import Done, Message, Request, Worker
 from hpcml.comm.staging import stage
 from hpcml.comm.tags import Tag
 from hpcml.comm.transport import Array
+from hpcml.comm.window import Windows
 
 
 class Axis(Blocking):
@@ -47,10 +49,28 @@ class Axis(Blocking):
     def __repr__(self) -> str:
         return f"Axis({self.name!r}, size={self.size}, rank={self.rank})"
 
-    def empty(self, shape: int | Sequence[int], dtype: DTypeLike = np.float32) -> Array:
-        """Memory, not initialised, that the axis can reduce in place."""
+    def empty(
+        self,
+        shape: int | Sequence[int],
+        dtype: DTypeLike = np.float32,
+        category: str = "buffers",
+    ) -> Array:
+        """Memory, not initialised, that the axis can reduce in place. Collective.
+
+        All ranks ask for the same shape and type and use the memory in the same calls. Among ranks
+        of one node it lies in memory that they share: all-reduce, reduce-scatter, all-gather and
+        broadcast then take place there, without messages. Where it cannot be shared (the first time
+        says why), and on an axis of size 1, it is ordinary memory. Counted in `category`.
+        """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        return memory.empty(shape, dtype, "buffers")
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self.size > 1 and nbytes and self.transport.processes:
+            self._windows = self._windows or Windows(self._link, self.deterministic)
+            window = self._windows.make(nbytes)
+            if window is not None:
+                return memory.adopt(window.region, window.offset, shape, dtype, category, window)
+        return memory.empty(shape, dtype, category)
 
     def iallreduce(self, x: Any, op: str = "sum", out: Any = None, **options: Any) -> Request:
         """`allreduce`, beside the caller."""

@@ -30,6 +30,8 @@ from hpcml.comm.reduction import Reduction
 from hpcml.comm.staging import stage
 from hpcml.comm.tags import LAST_MESSAGE, Tag
 from hpcml.comm.transport import Array, Transport
+from hpcml.comm.window import Window, Windows
+from hpcml.memory import owner_of
 
 T = TypeVar("T")
 
@@ -66,6 +68,7 @@ class Blocking:
         self.rank = self.transport.rank
         self._link = Link(self.transport)
         self._sequence = 0
+        self._windows: Windows | None = None
         self._chosen: dict[tuple[str, int, bool], Algorithm] = {}
         self._to_self: dict[int, deque[Array]] = defaultdict(deque)
 
@@ -319,7 +322,7 @@ class Blocking:
         """A reduction whose result all ranks get, or a part of it."""
         reduction = Reduction(op, stepwise=self.deterministic, onto=accumulate)
         payload = source.nbytes
-        if accumulate and not self._algorithm(operation, source, payload, algorithm).ordered:
+        if accumulate and not self._adds_onto(operation, source, target, algorithm):
             result = np.empty_like(target)
             plain = Reduction(op)
             self._run(operation, source, payload, algorithm, source, result, *cut, plain)
@@ -330,14 +333,42 @@ class Blocking:
     def _run(
         self, operation: str, buffer: Array, payload: int, algorithm: str | None, *arguments: Any
     ) -> None:
-        """Do one collective: position, sanitizer, algorithm, ledger."""
+        """Do one collective: where its memory is shared in there, else by messages."""
         if self.size == 1:
             alone.run(operation, *arguments)
             return
-        chosen = self._algorithm(operation, buffer, payload, algorithm)
+        shared = self._shared(operation, arguments, algorithm)
+        chosen = None if shared else self._algorithm(operation, buffer, payload, algorithm)
         self._enter(operation, buffer.size, buffer.dtype)
-        chosen.run(self._link, *arguments)
+        if chosen:
+            chosen.run(self._link, *arguments)
+        else:
+            getattr(self._windows, operation)(*arguments)
         self._leave(operation, payload)
+
+    def _shared(self, operation: str, arguments: Sequence[Any], algorithm: str | None) -> bool:
+        """Whether a call is done in the memory that its ranks share."""
+        if algorithm not in (None, "window"):
+            return False
+        found = False
+        place = arguments[0] if operation in ("reduce_scatter", "broadcast") else arguments[1]
+        if isinstance(owner_of(place) if place is not None else None, Window):
+            self._windows = self._windows or Windows(self._link, self.deterministic)
+            found = self._windows.serve(operation, *arguments)
+        if algorithm == "window" and not found:
+            raise ValueError(
+                f'algorithm="window": {operation} on {self.name} needs an array of Axis.empty of '
+                "these ranks, which share memory"
+            )
+        return found
+
+    def _adds_onto(
+        self, operation: str, source: Array, target: Array, algorithm: str | None
+    ) -> bool:
+        """Whether the way this reduction is done can add to what its result holds already."""
+        if self.size == 1 or self._shared(operation, (source, target), algorithm):
+            return True
+        return self._algorithm(operation, source, source.nbytes, algorithm).ordered
 
     def _algorithm(
         self, operation: str, buffer: Array, payload: int, name: str | None

@@ -17,7 +17,7 @@ from hpcml.comm.transport import Array
 Shape = tuple[int, ...]
 
 _HALVES = ("float16", "bfloat16")
-_DTYPES = (
+DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64"),
 )
@@ -39,10 +39,10 @@ def wire(x: Array) -> Array:
 @functools.cache
 def check_dtype(dtype: np.dtype[Any], op: str | None = None) -> None:
     """Raise `ValueError` unless this type can be moved, or reduced with `op` if one is given."""
-    if dtype.name not in _DTYPES or not dtype.isnative:
+    if dtype.name not in DTYPES or not dtype.isnative:
         raise ValueError(
             f"dtype {dtype.name if dtype.isnative else dtype.str} cannot be communicated: "
-            f"convert to one of {', '.join(_DTYPES)}"
+            f"convert to one of {', '.join(DTYPES)}"
         )
     if op is None:
         return

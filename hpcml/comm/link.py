@@ -27,6 +27,8 @@ class Link:
         self.transport = transport
         self.size = transport.size
         self.rank = transport.rank
+        self.members = transport.members
+        """The number of each rank in the whole job."""
         self.vendor: Vendor | None = transport.vendor
         self.nodes = tuple(node.index for node in transport.nodes())
         self.node = self.nodes[self.rank]
@@ -69,16 +71,20 @@ class Link:
 
         What is sent there counts here too.
         """
-        members = tuple(ranks)
-        if members not in self._parts:
-            self._parts[members] = _Part(self, members)
-        return self._parts[members]
+        chosen = tuple(ranks)
+        if chosen not in self._parts:
+            self._parts[chosen] = _Part(self, chosen)
+        return self._parts[chosen]
 
     def count(self, nbytes: int, dest: int) -> None:
         """Count bytes that this rank hands to rank `dest`, by a message or otherwise."""
         self.sent += nbytes
         if self.nodes[dest] != self.node:
             self.sent_off_node += nbytes
+
+    def count_local(self, nbytes: int) -> None:
+        """Count bytes that this rank wrote into memory of others on its node, or let them fetch."""
+        self.sent += nbytes
 
     def take_counts(self) -> tuple[int, int]:
         """Bytes sent, and of these off the node, since the last call."""
@@ -90,25 +96,26 @@ class Link:
 class _Part(Link):
     """Some ranks of a link: the same messages, ranks counted anew. Needs no communicator."""
 
-    def __init__(self, whole: Link, members: tuple[int, ...]) -> None:
-        self.whole, self.members = whole, members
-        self.size, self.rank = len(members), members.index(whole.rank)
+    def __init__(self, whole: Link, ranks: tuple[int, ...]) -> None:
+        self.whole, self.ranks = whole, ranks
+        self.size, self.rank = len(ranks), ranks.index(whole.rank)
         self.vendor = None
-        self.nodes = tuple(whole.nodes[member] for member in members)
+        self.members = tuple(whole.members[rank] for rank in ranks)
+        self.nodes = tuple(whole.nodes[rank] for rank in ranks)
         self.node = whole.node
         self._parts = {}
 
     def isend(self, buffer: Array, dest: int, tag: int = Tag.COLLECTIVE) -> Pending:
         """Start to send to another member."""
-        return self.whole.isend(buffer, self.members[dest], tag)
+        return self.whole.isend(buffer, self.ranks[dest], tag)
 
     def irecv(self, buffer: Array, source: int, tag: int = Tag.COLLECTIVE) -> Pending:
         """Start to receive from another member."""
-        return self.whole.irecv(buffer, self.members[source], tag)
+        return self.whole.irecv(buffer, self.ranks[source], tag)
 
     def count(self, nbytes: int, dest: int) -> None:
         """Count bytes handed to a member."""
-        self.whole.count(nbytes, self.members[dest])
+        self.whole.count(nbytes, self.ranks[dest])
 
 
 class _Several:

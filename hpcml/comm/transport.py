@@ -87,6 +87,8 @@ class Transport(Protocol):
     rank: int
     vendor: Vendor | None
     """The carrier's own collectives, if it has any."""
+    processes: bool
+    """Whether the ranks are processes, which share no memory unless they map it."""
     members: tuple[int, ...]
     """The number of each rank in the whole job, which is how reports name it."""
     board: Board
@@ -119,3 +121,12 @@ class Transport(Protocol):
 
     def abort(self, code: int) -> None:
         """End the whole job now, other ranks included."""
+
+
+def wrong_length(found: int | None, expected: int, source: int, tag: int) -> ValueError:
+    """The error for a message that has not the length of its array; `found` None: a longer one."""
+    size = f"more than {expected}" if found is None else f"{found}"
+    return ValueError(
+        f"a message of {size} bytes came from rank {source} (tag {tag}) for an array of "
+        f"{expected} bytes: shapes and types must agree"
+    )

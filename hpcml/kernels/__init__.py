@@ -17,8 +17,8 @@ _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
 @functools.cache
-def _compiled(dtype: str) -> ModuleType:
-    """Return the module of compiled kernels once those for `dtype` are loaded."""
+def compiled(dtype: str) -> ModuleType:
+    """Return the module of compiled kernels once those for "float32" or "float64" are loaded."""
     from hpcml.kernels import cpu
 
     cpu.load(dtype)
@@ -36,7 +36,7 @@ def of(array: Array) -> ModuleType:
     """Return the kernel module for `array`'s device and dtype."""
     if type(array) is np.ndarray:
         if array.dtype == _FLOAT32:
-            return _compiled("float32")
+            return compiled("float32")
         if array.dtype == _FLOAT64:
-            return _compiled("float64")
+            return compiled("float64")
     return _generic()

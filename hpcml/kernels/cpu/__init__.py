@@ -1,13 +1,14 @@
 """CPU kernels compiled by numba: `load(dtype)` first, then call them like functions.
 
-Arrays are C-contiguous unless a kernel says otherwise. Callers check them; a kernel does not.
+The modules `halves` and `shared` serve communication between processes, which has no counterpart on
+other devices. Arrays are C-contiguous unless a kernel says otherwise. Callers check them; a kernel does not.
 What a kernel only reads may be read-only, as memory-mapped data are.
 """
 
 from __future__ import annotations
 
 from hpcml import backend
-from hpcml.kernels.cpu import blas, jit
+from hpcml.kernels.cpu import blas, halves, jit, shared
 from hpcml.kernels.cpu.attention import attention, attention_backward
 from hpcml.kernels.cpu.pointwise import (
     NORM_BLOCK,
@@ -52,6 +53,7 @@ __all__ = [
     "gelu_backward",
     "gelu_tanh",
     "gelu_tanh_backward",
+    "halves",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_weight_gradient",
@@ -64,6 +66,7 @@ __all__ = [
     "random_words",
     "sgd_plain_update",
     "sgd_update",
+    "shared",
     "sum_of_squares",
 ]
 

@@ -1,0 +1,189 @@
+"""Memory that several ranks of a node share: their barrier, and sums of what each has written there.
+
+A matrix `rows` holds the same piece of every rank's memory, row k that of rank k. Sums run over the
+rows in their order, so their bits do not depend on who computes them.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from hpcml.kernels.cpu.halves import narrow, round_to_half, widen, widen_add
+from hpcml.kernels.cpu.jit import inline, kernel
+
+FLAGS = 16
+"""int64 that each rank has for its flag: two cache lines, because CPUs fetch them in pairs."""
+TILE = 2048
+"""Elements summed at once: a tile stays in the first cache."""
+
+_X86 = platform.machine() in ("x86_64", "AMD64")
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+def _pointer(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Address of element `args[1]` of the array `args[0]`."""
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    return builder.gep(array.data, [args[1]])
+
+
+@intrinsic
+def _load(typingctx: Any, flags: Any, index: Any) -> Any:
+    """Read a flag that another process sets; what it wrote before is visible afterwards."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(context, builder, signature, args), "acquire", 8)
+
+    return types.int64(flags, index), generate
+
+
+@intrinsic
+def _store(typingctx: Any, flags: Any, index: Any, value: Any) -> Any:
+    """Set a flag for other processes; what this one wrote before is visible to who reads it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature, args)
+        builder.store_atomic(args[2], pointer, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(flags, index, value), generate
+
+
+@intrinsic
+def _relax(typingctx: Any) -> Any:
+    """Tell the CPU that this is a waiting loop."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if _X86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", [], kind), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@inline
+def _wait(flags: Any, ranks: int, value: int, spins: int, yields: int) -> int:
+    looks = 0
+    for other in range(ranks):
+        while _load(flags, other * FLAGS) < value:
+            looks += 1
+            if looks <= spins:
+                _relax()
+            elif looks <= spins + yields:
+                _sched_yield()
+            else:
+                return other
+    return -1
+
+
+@kernel("int64(int64[::1], int64, int64, int64, int64, int64)")
+def meet(flags: Any, ranks: int, rank: int, value: int, spins: int, yields: int) -> int:
+    """Set this rank's flag to `value` and wait until no rank's flag is below it.
+
+    Each rank has `FLAGS` int64, of which the first is its flag. Looks `spins` times in a loop, then
+    `yields` times with the CPU offered to others in between. Returns -1 when all have come, else
+    the first rank that has not; call again to go on waiting.
+    """
+    _store(flags, rank * FLAGS, value)
+    return _wait(flags, ranks, value, spins, yields)
+
+
+@kernel("int64(int64[::1], int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def begin(
+    flags: Any, ranks: int, rank: int, value: int, spins: int, yields: int,
+    place: int, column: int, count: int, code: int,
+) -> int:  # fmt: skip
+    """As `meet`, with four numbers that must be the same for all ranks; -2 if they are not.
+
+    The ranks must meet once more before the next `begin`, which overwrites the numbers.
+    """
+    mine = rank * FLAGS
+    flags[mine + 1], flags[mine + 2] = place, column
+    flags[mine + 3], flags[mine + 4] = count, code
+    _store(flags, mine, value)
+    late = _wait(flags, ranks, value, spins, yields)
+    if late >= 0:
+        return late
+    for other in range(0, ranks * FLAGS, FLAGS):
+        for k in range(1, 5):
+            if flags[other + k] != flags[mine + k]:
+                return -2
+    return -1
+
+
+@inline
+def _add_rows(rows: Any, start: int, stop: int, tile: Any, fresh: bool) -> None:
+    """Sum columns start to stop into the tile, after what is in it unless `fresh`."""
+    n = stop - start
+    first = 0
+    if fresh:
+        one = rows[0, start:stop]
+        two = rows[1, start:stop]
+        for j in range(n):
+            tile[j] = one[j] + two[j]
+        first = 2
+    for k in range(first, rows.shape[0]):
+        row = rows[k, start:stop]
+        for j in range(n):
+            tile[j] += row[j]
+
+
+@kernel("void(T[:, ::1], T[:, ::1], int64, int64, int64, int64, boolean)")
+def sum_rows(
+    rows: Any, results: Any, rank: int, first: int, last: int, shift: int, onto: bool
+) -> None:
+    """Sum columns `first` to `last` of two or more rows into columns of every row of `results`.
+
+    Column c goes to column c - `shift`. `results` may be `rows`. `onto`: add to what `results`
+    holds in row `rank`, first of all.
+    """
+    tile = np.empty(TILE, rows.dtype)
+    for start in range(first, last, TILE):
+        stop = min(start + TILE, last)
+        n, place = stop - start, start - shift
+        if onto:
+            own = results[rank, place : place + n]
+            for j in range(n):
+                tile[j] = own[j]
+        _add_rows(rows, start, stop, tile, not onto)
+        for k in range(results.shape[0]):
+            row = results[k, place : place + n]
+            for j in range(n):
+                row[j] = tile[j]
+
+
+@kernel(
+    "void(uint16[:, ::1], uint16[:, ::1], int64, int64, int64, int64, boolean, boolean, boolean)"
+)
+def sum_half_rows(
+    rows: Any, results: Any, rank: int, first: int, last: int, shift: int, onto: bool,
+    brain: bool, stepwise: bool,
+) -> None:  # fmt: skip
+    """As `sum_rows` for 16-bit floats, in float32, rounded once or (`stepwise`) at each addition.
+
+    `brain`: they are bfloat16, else float16.
+    """
+    tile = np.empty(TILE, np.float32)
+    words = np.empty(TILE, np.uint16)
+    for start in range(first, last, TILE):
+        stop = min(start + TILE, last)
+        n, place = stop - start, start - shift
+        if onto:
+            widen(results[rank, place : place + n], tile, brain)
+        else:
+            widen(rows[0, start:stop], tile, brain)
+        for k in range(0 if onto else 1, rows.shape[0]):
+            widen_add(rows[k, start:stop], tile, brain)
+            if stepwise:
+                round_to_half(tile, n, brain)
+        narrow(tile, words[:n], brain)
+        for k in range(results.shape[0]):
+            row = results[k, place : place + n]
+            for j in range(n):
+                row[j] = words[j]
