@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpcml import autograd, comm, data, models, nn, optim, parallel
     from hpcml.autograd import Tensor, cat, from_dlpack, maximum, minimum, no_grad, stack, where
-    from hpcml.comm import Mesh
+    from hpcml.comm import Mesh, run
     from hpcml.parallel import parallelize
     from hpcml.rng import manual_seed
 
@@ -30,6 +30,7 @@ __all__ = [
     "optim",
     "parallel",
     "parallelize",
+    "run",
     "stack",
     "where",
 ]
@@ -44,6 +45,7 @@ _HOMES = {
     "minimum": "hpcml.autograd",
     "no_grad": "hpcml.autograd",
     "parallelize": "hpcml.parallel",
+    "run": "hpcml.comm",
     "stack": "hpcml.autograd",
     "where": "hpcml.autograd",
 }

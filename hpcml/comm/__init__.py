@@ -10,5 +10,6 @@ from hpcml.comm.axis import Axis
 from hpcml.comm.ledger import Count, Ledger, Tally
 from hpcml.comm.mesh import Mesh
 from hpcml.comm.request import Request
+from hpcml.comm.threads import run
 
-__all__ = ["Axis", "Count", "Ledger", "Mesh", "Request", "Tally", "algorithm"]
+__all__ = ["Axis", "Count", "Ledger", "Mesh", "Request", "Tally", "algorithm", "run"]

@@ -10,17 +10,17 @@ from typing import Any
 
 from hpcml.comm import crash
 from hpcml.comm.alone import Alone
+from hpcml.comm.ambient import here
 from hpcml.comm.board import Board
 from hpcml.comm.launch import check_world, read
 from hpcml.comm.tags import Tag
-from hpcml.comm.transport import Array, Node, Pending, Transport
+from hpcml.comm.transport import Array, Node, Pending, Transport, wrong_length
 from hpcml.comm.vendor import MpiVendor
 from hpcml.errors import UserError
 
 
-@functools.cache
 def world() -> Transport:
-    """All ranks of the job, on a communicator of the package's own.
+    """All ranks of the job: those of `hpcml.run` in a thread of it, else those of MPI.
 
     The first call initialises MPI (threads may communicate) and is collective. Without mpi4py or an
     MPI library a process that was started alone gets a world of one. With several ranks, an
@@ -29,6 +29,12 @@ def world() -> Transport:
     Raises `UserError` if there is no MPI to a launcher's several processes, or if the launcher
     started several copies of a world of one rank.
     """
+    return here.rank.world if here.rank is not None else _mpi_world()
+
+
+@functools.cache
+def _mpi_world() -> Transport:
+    """All processes of the job, on a communicator of the package's own."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library to load
@@ -63,6 +69,8 @@ def _first_line(error: BaseException) -> str:
 
 class MpiTransport:
     """A `Transport` over an mpi4py intracommunicator, which it owns."""
+
+    processes = True
 
     def __init__(self, comm: Any, members: Sequence[int] | None = None) -> None:
         """Messages over this communicator, of the job's ranks `members` (all, if not given)."""
@@ -176,15 +184,11 @@ class _Received:
         status = MPI.Status()
         try:
             self._done = bool(ask(status))
-            found = status.Get_count(MPI.BYTE) if self._done else self._nbytes
+            found: int | None = status.Get_count(MPI.BYTE) if self._done else self._nbytes
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
                 raise
-            found = -1
+            found = None
         if found != self._nbytes:
-            size = f"{found} bytes" if found >= 0 else f"more than {self._nbytes} bytes"
-            raise ValueError(
-                f"a message of {size} came from rank {self._source} (tag {self._tag}) for an array "
-                f"of {self._nbytes} bytes: shapes and types must agree"
-            )
+            raise wrong_length(found, self._nbytes, self._source, self._tag)
         return self._done
