@@ -130,14 +130,9 @@ def _disentangled(source: Array, target: Array, home: int | None) -> Array:
     if offset == 0 and source.nbytes == target.nbytes:
         return target
     row = source.itemsize * math.prod(source.shape[1:])
-    if home is not None and abs(offset) == home * row and (offset >= 0) == _fits(source, target):
-        return source
-    return source.copy()
-
-
-def _fits(source: Array, target: Array) -> bool:
-    """Whether it is the source that is the part of the other."""
-    return source.nbytes <= target.nbytes
+    # The smaller of the two is the block, and where it begins must be after the other's start.
+    into = offset if source.nbytes <= target.nbytes else -offset
+    return source if home is not None and into == home * row else source.copy()
 
 
 def _address(x: Array) -> int:
