@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import DTypeLike
 from hpcml import memory
 from hpcml.comm.blocking import Blocking
 from hpcml.comm.buffers import check_dtype, check_out, contiguous
-from hpcml.comm.request import Done, Message, Request, Worker
+from hpcml.comm.request import Done, Message, Request, Worker, worker_of
 from hpcml.comm.staging import stage
 from hpcml.comm.tags import Tag
 from hpcml.comm.transport import Array
@@ -120,7 +121,7 @@ class Axis(Blocking):
         check_dtype(source.dtype)
         pending = self._link.isend(source.reshape(-1), dest, tag)
         self.ledger.record(self.name, "send", source.nbytes, *self._link.take_counts())
-        return Message(pending, lambda: source is None)
+        return Message(pending, _nothing, lambda: self._waiting("send", source))
 
     def irecv(self, out: Any, source: int, tag: int = Tag.MESSAGE) -> Request:
         """`recv`, without waiting for the sender."""
@@ -136,14 +137,32 @@ class Axis(Blocking):
             place.commit()
             return out
 
-        return Message(pending, finish)
+        return Message(pending, finish, lambda: self._waiting("recv", place.host))
+
+    @contextmanager
+    def _waiting(self, operation: str, x: Array) -> Iterator[None]:
+        self._enter(operation, x.size, x.dtype)
+        yield
+        self.transport.board.leave()
+
+    def _enter(self, *call: Any) -> None:
+        """Go on only if all that was started in the background has been well, as far as known."""
+        if self._worker is not None:
+            self._worker.check()
+        super()._enter(*call)
 
     def _start(self, operation: str, *arguments: Any, **options: Any) -> Request:
         if self.size == 1:
             return Done(getattr(self, operation)(*arguments, **options))
         if self._background is None or self._worker is None:
             twin = self.transport.subset(range(self.size), f"{self.name} in the background")
-            self._background = Blocking(self.name, twin, self.ledger, self.deterministic)
-            self._worker = Worker(f"hpcml-{self.name}")
+            self._background = Blocking(
+                self.name, twin, self.ledger, self.deterministic, self.table
+            )
+            self._worker = worker_of(twin, f"hpcml-{self.name}")
         call = getattr(self._background, operation)
         return self._worker.submit(lambda: call(*arguments, **options))
+
+
+def _nothing() -> None:
+    """What comes of a send."""

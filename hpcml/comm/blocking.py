@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hpcml.comm import alone
-from hpcml.comm.algorithms import Algorithm, Situation, find, span
+from hpcml.comm.algorithms import span
+from hpcml.comm.algorithms.choosing import Chooser, Table
 from hpcml.comm.buffers import (
     blocks_of,
     check_counts,
@@ -18,12 +19,11 @@ from hpcml.comm.buffers import (
     check_out,
     contiguous,
     elements,
-    is_half,
     operands,
     stacked,
     unchanged,
 )
-from hpcml.comm.choice import choose
+from hpcml.comm.choice import default
 from hpcml.comm.ledger import Ledger
 from hpcml.comm.link import Link
 from hpcml.comm.reduction import Reduction
@@ -58,18 +58,23 @@ class Blocking:
         transport: Transport | None = None,
         ledger: Ledger | None = None,
         deterministic: bool = False,
+        table: Table | None = None,
     ) -> None:
-        """Operations over a transport; without one, those of a rank that is alone."""
+        """Operations over a transport; without one, those of a rank that is alone.
+
+        `table`: which algorithms are fastest, the same on all ranks (see `hpcml.comm.choice`).
+        """
         self.name = name
         self.transport: Transport = alone.Alone() if transport is None else transport
         self.ledger = Ledger() if ledger is None else ledger
         self.deterministic = deterministic
         self.size = self.transport.size
         self.rank = self.transport.rank
-        self._link = Link(self.transport)
+        self.table = default() if table is None else table
+        self._link = Link(self.transport, self.table)
+        self._chooser = Chooser(self._link, deterministic)
         self._sequence = 0
         self._windows: Windows | None = None
-        self._chosen: dict[tuple[str, int, bool], Algorithm] = {}
         self._to_self: dict[int, deque[Array]] = defaultdict(deque)
 
     def allreduce(
@@ -115,7 +120,8 @@ class Blocking:
         arrays = operands(x, out, rule, op, home=self._home(counts, whole=True))
         source, target = arrays.flat()
         cut = elements(arrays.source.shape, self.size, counts)
-        self._combine("reduce_scatter", source, target, op, accumulate, algorithm, cut)
+        even = counts is None
+        self._combine("reduce_scatter", source, target, op, accumulate, algorithm, cut, even=even)
         return arrays.finish()
 
     def reduce(
@@ -150,7 +156,8 @@ class Blocking:
         source, target = arrays.flat()
         assert arrays.target is not None
         cut = elements(arrays.target.shape, self.size, counts)
-        self._run("allgather", target, target.nbytes, algorithm, source, target, cut)
+        even = counts is None
+        self._run("allgather", target, target.nbytes, algorithm, source, target, cut, even=even)
         return arrays.finish()
 
     def gather(
@@ -170,7 +177,8 @@ class Blocking:
         target = None if arrays.target is None else arrays.target.reshape(-1)
         cut = elements(rule(arrays.source.shape), self.size, counts)
         payload = sum(cut) * source.itemsize
-        self._run("gather", source, payload, algorithm, source, target, cut, root)
+        even = counts is None
+        self._run("gather", source, payload, algorithm, source, target, cut, root, even=even)
         return arrays.finish()
 
     def scatter(
@@ -193,7 +201,8 @@ class Blocking:
         source, target = arrays.flat()
         cut = elements(arrays.source.shape, self.size, counts)
         given = source if self.rank == root else None
-        self._run("scatter", target, source.nbytes, algorithm, given, target, cut, root)
+        even = counts is None
+        self._run("scatter", target, source.nbytes, algorithm, given, target, cut, root, even=even)
         return arrays.finish()
 
     def broadcast(
@@ -240,7 +249,8 @@ class Blocking:
         coming = elements(exchanged(arrays.source.shape), self.size, receives)
         if source is target and self.size > 1:
             source = source.copy()
-        self._run("alltoall", target, source.nbytes, algorithm, source, target, leaving, coming)
+        arguments = source, target, leaving, coming
+        self._run("alltoall", target, source.nbytes, algorithm, *arguments, even=sends is None)
         return arrays.finish()
 
     def send(self, x: Any, dest: int, tag: int = Tag.MESSAGE) -> None:
@@ -318,27 +328,38 @@ class Blocking:
         accumulate: bool,
         algorithm: str | None,
         *cut: tuple[int, ...],
+        even: bool = True,
     ) -> None:
         """A reduction whose result all ranks get, or a part of it."""
         reduction = Reduction(op, stepwise=self.deterministic, onto=accumulate)
         payload = source.nbytes
-        if accumulate and not self._adds_onto(operation, source, target, algorithm):
+        if accumulate and not self._adds_onto(operation, source, target, algorithm, even):
             result = np.empty_like(target)
             plain = Reduction(op)
-            self._run(operation, source, payload, algorithm, source, result, *cut, plain)
+            arguments = source, result, *cut, plain
+            self._run(operation, source, payload, algorithm, *arguments, even=even)
             plain.into(target, result)
         else:
-            self._run(operation, source, payload, algorithm, source, target, *cut, reduction)
+            arguments = source, target, *cut, reduction
+            self._run(operation, source, payload, algorithm, *arguments, even=even)
 
     def _run(
-        self, operation: str, buffer: Array, payload: int, algorithm: str | None, *arguments: Any
+        self,
+        operation: str,
+        buffer: Array,
+        payload: int,
+        algorithm: str | None,
+        *arguments: Any,
+        even: bool = True,
     ) -> None:
         """Do one collective: where its memory is shared in there, else by messages."""
         if self.size == 1:
             alone.run(operation, *arguments)
             return
         shared = self._shared(operation, arguments, algorithm)
-        chosen = None if shared else self._algorithm(operation, buffer, payload, algorithm)
+        chosen = None
+        if not shared:
+            chosen = self._chooser.pick(operation, payload, buffer.dtype, even, algorithm)
         self._enter(operation, buffer.size, buffer.dtype)
         if chosen:
             chosen.run(self._link, *arguments)
@@ -363,29 +384,12 @@ class Blocking:
         return found
 
     def _adds_onto(
-        self, operation: str, source: Array, target: Array, algorithm: str | None
+        self, operation: str, source: Array, target: Array, algorithm: str | None, even: bool
     ) -> bool:
         """Whether the way this reduction is done can add to what its result holds already."""
         if self.size == 1 or self._shared(operation, (source, target), algorithm):
             return True
-        return self._algorithm(operation, source, source.nbytes, algorithm).ordered
-
-    def _algorithm(
-        self, operation: str, buffer: Array, payload: int, name: str | None
-    ) -> Algorithm:
-        if name is not None:
-            return find(operation, name)
-        native = not is_half(buffer.dtype)
-        known = self._chosen.get((operation, payload, native))
-        if known is None:
-            situation = Situation(
-                nodes=self._link.nodes,
-                native=native,
-                ordered=self.deterministic or not native,
-                vendor=self._link.vendor is not None,
-            )
-            known = self._chosen[operation, payload, native] = choose(operation, payload, situation)
-        return known
+        return self._chooser.pick(operation, source.nbytes, source.dtype, even, algorithm).ordered
 
     def _enter(self, operation: str, count: int, dtype: np.dtype[Any]) -> None:
         self._sequence += 1

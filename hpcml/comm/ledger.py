@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Count:
-    """Calls of one operation on one axis, their payload, what was sent and what of it left the node.
+    """Calls of one operation on one axis, their payload, what was sent, what of it left the node.
 
     All but the calls in bytes.
     """

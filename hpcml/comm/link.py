@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +23,11 @@ class Link:
     `take_counts`, `sent_off_node` those of them that went to ranks on other nodes.
     """
 
-    def __init__(self, transport: Transport) -> None:
-        """Messages over `transport`."""
+    def __init__(self, transport: Transport, table: Mapping[str, Any] | None = None) -> None:
+        """Messages over `transport`; `table`: see `hpcml.comm.algorithms.choosing`."""
         self.transport = transport
+        self.table: Mapping[str, Any] = table or {}
+        """From which an algorithm chooses others for its parts."""
         self.size = transport.size
         self.rank = transport.rank
         self.members = transport.members
@@ -100,6 +103,7 @@ class _Part(Link):
         self.whole, self.ranks = whole, ranks
         self.size, self.rank = len(ranks), ranks.index(whole.rank)
         self.vendor = None
+        self.table = whole.table
         self.members = tuple(whole.members[rank] for rank in ranks)
         self.nodes = tuple(whole.nodes[rank] for rank in ranks)
         self.node = whole.node
@@ -131,7 +135,8 @@ class _Several:
 
     def test(self) -> bool:
         """Whether all of them are done."""
-        return all([message.test() for message in self.messages])
+        done = [message.test() for message in self.messages]  # of each, for it makes progress
+        return all(done)
 
 
 def _pieces(buffer: Array) -> list[Array]:

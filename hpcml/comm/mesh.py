@@ -7,11 +7,15 @@ from itertools import combinations
 from typing import Any
 
 from hpcml.comm import grid
+from hpcml.comm.algorithms.choosing import Table
 from hpcml.comm.alone import Alone
 from hpcml.comm.axis import Axis
+from hpcml.comm.blocking import Blocking
+from hpcml.comm.choice import given
 from hpcml.comm.ledger import Ledger
 from hpcml.comm.transport import Node, Transport
 from hpcml.comm.world import world, wrap
+from hpcml.errors import UserError
 
 _ROWS = 64
 
@@ -58,6 +62,7 @@ class Mesh:
         self._transport = _reordered(base, order)
         self._nodes = self._transport.nodes()
         self.deterministic = deterministic
+        self._table = _agreed_table(self._transport)
         self.world = self._axis("world", self._transport)
         self._axes = self._all_axes()
 
@@ -123,7 +128,7 @@ class Mesh:
         return "\n".join([f"mesh {self.grid}: {ranks}", *lines])
 
     def _axis(self, name: str, transport: Transport) -> Axis:
-        return Axis(name, transport, self.ledger, self.deterministic)
+        return Axis(name, transport, self.ledger, self.deterministic, self._table)
 
     def _by_rank(self, names: list[str]) -> list[list[str]]:
         rows = [["rank", *names, "host", "local"]]
@@ -170,6 +175,25 @@ def placement(nodes: tuple[Node, ...]) -> tuple[int, ...]:
 def _reordered(base: Transport, order: tuple[int, ...]) -> Transport:
     in_order = order == tuple(range(base.size))
     return base if in_order else base.subset(order, "world")
+
+
+def _agreed_table(transport: Transport) -> Table:
+    """The table of algorithms as the first rank reads it: all must choose alike.
+
+    Raises `UserError` on all ranks if the file that `HPCML_COLLECTIVES` names there is bad.
+    """
+    table: Table | UserError | None = None
+    if transport.rank == 0:
+        try:
+            table = given()
+        except UserError as error:
+            table = error
+    # Not counted in the ledger of the mesh: no program asked for it.
+    agreed = Blocking("table", transport).broadcast_object(table)
+    if isinstance(agreed, UserError):
+        raise agreed
+    assert agreed is not None, "the first rank has read it"
+    return agreed
 
 
 def _span(values: list[int]) -> str:

@@ -51,6 +51,9 @@ class Reduction:
             return
         half = _is_half(out)
         ufunc = _ufunc(out, self.op)
+        if len(rows) == 2 and not half:
+            ufunc(rows[0], rows[1], out=out)
+            return
         for start in range(0, out.size, _BLOCK):
             part = slice(start, start + _BLOCK)
             total = rows[0][part].astype(np.float32 if half else out.dtype)

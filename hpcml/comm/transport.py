@@ -53,6 +53,9 @@ class Vendor(Protocol):
     an all-gather or gather may already lie at its place in `out`. `counts` are elements by rank.
     """
 
+    limit: int
+    """The most elements of a buffer that a call takes."""
+
     def allreduce(self, buffer: Array, out: Array, op: str) -> None:
         """Combine element-wise over the ranks; all get the result."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ class MpiVendor:
         from mpi4py import MPI
 
         self._comm = comm
+        # Before version 4 of the standard, counts were C's int.
+        self.limit = sys.maxsize if MPI.Get_version()[0] >= 4 else 2**31 - 1
         self._in_place = MPI.IN_PLACE
         self._ops = {"sum": MPI.SUM, "prod": MPI.PROD, "min": MPI.MIN, "max": MPI.MAX}
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from hpcml.comm.algorithms import broadcast, ordered, vendor  # noqa: F401 (they register)
+from hpcml.comm.algorithms import (  # noqa: F401 (they register)
+    allgather,
+    allreduce,
+    alltoall,
+    broadcast,
+    hierarchical,
+    ordered,
+    reduce_scatter,
+    rooted,
+    vendor,
+)
 from hpcml.comm.algorithms.registry import (
     OPERATIONS,
     Algorithm,

@@ -18,6 +18,7 @@ overlaps. The link has at least two ranks; any count may be 0.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ class Machine:
     """Seconds for each byte of a message."""
     gamma: float
     """Seconds to combine two bytes' worth of numbers, for each byte."""
+    per_node: int = 1
+    """Ranks of the smallest node, where they are on several: these share a way to the network."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,9 @@ class Situation:
     ordered: bool = False
     """Contributions must be combined in the order of the ranks."""
     even: bool = True
-    """All counts are equal."""
+    """All counts are equal, and all ranks know that."""
     vendor: bool = False
-    """The carrier has collectives of its own."""
+    """The carrier has collectives of its own, and they take so many elements."""
 
     @property
     def size(self) -> int:
@@ -70,6 +73,24 @@ class Situation:
     def spread(self) -> bool:
         """Whether the ranks are on several nodes."""
         return len(set(self.nodes)) > 1
+
+    @property
+    def place(self) -> str:
+        """The first key of the table: "node" if all ranks share one, else "network"."""
+        return "network" if self.spread else "node"
+
+    @property
+    def per_node(self) -> int:
+        """Ranks of the smallest node."""
+        return min(Counter(self.nodes).values())
+
+    def __str__(self) -> str:
+        facts = [f"{self.size} ranks on {len(set(self.nodes))} nodes"]
+        facts += [] if self.native else ["a 16-bit float"]
+        facts += ["in the order of the ranks"] if self.ordered else []
+        facts += [] if self.even else ["uneven counts"]
+        facts += [] if self.vendor else ["no collectives of the carrier's"]
+        return ", ".join(facts)
 
 
 Cost = Callable[[int, int, Machine], float]
@@ -109,8 +130,10 @@ def algorithm(
         @hpcml.comm.algorithm("allreduce", cost=lambda n, p, m: (p - 1) * (m.alpha + n * m.beta))
         def mine(link, x, out, reduction): ...
 
-    It can then be named in a call (`axis.allreduce(x, algorithm="mine")`), and it takes part in
-    `hpcml bench collectives` and in the conformance tests. Registering a name again replaces it.
+    It can then be named in a call (`axis.allreduce(x, algorithm="mine")`), it is chosen where the
+    table of measurements says so or, without such a row, its cost is least, and it takes part in
+    `hpcml bench collectives` and in the conformance tests (`pytest -p my_module tests/comm`).
+    All ranks register the same, before their first mesh. A name that exists is replaced.
 
     Raises `ValueError` for an operation that is not in `OPERATIONS`.
     """

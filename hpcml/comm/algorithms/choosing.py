@@ -1,0 +1,116 @@
+"""Which algorithm serves a call: the one measured to be fastest, else the least by its cost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from hpcml.comm.algorithms.registry import Algorithm, Machine, Situation, algorithms, find
+from hpcml.comm.buffers import is_half
+from hpcml.comm.link import Link
+
+Rows = Sequence[tuple[float, str]]
+"""(up to bytes, algorithm), ascending: the first row that is not exceeded counts."""
+
+Table = Mapping[str, Mapping[int, Mapping[str, Rows]]]
+"""Rows by place ("node": all ranks share one; "network"), number of ranks and operation."""
+
+NODE = Machine(alpha=3e-6, beta=1.5e-10, gamma=5e-11)
+"""Messages through the memory of a node."""
+NETWORK = Machine(alpha=3e-5, beta=8e-9, gamma=5e-11)
+"""Messages over a network."""
+
+
+def choose(operation: str, nbytes: int, situation: Situation, table: Table) -> Algorithm:
+    """The algorithm for a payload of `nbytes` (as the ledger counts it) in this situation.
+
+    That of the table, if it can serve the call. Where the table has nothing for this number of
+    ranks, the least by cost: the formulas know how costs grow with the ranks, which no row for
+    another number does (recursive doubling is the best all-reduce of two ranks at any size, and the
+    worst of sixteen).
+    """
+    fit = fitting(operation, situation)
+    assert fit, f"no algorithm for {operation} in {situation}"
+    rows = table.get(situation.place, {}).get(situation.size, {}).get(operation, ())
+    name = next((name for limit, name in rows if nbytes <= limit), None)
+    if name in fit:
+        return fit[name]
+    machine = NODE
+    if situation.spread:
+        machine = replace(NETWORK, per_node=situation.per_node)
+    return min(fit.values(), key=lambda known: known.cost(nbytes, situation.size, machine))
+
+
+def fitting(operation: str, situation: Situation) -> dict[str, Algorithm]:
+    """The algorithms that can serve a call in this situation, by name."""
+    return {
+        name: known
+        for name, known in algorithms(operation).items()
+        if known.applies(situation) and (known.ordered or not situation.ordered)
+    }
+
+
+def named(operation: str, name: str, situation: Situation) -> Algorithm:
+    """The algorithm of this name; raises `ValueError` if it is unknown or cannot serve the call."""
+    find(operation, name)
+    fit = fitting(operation, situation)
+    if name not in fit:
+        raise ValueError(
+            f"algorithm={name!r} cannot do this {operation} ({situation}): "
+            f"name one of {', '.join(sorted(fit))}, or none"
+        )
+    return fit[name]
+
+
+_REDUCTIONS = ("allreduce", "reduce_scatter", "reduce")
+_LONG = 1 << 20
+_REMEMBERED = 1000
+
+
+class Chooser:
+    """Chooses for the calls of one link, and remembers what it chose."""
+
+    def __init__(self, link: Link, deterministic: bool) -> None:
+        """`deterministic`: reductions combine in the order of the ranks."""
+        self._link = link
+        self._deterministic = deterministic
+        self._chosen: dict[tuple[object, ...], Algorithm] = {}
+
+    def pick(
+        self, operation: str, nbytes: int, dtype: np.dtype[Any], even: bool, name: str | None
+    ) -> Algorithm:
+        """The algorithm for a payload of `nbytes` of this type: the same on all ranks.
+
+        `even`: all ranks know that all counts are equal. Of an all-to-all that is not, each rank
+        knows its own counts alone, so that is taken to be a long one. Raises `ValueError` if the
+        one that is named cannot do it.
+        """
+        agreed = even or operation != "alltoall"
+        key = operation, nbytes if agreed else None, dtype, even, name
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            if len(self._chosen) >= _REMEMBERED:
+                self._chosen.clear()
+            count = nbytes // dtype.itemsize if agreed else sys.maxsize
+            situation = self._situation(operation, count, is_half(dtype), even)
+            if name is not None:
+                chosen = named(operation, name, situation)
+            else:
+                size = nbytes if agreed else _LONG
+                chosen = choose(operation, size, situation, self._link.table)
+            self._chosen[key] = chosen
+        return chosen
+
+    def _situation(self, operation: str, count: int, half: bool, even: bool) -> Situation:
+        vendor = self._link.vendor
+        return Situation(
+            nodes=self._link.nodes,
+            native=not half,
+            ordered=operation in _REDUCTIONS and (self._deterministic or half),
+            even=even,
+            vendor=vendor is not None and count <= vendor.limit,
+        )
