@@ -3,7 +3,7 @@
     hpcml.run(train, ranks=4, faults=[Delay(0.01), Synchronous()])
 
 The first three leave results as they are; the others end the job with a message. Calls of
-communication are counted from 1, for each rank, as they begin; messages to oneself are none.
+communication are counted from 1, for each rank, as they begin; making a mesh needs some as well.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Stop:
 
     rank: int
     call: int
+    operation: str | None = None
+    """Which calls are counted, by the name of the method (`"allreduce"`); None: all."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Raise:
 
     rank: int
     call: int
+    operation: str | None = None
     error: Exception = field(default_factory=lambda: RuntimeError("injected fault"))
 
 
@@ -67,6 +70,7 @@ class WrongCount:
 
     rank: int
     call: int
+    operation: str | None = None
 
 
 Fault = Delay | Reorder | Synchronous | Stop | Raise | WrongCount
@@ -79,25 +83,23 @@ class Faults:
         self.synchronous = any(isinstance(fault, Synchronous) for fault in faults)
         late = [fault for fault in faults if isinstance(fault, Delay | Reorder)]
         self._postman = _Postman(late) if late else None
-        self._waiting = {
-            (fault.rank, fault.call): fault
-            for fault in faults
-            if isinstance(fault, Stop | Raise | WrongCount)
-        }
-        self._calls: Counter[int] = Counter()
+        self._waiting = [fault for fault in faults if isinstance(fault, Stop | Raise | WrongCount)]
+        self._calls: Counter[tuple[int, str | None]] = Counter()
         self._here = _Here()
 
-    def call(self, rank: int, stop: Callable[[], None]) -> None:
+    def call(self, rank: int, operation: str, stop: Callable[[], None]) -> None:
         """A rank begins a call; `stop()` keeps it there until the job fails."""
-        self._calls[rank] += 1
         self._here.cut = False
-        match self._waiting.pop((rank, self._calls[rank]), None):
-            case Raise(error=error):
-                raise error
-            case Stop():
-                stop()
-            case WrongCount():
-                self._here.cut = True
+        self._calls.update([(rank, operation), (rank, None)])
+        for fault in [fault for fault in self._waiting if self._is_due(fault, rank, operation)]:
+            self._waiting.remove(fault)
+            match fault:
+                case Raise(error=error):
+                    raise error
+                case Stop():
+                    stop()
+                case WrongCount():
+                    self._here.cut = True
 
     def post(self, parcel: Parcel) -> None:
         """Deliver a message, now or later, whole or not."""
@@ -115,9 +117,16 @@ class Faults:
 
     def check(self) -> None:
         """Raise `ValueError` if a fault had no occasion: a test with it would prove nothing."""
-        for fault in self._waiting.values():
-            made = self._calls[fault.rank]
-            raise ValueError(f"{fault} did not happen: rank {fault.rank} made {made} calls")
+        for fault in self._waiting:
+            made = self._calls[fault.rank, fault.operation]
+            raise ValueError(f"{fault} did not happen: rank {fault.rank} made {made} such calls")
+
+    def _is_due(self, fault: Stop | Raise | WrongCount, rank: int, operation: str) -> bool:
+        return (
+            fault.rank == rank
+            and fault.operation in (None, operation)
+            and fault.call == self._calls[rank, fault.operation]
+        )
 
 
 class _Here(threading.local):

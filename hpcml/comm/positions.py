@@ -40,8 +40,8 @@ class Call:
 class ThreadBoard(Board):
     """The position of one rank: the calls that its threads are in, and how it ended."""
 
-    def __init__(self, thread: threading.Thread, on_call: Callable[[], None]) -> None:
-        """`thread` is the rank; `on_call()` is called by the thread that begins a call."""
+    def __init__(self, thread: threading.Thread, on_call: Callable[[str], None]) -> None:
+        """`thread` is the rank; `on_call(operation)` is called by the thread that begins a call."""
         self.thread = thread
         self.end: str | None = None
         """How the rank ended, once it has."""
@@ -50,7 +50,7 @@ class ThreadBoard(Board):
 
     def enter(self, operation: str, axis: str, sequence: int, count: int, dtype: str) -> None:
         """Note a call, with the line of the program that makes it."""
-        self._on_call()
+        self._on_call(operation)
         place = here.place or place_of(sys._getframe(1))
         self._calls[threading.get_ident()] = Call(operation, axis, sequence, count, dtype, place)
 
@@ -67,12 +67,12 @@ class ThreadBoard(Board):
         return self._calls.get(threading.get_ident())
 
     def __str__(self) -> str:
-        if self.end is not None:
-            return self.end
         ident = self.thread.ident or 0
         calls = [str(call) for call in self.calls()]
-        frame = sys._current_frames().get(ident)
-        if ident not in self._calls:
+        if self.end is not None:
+            calls.insert(0, self.end)
+        elif ident not in self._calls:
+            frame = sys._current_frames().get(ident)
             calls.insert(0, f"in no call, {place_of(frame)}" if frame else "not started")
         return "; ".join(calls)
 
@@ -80,7 +80,12 @@ class ThreadBoard(Board):
 def place_of(frame: FrameType | None) -> str:
     """File and line of the innermost frame that is not communication, from this one outwards."""
     while frame is not None:
-        if not frame.f_code.co_filename.startswith(_WITHIN):
+        if is_program(frame):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
-    return "unknown place"
+    return "at its end"
+
+
+def is_program(frame: FrameType) -> bool:
+    """Whether a frame is of a program, and not of communication itself."""
+    return not frame.f_code.co_filename.startswith(_WITHIN)

@@ -7,15 +7,23 @@ order in which they were started, whatever other axes do.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import CodeType, FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from hpcml.comm.transport import Pending
+from hpcml.comm.ambient import here
+from hpcml.comm.positions import is_program, place_of
+from hpcml.comm.transport import Pending, Transport
 
-Stack = list[tuple[str, int, str]]
+_PATIENCE = 20.0
+"""Seconds that a rank stays, at its end, for operations which nobody has waited for."""
 
 
 class Request:
@@ -24,7 +32,7 @@ class Request:
     def wait(self) -> Any:
         """Return the result once there is one. May be called again.
 
-        Raises what the operation raised, with the place that had started it.
+        Raises what the operation raised, with a note of the calls that had started it.
         """
         raise NotImplementedError
 
@@ -48,62 +56,111 @@ class Done(Request):
         return True
 
 
+class Origin:
+    """Where an operation was started; the frames themselves would keep arrays alive."""
+
+    def __init__(self, frame: FrameType | None) -> None:
+        self.place = place_of(frame)
+        """File and line of the program, for reports."""
+        self._lines: list[tuple[CodeType, int]] = []
+        while frame is not None:
+            if is_program(frame):
+                self._lines.append((frame.f_code, frame.f_lineno))
+            frame = frame.f_back
+
+    def note(self, error: BaseException) -> None:
+        """Add to an error the calls that led here, outermost first."""
+        lines = [
+            f'\n  File "{code.co_filename}", line {line}, in {code.co_name}'
+            for code, line in reversed(self._lines)
+        ]
+        error.add_note("The operation was started at:" + "".join(lines))
+
+
 class Message(Request):
     """A message on its way, and what to do when it is there."""
 
-    def __init__(self, pending: Pending, finish: Callable[[], Any]) -> None:
-        self._pending: Pending | None = pending
-        self._finish = finish
+    def __init__(
+        self,
+        pending: Pending,
+        finish: Callable[[], Any],
+        waiting: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """`finish()` gives the result; this rank waits within `waiting()`."""
+        self._on_way: tuple[Pending, Callable[[], Any]] | None = (pending, finish)
+        self._waiting = waiting
+        self._origin = Origin(sys._getframe(1))
         self._result: Any = None
+        self._error: Exception | None = None
 
     def wait(self) -> Any:
         """The result, once the message has gone or come."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._end()
+        if not self.test():
+            with self._waiting():
+                self._look(_wait)
+        if self._error is not None:
+            raise self._error
         return self._result
 
     def test(self) -> bool:
         """Whether the message has gone or come."""
-        if self._pending is not None and self._pending.test():
-            self._end()
-        return self._pending is None
+        if self._on_way is not None:
+            self._look(_test)
+        return self._on_way is None
 
-    def _end(self) -> None:
-        self._result, self._pending = self._finish(), None
+    def _look(self, over: Callable[[Pending], bool]) -> None:
+        assert self._on_way is not None
+        pending, finish = self._on_way
+        try:
+            if over(pending):
+                self._result, self._on_way = finish(), None
+        except Exception as error:  # noqa: BLE001 (`wait` raises it)
+            self._origin.note(error)
+            self._error, self._on_way = error, None
+
+
+def _wait(pending: Pending) -> bool:
+    pending.wait()
+    return True
+
+
+def _test(pending: Pending) -> bool:
+    return pending.test()
 
 
 class Task(Request):
     """A call that the communication thread makes."""
 
-    def __init__(self, call: Callable[[], Any], started: Stack) -> None:
+    def __init__(self, call: Callable[[], Any], origin: Origin) -> None:
+        self.origin = origin
+        self.error: BaseException | None = None
+        """What the call raised."""
+        self.told = False
+        """Whether somebody has asked for the outcome."""
         self._call: Callable[[], Any] | None = call
-        self._started = started
         self._over = threading.Event()
         self._result: Any = None
-        self._error: BaseException | None = None
 
-    def run(self, earlier: BaseException | None) -> BaseException | None:
-        """Make the call, unless an earlier one failed; the error, if any. By the thread only."""
+    def run(self, earlier: BaseException | None) -> None:
+        """Make the call, unless an earlier one has failed. By the thread only."""
         assert self._call is not None
+        here.place = self.origin.place
         try:
             if earlier is not None:
                 raise RuntimeError("an earlier operation of this axis failed") from earlier
             self._result = self._call()
         except BaseException as error:  # noqa: BLE001 (the caller gets it, whatever it is)
-            self._error = error
+            self.origin.note(error)
+            self.error = error
         self._call = None  # frees what the call holds
         self._over.set()
-        return self._error
 
     def wait(self) -> Any:
         """The result, once the thread has it."""
         self._over.wait()
-        if self._error is not None:
-            if not getattr(self._error, "__notes__", None):
-                place = "".join(f'\n  File "{f}", line {n}, in {name}' for f, n, name in self._started)
-                self._error.add_note(f"The operation was started at:{place}")
-            raise self._error
+        self.told = True
+        if self.error is not None:
+            raise self.error
         return self._result
 
     def test(self) -> bool:
@@ -111,31 +168,74 @@ class Task(Request):
         return self._over.is_set()
 
 
+_workers: WeakKeyDictionary[Transport, Worker] = WeakKeyDictionary()
+
+
+def worker_of(transport: Transport, name: str) -> Worker:
+    """The communication thread of a transport, the same each time.
+
+    Axes of several meshes may have the same ranks and so the same transport: with a thread each,
+    their operations would take place in another order on every rank.
+    """
+    if transport not in _workers:
+        worker = _workers[transport] = Worker(name)
+        weakref.finalize(transport, worker.close)
+    return _workers[transport]
+
+
 class Worker:
-    """A communication thread with its queue."""
+    """A communication thread with its queue.
+
+    It belongs to the rank that makes it. After an operation that failed it makes no other, since
+    the ranks may no longer agree on what comes next.
+    """
 
     def __init__(self, name: str) -> None:
-        self._tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._failed: Task | None = None
+        self._rank = here.rank
         # A daemon: a process that ends by an error must not wait for a collective that never comes.
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+        if self._rank is None:
+            atexit.register(self._end_with_process)
+        else:
+            self._rank.at_end.append(self.end)
 
     def submit(self, call: Callable[[], Any]) -> Task:
-        """Have the thread make this call after all earlier ones."""
-        task = Task(call, _stack())
+        """Have the thread make this call after all earlier ones; raises like `check`."""
+        self.check()
+        task = Task(call, Origin(sys._getframe(1)))
         self._tasks.put(task)
         return task
 
+    def check(self) -> None:
+        """Raise the error of an operation for which nobody has waited, once."""
+        failed = self._failed
+        if failed is not None and not failed.told:
+            assert failed.error is not None
+            failed.error.add_note("Nobody had waited for it until now.")
+            failed.wait()
+
+    def close(self) -> None:
+        """Let the thread end after the operations that were started: its transport is gone."""
+        self._tasks.put(None)
+
+    def end(self) -> None:
+        """End the thread and wait until it has; raises like `check`."""
+        self.close()
+        self._thread.join(_PATIENCE)
+        self.check()
+
+    def _end_with_process(self) -> None:
+        try:
+            self.end()
+        except BaseException as error:  # noqa: BLE001 (too late to be raised)
+            sys.excepthook(type(error), error, error.__traceback__)
+
     def _serve(self) -> None:
-        failed: BaseException | None = None
-        while True:
-            failed = self._tasks.get().run(failed) or failed
-
-
-def _stack() -> Stack:
-    """Where the caller of this module's caller is; frames themselves would keep arrays alive."""
-    frame = sys._getframe(3)
-    places: Stack = []
-    while frame is not None:
-        places.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
-        frame = frame.f_back  # type: ignore[assignment]
-    return places[::-1]
+        here.rank = self._rank
+        while (task := self._tasks.get()) is not None:
+            task.run(self._failed and self._failed.error)
+            if task.error is not None and self._failed is None:
+                self._failed = task

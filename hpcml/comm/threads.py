@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import platform
 import threading
@@ -152,16 +153,14 @@ class _Job:
     def _run(self, be: Callable[[int], None], rank: int) -> None:
         board = self.boards[rank]
         here.rank = Rank(ThreadTransport(self, range(len(self.boards)), rank))
-        try:
+        # What is to be done at the end is only known then, and is to be done whatever happens.
+        for act in itertools.chain([partial(be, rank)], here.rank.at_end):
             try:
-                be(rank)
-            finally:
-                for end in here.rank.at_end:
-                    end()
-            board.end = "has ended"
-        except BaseException as error:  # noqa: BLE001 (`run` raises it, whatever it is)
-            board.end = f"has ended with {type(error).__name__}"
-            self._fail(f"rank {rank}", error)
+                act()
+            except BaseException as error:  # noqa: BLE001 (`run` raises it, whatever it is)
+                board.end = f"has raised {type(error).__name__}"
+                self._fail(f"rank {rank}", error)
+        board.end = board.end or "has ended"
 
     def _fail(self, origin: str, error: BaseException) -> None:
         """Note the failure, unless there has been one: the others are its consequence."""
@@ -184,10 +183,12 @@ class _Job:
                 if self._failure is error:
                     raise error
 
-    def _begin_call(self, rank: int) -> None:
+    def _begin_call(self, rank: int, operation: str) -> None:
         # A rank that stops waits longer than the others do for it: they are to find out.
         never, all_ranks = threading.Event(), range(len(self.boards))
-        self._faults.call(rank, lambda: self._wait(never, rank, all_ranks, 2 * self._limit))
+        self._faults.call(
+            rank, operation, lambda: self._wait(never, rank, all_ranks, 2 * self._limit)
+        )
 
     def _late(self, rank: int, members: Sequence[int], limit: float) -> str:
         mine = self.boards[rank].call()
