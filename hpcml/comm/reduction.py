@@ -37,7 +37,8 @@ class Reduction:
         if _is_half(total):
             Reduction(self.op).fold([total, x], total)
         else:
-            _ufunc(total, self.op)(total, x, out=total)
+            with _quiet():
+                _ufunc(total, self.op)(total, x, out=total)
 
     def fold(self, rows: Sequence[Array], out: Array) -> None:
         """out = ((rows[0] op rows[1]) op rows[2]) op ...: in this order, whatever the op.
@@ -49,6 +50,10 @@ class Reduction:
             if rows[0] is not out:
                 out[...] = rows[0]
             return
+        with _quiet():
+            self._fold(rows, out)
+
+    def _fold(self, rows: Sequence[Array], out: Array) -> None:
         half = _is_half(out)
         ufunc = _ufunc(out, self.op)
         if len(rows) == 2 and not half:
@@ -62,6 +67,11 @@ class Reduction:
                 if half and self.stepwise:
                     total = total.astype(out.dtype).astype(np.float32)
             out[part] = total
+
+
+def _quiet() -> np.errstate:
+    """No warning of infinities and NaN: they are for the caller to find, as after an MPI call."""
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 def _is_half(x: Array) -> bool:

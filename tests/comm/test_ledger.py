@@ -95,6 +95,8 @@ def test_payload_is_what_the_contract_says(dtype: str) -> None:
     payload |= dict(send=b) if axis.rank == 0 else {}
     assert {name: count.bytes for name, count in counts.items()} == payload
     assert {count.calls for count in counts.values()} == {1}
+    if dtype == "float16":
+        return  # what each algorithm sends: see tests/comm/algorithms
     first, last = axis.rank == 0, axis.rank == n - 1
     assert counts["all_reduce"].bytes_sent == -(-2 * (n - 1) * b // n)
     assert counts["reduce_scatter"].bytes_sent == w // n * (n - 1)
