@@ -204,9 +204,11 @@ class _Exchange(Request):
         if messages:
             board = self._halo.axis.transport.board
             board.enter(*self._position)
-            for message in messages:
-                message.wait()
-            board.leave()
+            try:
+                for message in messages:
+                    message.wait()
+            finally:
+                board.leave()
         self._finish()
         return self._result
 
