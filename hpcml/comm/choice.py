@@ -14,6 +14,7 @@ the cost formulas decide: see `choose`.
 from __future__ import annotations
 
 import os
+import pickle
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable
@@ -23,8 +24,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from hpcml.comm.algorithms.broadcast import binomial
 from hpcml.comm.algorithms.choosing import NETWORK, NODE, Table, choose
 from hpcml.comm.algorithms.registry import OPERATIONS, algorithms
+from hpcml.comm.link import Link
+from hpcml.comm.transport import Transport
 from hpcml.errors import UserError
 
 __all__ = ["NETWORK", "NODE", "VARIABLE", "Measurement", "Table", "choose", "fit", "load", "save"]
@@ -185,7 +191,32 @@ def default() -> Table:
 def given() -> Table:
     """The table that `HPCML_COLLECTIVES` names, else the default; raises like `load`.
 
-    Processes may see different files: `hpcml.comm.mesh` lets one rank read for all.
+    Ranks may see different files: `agreed` lets one read for all.
     """
     path = os.environ.get(VARIABLE)
     return load(path) if path else default()
+
+
+def agreed(transport: Transport) -> Table:
+    """The table that is given to the first rank: all must choose alike. Collective.
+
+    Raises `UserError` on all ranks if its file is bad.
+    """
+    found: Table | UserError | None = None
+    if transport.rank == 0:
+        try:
+            found = given()
+        except UserError as error:
+            found = error
+    if transport.size > 1:
+        link = Link(transport)
+        text = np.frombuffer(pickle.dumps(found), np.uint8).copy()
+        length = np.array([text.size])
+        binomial(link, length, 0)
+        text = text if transport.rank == 0 else np.empty(int(length[0]), np.uint8)
+        binomial(link, text, 0)
+        found = pickle.loads(text.tobytes())
+    if isinstance(found, UserError):
+        raise found
+    assert found is not None, "the first rank has read it"
+    return found

@@ -7,15 +7,12 @@ from itertools import combinations
 from typing import Any
 
 from hpcml.comm import grid
-from hpcml.comm.algorithms.choosing import Table
 from hpcml.comm.alone import Alone
 from hpcml.comm.axis import Axis
-from hpcml.comm.blocking import Blocking
-from hpcml.comm.choice import given
+from hpcml.comm.choice import agreed
 from hpcml.comm.ledger import Ledger
 from hpcml.comm.transport import Node, Transport
 from hpcml.comm.world import world, wrap
-from hpcml.errors import UserError
 
 _ROWS = 64
 
@@ -62,7 +59,7 @@ class Mesh:
         self._transport = _reordered(base, order)
         self._nodes = self._transport.nodes()
         self.deterministic = deterministic
-        self._table = _agreed_table(self._transport)
+        self._table = agreed(self._transport)
         self.world = self._axis("world", self._transport)
         self._axes = self._all_axes()
 
@@ -175,25 +172,6 @@ def placement(nodes: tuple[Node, ...]) -> tuple[int, ...]:
 def _reordered(base: Transport, order: tuple[int, ...]) -> Transport:
     in_order = order == tuple(range(base.size))
     return base if in_order else base.subset(order, "world")
-
-
-def _agreed_table(transport: Transport) -> Table:
-    """The table of algorithms as the first rank reads it: all must choose alike.
-
-    Raises `UserError` on all ranks if the file that `HPCML_COLLECTIVES` names there is bad.
-    """
-    table: Table | UserError | None = None
-    if transport.rank == 0:
-        try:
-            table = given()
-        except UserError as error:
-            table = error
-    # Not counted in the ledger of the mesh: no program asked for it.
-    agreed = Blocking("table", transport).broadcast_object(table)
-    if isinstance(agreed, UserError):
-        raise agreed
-    assert agreed is not None, "the first rank has read it"
-    return agreed
 
 
 def _span(values: list[int]) -> str:
