@@ -9,7 +9,7 @@ from typing import Any
 
 from hpcml.comm.board import Board
 from hpcml.comm.reduction import Reduction
-from hpcml.comm.transport import Array, Node, Pending
+from hpcml.comm.transport import Array, Node, Pending, Transport, Vendor
 
 
 def run(operation: str, x: Array | None, *rest: Any) -> None:
@@ -32,9 +32,9 @@ class Alone:
 
     size = 1
     rank = 0
-    vendor = None
+    vendor: Vendor | None = None
     processes = False
-    members = (0,)
+    members: tuple[int, ...] = (0,)
 
     def __init__(self) -> None:
         self.board = Board()
@@ -54,7 +54,7 @@ class Alone:
         """Pass at once."""
         return True
 
-    def subset(self, ranks: Sequence[int], name: str) -> Alone:
+    def subset(self, ranks: Sequence[int], name: str) -> Transport:
         """Itself: there is no smaller group."""
         assert tuple(ranks) == (0,), ranks
         return self

@@ -10,23 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.comm.reduction import OPS
+from hpcml.comm.reduction import OPS, is_half
 from hpcml.comm.staging import Staged, stage
 from hpcml.comm.transport import Array
 
 Shape = tuple[int, ...]
 
-_HALVES = ("float16", "bfloat16")
 DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64"),
 )
-
-
-@functools.cache
-def is_half(dtype: np.dtype[Any]) -> bool:
-    """Whether this is a 16-bit float, which MPI libraries reduce slowly, wrongly or not at all."""
-    return dtype.name in _HALVES
 
 
 def wire(x: Array) -> Array:
@@ -52,7 +45,7 @@ def check_dtype(dtype: np.dtype[Any], op: str | None = None) -> None:
         raise ValueError(f"bool has no {op}: reduce x.view('uint8') (min is 'all', max is 'any')")
 
 
-@dataclass
+@dataclass(slots=True)
 class Operands:
     """Input and output of one collective call: checked, contiguous, on the host."""
 
@@ -60,14 +53,24 @@ class Operands:
     """What this rank contributes; the same object as `target` for an operation in place."""
     target: Array | None
     """Where the result goes; None on ranks that get none."""
-    finish: Callable[[], Any]
-    """Deliver the result: returns what the caller gets."""
+    result: Any
+    """What the caller gets, once `finish` has completed it."""
+    place: Staged | None = None
+    """The caller's own array where `target` stands in for it."""
+    like: Staged | None = None
+    """The input where a new result is to be of its kind."""
 
     def flat(self) -> tuple[Array, Array]:
         """Input and result in one dimension; the same object for an operation in place."""
         assert self.target is not None, "every rank gets a result here"
-        target = self.target.reshape(-1)
+        target = self.target if self.target.ndim == 1 else self.target.reshape(-1)
         return (target if self.source is self.target else self.source.reshape(-1)), target
+
+    def finish(self) -> Any:
+        """Deliver the result: returns what the caller gets."""
+        if self.place is not None:
+            self.place.commit()
+        return self.result if self.like is None else self.like.like(self.result)
 
 
 def operands(
@@ -86,22 +89,24 @@ def operands(
     of the other that begins at row `home`. A non-contiguous `out` is refused. `receives=False` on
     ranks that get no result, where `out` is ignored.
     """
-    staged = stage(x)
-    source = contiguous(staged.host)
+    staged = None if type(x) is np.ndarray else stage(x)
+    host = x if staged is None else staged.host
+    source = contiguous(host)
     check_dtype(source.dtype, op)
     expected = shape(source.shape)
     if not receives:
-        return Operands(source, None, lambda: None)
+        return Operands(source, None, None)
     if out is None:
         fresh = np.empty(expected, source.dtype)
-        return Operands(source, fresh, lambda: staged.like(fresh))
-    in_place = out is x and not isinstance(x, np.generic)
-    place = staged if in_place else stage(out, read=False)
-    target = place.host
+        return Operands(source, fresh, fresh, like=staged)
+    place = None if type(out) is np.ndarray else stage(out, read=False)
+    if out is x and not isinstance(x, np.generic):
+        place = staged
+    target = out if place is None else place.host
     check_out(target, expected, source.dtype)
-    if np.may_share_memory(source, target) and source.size:
+    if source is not target and source.size and np.may_share_memory(source, target):
         source = _disentangled(source, target, home(source.shape) if home else None)
-    return Operands(source, target, lambda: _delivered(place, out))
+    return Operands(source, target, out, place)
 
 
 def contiguous(x: Array) -> Array:
@@ -137,11 +142,6 @@ def _disentangled(source: Array, target: Array, home: int | None) -> Array:
 
 def _address(x: Array) -> int:
     return int(x.__array_interface__["data"][0])
-
-
-def _delivered(place: Staged, out: Any) -> Any:
-    place.commit()
-    return out
 
 
 def blocks_of(

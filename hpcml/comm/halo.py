@@ -18,11 +18,11 @@ import numpy as np
 from hpcml import memory
 from hpcml.backend import xp
 from hpcml.comm.axis import Axis
-from hpcml.comm.board import Group
-from hpcml.comm.buffers import check_dtype, is_half
+from hpcml.comm.buffers import check_dtype
 from hpcml.comm.halo_plan import Cut, Plan, Slices
 from hpcml.comm.link import Link
 from hpcml.comm.mesh import Mesh
+from hpcml.comm.reduction import is_half
 from hpcml.comm.request import Request
 from hpcml.comm.shards import new
 from hpcml.comm.staging import stage
@@ -50,9 +50,8 @@ class Halo:
     convolution with zero padding reads them: the convolution of the result without any padding is
     the rank's block of the padded convolution of the whole, and all ranks run the same code.
 
-    Several exchanges may be under way at once if all ranks start them in the same order. Buffers
-    are kept for the next exchange. Arrays are NumPy or CuPy, of the types that an `Axis` takes; of
-    CuPy arrays only the ghosts pass through the host.
+    Several exchanges may be under way if all ranks start them in the same order. Buffers are kept
+    for the next one. Arrays are those that an `Axis` takes; of CuPy arrays only ghosts are staged.
 
     Layout: S -> S with ghosts; adjoint: ghosts' gradients go back to their owners and are added.
     Ledger: operation "halo" on the product of the axes; bytes are ghosts received from other ranks.
@@ -78,7 +77,6 @@ class Halo:
         ranks = ranks.transpose([order.index(name) for name in names])
         ranks = ranks.reshape([len(line.blocks) for line in lines])
         self.plan = Plan(lines, ranks, self.axis.rank)
-        self.group = Group(self.axis.name, self.axis.transport.members)
         self._link = Link(self.axis.transport)
         self._free: dict[tuple[int, np.dtype[Any]], list[Array]] = {}
 
@@ -91,10 +89,7 @@ class Halo:
         return self._index(self.plan.inside, ndim)
 
     def start(self, x: Any, out: Any = None) -> Request:
-        """Start an exchange; `wait()` gives the block `x` with its ghosts.
-
-        x: the block of this rank, unchanged until then. out: where the result goes.
-        """
+        """Start an exchange; `wait()` gives the block with its ghosts. Do not change x until then."""
         x = _array(x)
         out = _out(out, self.padded(x.shape), x)
         plan, ndim = self.plan, x.ndim
@@ -175,28 +170,38 @@ class _Exchange(Request):
         self._result = target if rounded is None else rounded
         self._over = False
         self._borrowed: list[Array] = []
-        axis, link, ndim = halo.axis, halo._link, source.ndim
+        self._arriving: list[tuple[Pending, Array, list[Any]]] = []
+        self._leaving: list[Pending] = []
+        if halo.axis.size > 1:
+            self._begin(source, outgoing, incoming)
+
+    def _begin(self, source: Any, outgoing: Boxes, incoming: Boxes) -> None:
+        halo, axis, link, ndim = self._halo, self._halo.axis, self._halo._link, source.ndim
         # Blocks differ between ranks; what agrees is the cells that lie side by side in other dims.
         cut = {dim % ndim for dim in halo.dims}
         across = prod(n for dim, n in enumerate(source.shape) if dim not in cut)
-        self._position = "halo", halo.group, 0, across, source.dtype.name
-        # All receives before any send: no rank waits for another, whatever the network buffers.
-        self._arriving: list[tuple[Pending, Array, list[Any]]] = []
+        axis._enter("halo", across, source.dtype)
+        self._position = "halo", axis._group, axis._sequence, across, source.dtype.name
         received = 0
-        for peer, boxes in incoming.items():
-            parts = [target[halo._index(box, ndim)] for box in boxes]
-            flat = self._message(parts, source.dtype, pack=accumulate)
-            self._arriving.append((link.irecv(flat, peer, Tag.HALO), flat, parts))
-            received += flat.nbytes
-        self._leaving: list[Pending] = []
-        for peer, boxes in outgoing.items():
-            parts = [source[halo._index(box, ndim)] for box in boxes]
-            flat = self._message(parts, source.dtype)
-            for part, place in _places(parts, flat):
-                place[...] = stage(part).host
-            self._leaving.append(link.isend(flat, peer, Tag.HALO))
-        if axis.size > 1:
-            axis.ledger.record(axis.name, "halo", received, *link.take_counts())
+        try:
+            if axis._sanitizer:
+                payload = across * source.dtype.itemsize
+                axis._sanitizer.agree("halo", axis._sequence, payload, source.dtype, "")
+            # Receives before sends: no rank waits for another, whatever the network buffers.
+            for peer, boxes in incoming.items():
+                parts = [self._target[halo._index(box, ndim)] for box in boxes]
+                flat = self._message(parts, source.dtype, pack=self._accumulate)
+                self._arriving.append((link.irecv(flat, peer, Tag.HALO), flat, parts))
+                received += flat.nbytes
+            for peer, boxes in outgoing.items():
+                parts = [source[halo._index(box, ndim)] for box in boxes]
+                flat = self._message(parts, source.dtype)
+                for part, place in _places(parts, flat):
+                    place[...] = stage(part).host
+                self._leaving.append(link.isend(flat, peer, Tag.HALO))
+        finally:
+            axis.transport.board.leave()
+        axis.ledger.record(axis.name, "halo", received, *link.take_counts())
 
     def wait(self) -> Any:
         """The result, once all messages have come and gone."""

@@ -7,12 +7,15 @@ bfloat16 (one takes it for bytes and returns garbage).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from hpcml import kernels
+from hpcml.backend import xp
 from hpcml.comm.transport import Array
 
 OPS = ("sum", "prod", "min", "max")
@@ -21,9 +24,9 @@ _BLOCK = 1 << 14
 """Elements combined at once, so that partial results stay in the cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reduction:
-    """An operation of `OPS` with its rounding."""
+    """An operation of `OPS` with its rounding. See `reduction`."""
 
     op: str
     stepwise: bool = False
@@ -34,11 +37,7 @@ class Reduction:
 
     def into(self, total: Array, x: Array) -> None:
         """total = total op x, in place, element by element; flat arrays of one type."""
-        if _is_half(total):
-            Reduction(self.op).fold([total, x], total)
-        else:
-            with _quiet():
-                _ufunc(total, self.op)(total, x, out=total)
+        self._fold([total, x], total)
 
     def fold(self, rows: Sequence[Array], out: Array) -> None:
         """out = ((rows[0] op rows[1]) op rows[2]) op ...: in this order, whatever the op.
@@ -46,27 +45,62 @@ class Reduction:
         `out` may be one of the rows. Flat arrays of one type and length.
         """
         rows = [out, *rows] if self.onto else rows
-        if len(rows) == 1:
-            if rows[0] is not out:
-                out[...] = rows[0]
-            return
-        with _quiet():
+        if len(rows) > 1:
             self._fold(rows, out)
+        elif rows[0] is not out:
+            out[...] = rows[0]
 
     def _fold(self, rows: Sequence[Array], out: Array) -> None:
-        half = _is_half(out)
-        ufunc = _ufunc(out, self.op)
-        if len(rows) == 2 and not half:
-            ufunc(rows[0], rows[1], out=out)
-            return
+        with _quiet():
+            if is_half(out.dtype):
+                self._fold_halves(rows, out)
+                return
+            ufunc = getattr(xp(out), _UFUNCS[self.op])
+            if len(rows) == 2:
+                ufunc(rows[0], rows[1], out=out)
+                return
+            total = xp(out).empty(min(_BLOCK, out.size), out.dtype)
+            for start in range(0, out.size, _BLOCK):
+                part = slice(start, min(start + _BLOCK, out.size))
+                here = total[: part.stop - start]
+                ufunc(rows[0][part], rows[1][part], out=here)
+                for row in rows[2:]:
+                    ufunc(here, row[part], out=here)
+                out[part] = here
+
+    def _fold_halves(self, rows: Sequence[Array], out: Array) -> None:
+        ufunc = getattr(xp(out), _UFUNCS[self.op])
+        total, x = (xp(out).empty(min(_BLOCK, out.size), np.float32) for _ in range(2))
+        words = xp(out).empty(total.size, out.dtype)  # `out` may be a row that is still to be read
         for start in range(0, out.size, _BLOCK):
-            part = slice(start, start + _BLOCK)
-            total = rows[0][part].astype(np.float32 if half else out.dtype)
+            part = slice(start, min(start + _BLOCK, out.size))
+            here, other, word = (array[: part.stop - start] for array in (total, x, words))
+            _widen(rows[0][part], here)
             for row in rows[1:]:
-                ufunc(total, row[part].astype(np.float32) if half else row[part], out=total)
-                if half and self.stepwise:
-                    total = total.astype(out.dtype).astype(np.float32)
-            out[part] = total
+                _widen(row[part], other)
+                ufunc(here, other, out=here)
+                if self.stepwise:
+                    _narrow(here, word)
+                    _widen(word, here)
+            _narrow(here, out[part])
+
+
+def _widen(x: Any, out: Any) -> None:
+    """Store 16-bit floats in float32."""
+    if isinstance(x, np.ndarray):
+        halves = kernels.compiled("float32").halves
+        halves.widen(x.view(np.uint16), out, x.dtype != np.float16)
+    else:
+        out[...] = x
+
+
+def _narrow(x: Any, out: Any) -> None:
+    """Round float32 to 16-bit floats."""
+    if isinstance(x, np.ndarray):
+        halves = kernels.compiled("float32").halves
+        halves.narrow(x, out.view(np.uint16), out.dtype != np.float16)
+    else:
+        out[...] = x
 
 
 def _quiet() -> np.errstate:
@@ -74,11 +108,13 @@ def _quiet() -> np.errstate:
     return np.errstate(over="ignore", invalid="ignore")
 
 
-def _is_half(x: Array) -> bool:
-    return x.dtype.name in ("float16", "bfloat16")
+@functools.cache
+def reduction(op: str, stepwise: bool = False, onto: bool = False) -> Reduction:
+    """The one `Reduction` of these properties."""
+    return Reduction(op, stepwise, onto)
 
 
-def _ufunc(x: Any, op: str) -> Any:
-    """The operation in the array module of `x`: NumPy's or CuPy's."""
-    module = np if isinstance(x, np.ndarray) else __import__(type(x).__module__.split(".")[0])
-    return getattr(module, _UFUNCS[op])
+@functools.cache
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """Whether this is a 16-bit float, which MPI libraries reduce slowly, wrongly or not at all."""
+    return dtype.name in ("float16", "bfloat16")

@@ -1,46 +1,48 @@
 """Collectives where the data lies: in memory that the ranks of a node share.
 
 Each rank sums its slice straight from the memory of all and stores the sum into the memory of all,
-in one pass. Ranks meet at flags in shared memory, each on cache lines of its own; with its flag a
-rank shows what it is about to do, so that calls which do not fit together are found out at no cost.
+in one pass.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hpcml import kernels, memory
+from hpcml import kernels
 from hpcml.comm.algorithms import Situation, find, span
-from hpcml.comm.buffers import DTYPES, is_half, wire
-from hpcml.comm.choice import choose
+from hpcml.comm.algorithms.choosing import choose
+from hpcml.comm.buffers import wire
 from hpcml.comm.link import Link
-from hpcml.comm.reduction import OPS, Reduction
+from hpcml.comm.meeting import NUMBERS, Meeting, Place
+from hpcml.comm.reduction import Reduction, is_half
 from hpcml.comm.shared import share
 from hpcml.comm.transport import Array
+from hpcml.memory import owner_of
 
 _PAGE = mmap.PAGESIZE
 _LINE = 64
 """Elements to whole multiples of which slices are cut: no two ranks write to one cache line."""
-_SPINS, _YIELDS = 2000, 500
-_NAP = 50e-6
-"""Seconds between looks for a rank that is late."""
+_PLANS = 256
+"""Calls that a window remembers."""
 
-Call = tuple[str, str, str]
-CALLS: list[Call] = [
-    (operation, op, dtype)
-    for operation in ("allreduce", "reduce_scatter")
-    for op in OPS
-    for dtype in DTYPES
-] + [(operation, "", dtype) for operation in ("allgather", "broadcast") for dtype in DTYPES]
-"""Every call there is: ranks compare the numbers of theirs."""
-_SERVED = ("reduce_scatter", "allgather", "broadcast")
-NUMBERS = {call: number for number, call in enumerate(CALLS)}
+
+@dataclass(slots=True)
+class Plan:
+    """What a rank does in one call on one place of a window, worked out beforehand."""
+
+    place: Place
+    work: Callable[[Array], None]
+    """What is done between the two meetings, given the result's array."""
+    sent: int
+    """Bytes written into memory of others, or fetched by them."""
+    home: slice | None = None
+    """Where in the result the input is copied first."""
 
 
 class Window:
@@ -51,72 +53,19 @@ class Window:
         self.region, self.number = region, number
         self.offset = link.rank * stride
         self.members = link.members
+        self.plans: dict[Any, Plan] = {}
         whole = np.frombuffer(region, np.uint8)
         self._bytes = whole.reshape(link.size, stride)
-        self.start: int = whole.__array_interface__["data"][0] + self.offset
-        self._rows: dict[str, Array] = {}
+        self._start: int = whole.__array_interface__["data"][0] + self.offset
 
     def rows(self, dtype: np.dtype[Any]) -> Array:
         """The memory of all ranks as a matrix, a row each; 16-bit floats as uint16."""
-        name = dtype.name
-        found = self._rows.get(name)
-        if found is None:
-            wire = np.dtype(np.uint16) if name in ("float16", "bfloat16") else dtype
-            found = self._rows[name] = self._bytes.view(wire)
-        return found
+        return self._bytes.view(np.uint16 if is_half(dtype) else dtype)
 
     def column(self, x: Array) -> int:
         """The column of the matrix in which an array of this rank begins."""
         start: int = x.__array_interface__["data"][0]
-        return (start - self.start) // x.itemsize
-
-
-class Meeting:
-    """The flags at which the ranks of one node meet in one stream of collectives.
-
-    Made by all of them together, at the first call that finds its memory in a window.
-    """
-
-    def __init__(self, local: Link) -> None:
-        """Flags of the ranks of `local`."""
-        self.ranks = (local.size, local.rank)
-        self.kernels = kernels.compiled("float32").shared
-        region = share(local, _PAGE)
-        assert region is not None, "no room for a page, after room for a window"
-        self.flags: Array = np.frombuffer(region, np.int64)
-        self.epoch = 0
-        crowded = local.size > (os.cpu_count() or 1)
-        self.patience = (0 if crowded else _SPINS, _YIELDS)
-
-    def begin(self, what: Call, window: Window, column: int, count: int) -> None:
-        """Meet at the start of a call; raises `ValueError` if the ranks do not call the same.
-
-        They meet once more (`meet`) before the call is over.
-        """
-        self.epoch += 1
-        call = (window.number, column, count, NUMBERS[what])
-        while True:
-            late = self.kernels.begin(self.flags, *self.ranks, self.epoch, *self.patience, *call)
-            if late == -1:
-                return
-            if late == -2:
-                raise ValueError(self._mismatch(window.members))
-            time.sleep(_NAP)
-
-    def meet(self) -> None:
-        """Return when all ranks of the node have come here; what they wrote before is visible."""
-        self.epoch += 1
-        while self.kernels.meet(self.flags, *self.ranks, self.epoch, *self.patience) >= 0:
-            time.sleep(_NAP)
-
-    def _mismatch(self, members: tuple[int, ...]) -> str:
-        rows = self.flags.reshape(-1, self.kernels.FLAGS)[: self.ranks[0], 1:5].tolist()
-        shown = "; ".join(
-            f"rank {member} calls {' '.join(CALLS[code])} of {count} elements from element "
-            f"{column} of window {number} on"
-            for member, (number, column, count, code) in zip(members, rows, strict=True)
-        )
-        return f"ranks must call the same operation on the same place of shared memory: {shown}"
+        return (start - self._start) // x.itemsize
 
 
 class Windows:
@@ -172,101 +121,140 @@ class Windows:
         self._made += 1
         return Window(self.local, region, stride, self._made)
 
-    def serve(self, operation: str, x: Array, out: Any = None, *rest: Any) -> bool:
-        """Whether these arguments of an algorithm lie where the operation needs them.
+    def plan(self, operation: str, x: Array, out: Any = None, *rest: Any) -> Plan | None:
+        """How to do a call with these arguments of an algorithm, if they lie where that needs them.
 
         An all-reduce its result (and its input, if it adds to the result), a reduce-scatter its
         input, an all-gather its result, a broadcast its buffer.
         """
-        if operation == "allreduce":
-            onto = bool(rest) and rest[0].onto
-            return self._holds(out) and not (onto and not self._holds(x)) and not (
-                self.spread and self.ordered
-            )
-        if self.spread:
-            return False
-        return operation in _SERVED and self._holds(out if operation == "allgather" else x)
+        lies = x if operation in ("reduce_scatter", "broadcast") else out
+        window = owner_of(lies) if isinstance(lies, np.ndarray) else None
+        if not isinstance(window, Window) or window.members != self.members:
+            return None
+        arguments = (out,) if operation == "broadcast" else rest
+        column = window.column(lies)
+        key = (operation, column, lies.size, lies.dtype, arguments, x is out)
+        plan = window.plans.get(key)
+        if plan is None:
+            make = getattr(self, f"_{operation}", None)
+            plan = make(window, column, x, out, *rest) if make else None
+            if plan is not None and not (operation == "allreduce" and rest[0].onto):
+                if len(window.plans) >= _PLANS:
+                    window.plans.clear()
+                window.plans[key] = plan
+        return plan
 
-    def _holds(self, x: Array) -> bool:
-        """Whether an array lies in memory that these ranks share."""
-        owner = memory.owner_of(x)
-        return isinstance(owner, Window) and owner.members == self.members
-
-    def _window(self, x: Array) -> Window:
-        window: Window = memory.owner_of(x)
-        return window
-
-    def allreduce(self, x: Array, out: Array, reduction: Reduction) -> None:
-        """Combine in the order of the ranks of a node (then of the nodes) in a window's `out`."""
-        if x is not out and not self._holds(x):
-            out[...] = x
-            x = out
-        window, target = self._window(x), self._window(out)
-        rows, meeting, rank = window.rows(x.dtype), self.meeting, self.local.rank
-        first, place = window.column(x), target.column(out)
-        own = self._slice(rank, x.size)
-        meeting.begin(("allreduce", reduction.op, x.dtype.name), window, first, x.size)
-        results = target.rows(x.dtype)
-        part = slice(first + own.start, first + own.stop)
-        if self.spread:
-            _fold(rows, part, results[rank : rank + 1], 0, place + own.start, reduction, x.dtype)
-        else:
-            _fold(rows, part, results, rank, place + own.start, reduction, x.dtype)
-        nbytes = (own.stop - own.start) * x.itemsize
-        self.link.count_local((self.local.size - 1) * nbytes)
-        if self.spread:
-            if self.peers is not None:
-                self._join(out[own], reduction)
-            meeting.meet()
-            for other in range(self.slices):
-                part = self._slice(other, x.size)
-                if other != rank:
-                    columns = slice(place + part.start, place + part.stop)
-                    results[rank, columns] = results[other, columns]
+    def run(self, plan: Plan, x: Array, out: Any = None, *rest: Any) -> None:
+        """Do a call as planned; the arguments are those of an algorithm."""
+        if plan.home is not None:
+            np.copyto(out[plan.home], x)  # nothing to do where the two are one
+        meeting = self.meeting
+        meeting.begin(plan.place)
+        plan.work(out)
+        self.link.sent += plan.sent
         meeting.meet()
 
-    def reduce_scatter(
-        self, x: Array, out: Array, counts: Sequence[int], reduction: Reduction
+    def _allreduce(
+        self, window: Window, column: int, x: Array, out: Array, reduction: Reduction
+    ) -> Plan | None:
+        """In the order of the ranks of a node, then of the nodes."""
+        if self.spread and self.ordered:
+            return None
+        rank, source, first = self.local.rank, window, column
+        if reduction.onto:
+            source = owner_of(x)
+            if not isinstance(source, Window) or source.members != self.members:
+                return None
+            first = source.column(x)
+        own = self._slice(rank, out.size)
+        rows, results = source.rows(out.dtype), window.rows(out.dtype)
+        part, shift = (first + own.start, first + own.stop), first - column
+        fold = _fold(rows, results[rank : rank + 1] if self.spread else results,
+                     0 if self.spread else rank, *part, shift, reduction, out.dtype)  # fmt: skip
+        work: Callable[[Array], None] = lambda out: fold()  # noqa: E731
+        if self.spread:
+            work = partial(self._over_nodes, fold, results, column, reduction)
+        return Plan(
+            (source.number, first, out.size, NUMBERS["allreduce", reduction.op, out.dtype.name]),
+            work,
+            (self.local.size - 1) * (own.stop - own.start) * out.itemsize,
+            home=None if x is out or reduction.onto else slice(None),
+        )
+
+    def _over_nodes(
+        self,
+        fold: Callable[[], None],
+        results: Array,
+        column: int,
+        reduction: Reduction,
+        out: Array,
     ) -> None:
-        """Combine this rank's block of `x`, which lies in a window, into `out`."""
-        window, meeting = self._window(x), self.meeting
-        rows = window.rows(x.dtype)
-        first = window.column(x)
+        """Join the slices of this node with those of the others, then fetch them all."""
+        rank = self.local.rank
+        fold()
+        if self.peers is not None:
+            part = out[self._slice(rank, out.size)]
+            native = not is_half(part.dtype)
+            situation = Situation(self.peers.nodes, native, ordered=not native)
+            chosen = choose("allreduce", part.nbytes, situation, self.peers.table)
+            chosen.run(self.peers, part, part, reduction)
+        self.meeting.meet()
+        for other in range(self.slices):
+            if other != rank:
+                theirs = self._slice(other, out.size)
+                columns = slice(column + theirs.start, column + theirs.stop)
+                results[rank, columns] = results[other, columns]
+
+    def _reduce_scatter(
+        self, window: Window, column: int, x: Array, out: Array, counts: Sequence[int],
+        reduction: Reduction,
+    ) -> Plan | None:  # fmt: skip
+        if self.spread:
+            return None
         own = span(counts, self.local.rank)
-        mine = slice(first + own.start, first + own.stop)
-        meeting.begin(("reduce_scatter", reduction.op, x.dtype.name), window, first, x.size)
-        _fold(rows, mine, wire(out).reshape(1, -1), 0, 0, reduction, x.dtype)
-        self.link.count_local((own.stop - own.start) * x.itemsize * (self.local.size - 1))
-        meeting.meet()
+        rows, part = window.rows(x.dtype), (column + own.start, column + own.stop)
 
-    def allgather(self, x: Array, out: Array, counts: Sequence[int]) -> None:
-        """Fetch the blocks of all from their places in `out`, which lies in a window."""
-        window, meeting, rank = self._window(out), self.meeting, self.local.rank
-        rows = window.rows(out.dtype)
-        first = window.column(out)
-        home = out[span(counts, rank)]
-        if not np.may_share_memory(home, x):
-            home[...] = x
-        meeting.begin(("allgather", "", out.dtype.name), window, first, out.size)
-        for step in range(1, self.local.size):  # not all from the same rank at once
-            other = (rank + step) % self.local.size
-            part = span(counts, other)
-            place = slice(first + part.start, first + part.stop)
-            rows[rank, place] = rows[other, place]
-        self.link.count_local(x.nbytes * (self.local.size - 1))
-        meeting.meet()
+        def work(out: Array) -> None:
+            _fold(rows, wire(out).reshape(1, -1), 0, *part, part[0], reduction, out.dtype)()
 
-    def broadcast(self, x: Array, root: int) -> None:
-        """Fetch the root's buffer from its place in the window in which `x` lies."""
-        window, meeting, rank = self._window(x), self.meeting, self.local.rank
-        rows = window.rows(x.dtype)
-        first = window.column(x)
-        meeting.begin(("broadcast", "", x.dtype.name), window, first, x.size)
-        if rank != root:
-            rows[rank, first : first + x.size] = rows[root, first : first + x.size]
-        else:
-            self.link.count_local(x.nbytes * (self.local.size - 1))
-        meeting.meet()
+        return Plan(
+            (window.number, column, x.size, NUMBERS["reduce_scatter", reduction.op, x.dtype.name]),
+            work,
+            (own.stop - own.start) * x.itemsize * (self.local.size - 1),
+        )
+
+    def _allgather(
+        self, window: Window, column: int, x: Array, out: Array, counts: Sequence[int]
+    ) -> Plan | None:
+        if self.spread:
+            return None
+        rank, size, rows = self.local.rank, self.local.size, window.rows(out.dtype)
+        pairs = []
+        for step in range(1, size):  # not all from the same rank at once
+            part = span(counts, (rank + step) % size)
+            columns = slice(column + part.start, column + part.stop)
+            pairs.append((rows[rank, columns], rows[(rank + step) % size, columns]))
+
+        def work(out: Array) -> None:
+            for mine, other in pairs:
+                np.copyto(mine, other)
+
+        number = (window.number, column, out.size, NUMBERS["allgather", "", out.dtype.name])
+        return Plan(number, work, x.nbytes * (size - 1), home=span(counts, rank))
+
+    def _broadcast(self, window: Window, column: int, x: Array, root: int) -> Plan | None:
+        if self.spread:
+            return None
+        rank, rows, columns = self.local.rank, window.rows(x.dtype), slice(column, column + x.size)
+        mine, other = rows[rank, columns], rows[root, columns]
+
+        def work(out: Any) -> None:
+            if rank != root:
+                np.copyto(mine, other)
+
+        sent = x.nbytes * (self.local.size - 1) if rank == root else 0
+        call = NUMBERS["broadcast", "", x.dtype.name]
+        return Plan((window.number, column, x.size, call), work, sent)
 
     def _slice(self, rank: int, count: int) -> slice:
         """The elements that a rank of the node combines; whole cache lines, none past `slices`."""
@@ -274,15 +262,6 @@ class Windows:
             return slice(count, count)
         step = -(-count // (self.slices * _LINE)) * _LINE
         return slice(min(rank * step, count), min((rank + 1) * step, count))
-
-    def _join(self, part: Array, reduction: Reduction) -> None:
-        """Combine a slice with the same slice of the other nodes."""
-        assert self.peers is not None
-        native = not is_half(part.dtype)
-        ordered = reduction.stepwise or not native
-        situation = Situation(self.peers.nodes, native, ordered)
-        run = choose("allreduce", part.nbytes, situation).run
-        run(self.peers, part, part, reduction)
 
 
 def _all(link: Link, mine: bool) -> bool:
@@ -293,24 +272,27 @@ def _all(link: Link, mine: bool) -> bool:
 
 
 def _fold(
-    rows: Array, part: slice, results: Array, own: int, place: int, reduction: Reduction, dtype: Any
-) -> None:
-    """Combine columns `part` of all rows; the result goes to every row of `results` from `place`.
+    rows: Array, results: Array, own: int, start: int, stop: int, shift: int,
+    reduction: Reduction, dtype: np.dtype[Any],
+) -> Callable[[], None]:  # fmt: skip
+    """Combine columns start to stop of all rows; column c goes to c - shift of all of `results`.
 
     `Reduction.onto` adds to what row `own` of `results` holds.
     """
-    if part.start == part.stop:
-        return
-    bounds = (own, part.start, part.stop, part.start - place, reduction.onto)
-    several = rows.shape[0] > 1 and reduction.op == "sum"
-    if several and dtype.name in ("float32", "float64"):
-        kernels.compiled(dtype.name).shared.sum_rows(rows, results, *bounds)
-    elif several and is_half(dtype):
-        brain = dtype.name == "bfloat16"
-        add = kernels.compiled("float32").shared.sum_half_rows
-        add(rows, results, *bounds, brain, reduction.stepwise)
-    else:
-        target = slice(place, place + part.stop - part.start)
+    bounds = (own, start, stop, shift, reduction.onto)
+    if rows.shape[0] > 1 and reduction.op == "sum":
+        if dtype.name in ("float32", "float64"):
+            return partial(kernels.compiled(dtype.name).shared.sum_rows, rows, results, *bounds)
+        if is_half(dtype):
+            add = kernels.compiled("float32").shared.sum_half_rows
+            brain = dtype.name == "bfloat16"
+            return partial(add, rows, results, *bounds, brain, reduction.stepwise)
+    pieces = [row[start:stop].view(dtype) for row in rows]
+
+    def fold() -> None:
+        target = slice(start - shift, stop - shift)
         combined = results[own, target].view(dtype).copy()
-        reduction.fold([row[part].view(dtype) for row in rows], combined)
+        reduction.fold(pieces, combined)
         results[:, target] = combined.view(rows.dtype)
+
+    return fold

@@ -68,7 +68,7 @@ def _relax(typingctx: Any) -> Any:
 
 
 @inline
-def _wait(flags: Any, ranks: int, value: int, spins: int, yields: int) -> int:
+def _wait(flags: Any, ranks: int, value: int, spins: int, yields: int) -> Any:
     looks = 0
     for other in range(ranks):
         while _load(flags, other * FLAGS) < value:
@@ -83,7 +83,7 @@ def _wait(flags: Any, ranks: int, value: int, spins: int, yields: int) -> int:
 
 
 @kernel("int64(int64[::1], int64, int64, int64, int64, int64)")
-def meet(flags: Any, ranks: int, rank: int, value: int, spins: int, yields: int) -> int:
+def meet(flags: Any, ranks: int, rank: int, value: int, spins: int, yields: int) -> Any:
     """Set this rank's flag to `value` and wait until no rank's flag is below it.
 
     Each rank has `FLAGS` int64, of which the first is its flag. Looks `spins` times in a loop, then
@@ -98,7 +98,7 @@ def meet(flags: Any, ranks: int, rank: int, value: int, spins: int, yields: int)
 def begin(
     flags: Any, ranks: int, rank: int, value: int, spins: int, yields: int,
     place: int, column: int, count: int, code: int,
-) -> int:  # fmt: skip
+) -> Any:  # fmt: skip
     """As `meet`, with four numbers that must be the same for all ranks; -2 if they are not.
 
     The ranks must meet once more before the next `begin`, which overwrites the numbers.

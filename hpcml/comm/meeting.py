@@ -1,0 +1,85 @@
+"""Where the ranks of a node meet: flags in memory they share, each on cache lines of its own.
+
+With its flag a rank shows what it is about to do, so that calls which do not fit together are found
+out at no cost.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+
+import numpy as np
+
+from hpcml import kernels
+from hpcml.comm.buffers import DTYPES
+from hpcml.comm.link import Link
+from hpcml.comm.reduction import OPS
+from hpcml.comm.shared import share
+from hpcml.comm.transport import Array
+
+_SPINS, _YIELDS = 2000, 500
+_NAP = 50e-6
+"""Seconds between looks for a rank that is late."""
+
+Call = tuple[str, str, str]
+CALLS: list[Call] = [
+    (operation, op, dtype)
+    for operation in ("allreduce", "reduce_scatter")
+    for op in OPS
+    for dtype in DTYPES
+] + [(operation, "", dtype) for operation in ("allgather", "broadcast") for dtype in DTYPES]
+"""Operation, op and type of every call there is: ranks compare the numbers of theirs."""
+NUMBERS = {call: number for number, call in enumerate(CALLS)}
+
+Place = tuple[int, int, int, int]
+"""Number of the window, first element in it, number of elements, number of the call."""
+
+
+class Meeting:
+    """The flags at which the ranks of one node meet in one stream of collectives.
+
+    Made by all of them together, at the first call that finds its memory in a window.
+    """
+
+    def __init__(self, local: Link) -> None:
+        """Flags of the ranks of `local`."""
+        self.ranks, self.members = (local.size, local.rank), local.members
+        shared = kernels.compiled("float32").shared
+        self._begin, self._meet, self._stride = shared.begin, shared.meet, shared.FLAGS
+        region = share(local, mmap.PAGESIZE)
+        assert region is not None, "no room for a page, after room for a window"
+        self.flags: Array = np.frombuffer(region, np.int64)
+        self.epoch = 0
+        crowded = local.size > (os.cpu_count() or 1)
+        self.patience = (0 if crowded else _SPINS, _YIELDS)
+
+    def begin(self, call: Place) -> None:
+        """Meet at the start of a call; raises `ValueError` if the ranks do not call the same.
+
+        They meet once more (`meet`) before the call is over.
+        """
+        self.epoch += 1
+        while True:
+            late = self._begin(self.flags, *self.ranks, self.epoch, *self.patience, *call)
+            if late == -1:
+                return
+            if late == -2:
+                raise ValueError(self._mismatch())
+            time.sleep(_NAP)
+
+    def meet(self) -> None:
+        """Return when all ranks of the node have come here; what they wrote before is visible."""
+        self.epoch += 1
+        while self._meet(self.flags, *self.ranks, self.epoch, *self.patience) >= 0:
+            time.sleep(_NAP)
+
+    def _mismatch(self) -> str:
+        rows = self.flags.reshape(-1, self._stride)[: self.ranks[0], 1:5].tolist()
+        shown = "; ".join(
+            f"rank {member} calls {' '.join(CALLS[code])} of {count} elements from element "
+            f"{column} of window {number} on"
+            for member, (number, column, count, code) in zip(self.members, rows, strict=True)
+        )
+        return f"ranks must call the same operation on the same place of shared memory: {shown}"
