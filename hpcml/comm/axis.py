@@ -17,7 +17,6 @@ from hpcml.comm.request import Done, Message, Request, Worker, worker_of
 from hpcml.comm.staging import stage
 from hpcml.comm.tags import Tag
 from hpcml.comm.transport import Array
-from hpcml.comm.window import Windows
 
 
 class Axis(Blocking):
@@ -64,14 +63,13 @@ class Axis(Blocking):
         says why), and on an axis of size 1, it is ordinary memory. Counted in `category`.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        dtype = np.dtype(dtype)
-        nbytes = math.prod(shape) * dtype.itemsize
+        kind = np.dtype(dtype)
+        nbytes = math.prod(shape) * kind.itemsize
         if self.size > 1 and nbytes and self.transport.processes:
-            self._windows = self._windows or Windows(self._link, self.deterministic)
             window = self._windows.make(nbytes)
             if window is not None:
-                return memory.adopt(window.region, window.offset, shape, dtype, category, window)
-        return memory.empty(shape, dtype, category)
+                return memory.adopt(window.region, window.offset, shape, kind, category, window)
+        return memory.empty(shape, kind, category)
 
     def iallreduce(self, x: Any, op: str = "sum", out: Any = None, **options: Any) -> Request:
         """`allreduce`, beside the caller."""
@@ -121,7 +119,7 @@ class Axis(Blocking):
         check_dtype(source.dtype)
         pending = self._link.isend(source.reshape(-1), dest, tag)
         self.ledger.record(self.name, "send", source.nbytes, *self._link.take_counts())
-        return Message(pending, _nothing, lambda: self._waiting("send", source))
+        return Message(pending, _nothing, lambda: self._waiting("send", source, dest))
 
     def irecv(self, out: Any, source: int, tag: int = Tag.MESSAGE) -> Request:
         """`recv`, without waiting for the sender."""
@@ -137,13 +135,15 @@ class Axis(Blocking):
             place.commit()
             return out
 
-        return Message(pending, finish, lambda: self._waiting("recv", place.host))
+        return Message(pending, finish, lambda: self._waiting("recv", place.host, source))
 
     @contextmanager
-    def _waiting(self, operation: str, x: Array) -> Iterator[None]:
-        self._enter(operation, x.size, x.dtype)
-        yield
-        self.transport.board.leave()
+    def _waiting(self, operation: str, x: Array, peer: int) -> Iterator[None]:
+        self._enter(operation, x.size, x.dtype, peer)
+        try:
+            yield
+        finally:
+            self.transport.board.leave()
 
     def _enter(self, *call: Any) -> None:
         """Go on only if all that was started in the background has been well, as far as known."""
@@ -157,7 +157,7 @@ class Axis(Blocking):
         if self._background is None or self._worker is None:
             twin = self.transport.subset(range(self.size), f"{self.name} in the background")
             self._background = Blocking(
-                self.name, twin, self.ledger, self.deterministic, self.table
+                self.name, twin, self.ledger, self.deterministic, self.table, " in the background"
             )
             self._worker = worker_of(twin, f"hpcml-{self.name}")
         call = getattr(self._background, operation)

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hpcml.comm import alone
+from hpcml.comm import alone, sanitizer
 from hpcml.comm.algorithms import span
 from hpcml.comm.algorithms.choosing import Chooser, Table
+from hpcml.comm.board import Group
 from hpcml.comm.buffers import (
     blocks_of,
     check_counts,
@@ -26,12 +27,12 @@ from hpcml.comm.buffers import (
 from hpcml.comm.choice import default
 from hpcml.comm.ledger import Ledger
 from hpcml.comm.link import Link
-from hpcml.comm.reduction import Reduction
+from hpcml.comm.reduction import reduction
+from hpcml.comm.sanitizer import Sanitizer
 from hpcml.comm.staging import stage
 from hpcml.comm.tags import LAST_MESSAGE, Tag
 from hpcml.comm.transport import Array, Transport
-from hpcml.comm.window import Window, Windows
-from hpcml.memory import owner_of
+from hpcml.comm.window import Plan, Windows
 
 T = TypeVar("T")
 
@@ -59,10 +60,12 @@ class Blocking:
         ledger: Ledger | None = None,
         deterministic: bool = False,
         table: Table | None = None,
+        stream: str = "",
     ) -> None:
         """Operations over a transport; without one, those of a rank that is alone.
 
         `table`: which algorithms are fastest, the same on all ranks (see `hpcml.comm.choice`).
+        `stream`: what reports add to the name.
         """
         self.name = name
         self.transport: Transport = alone.Alone() if transport is None else transport
@@ -70,11 +73,14 @@ class Blocking:
         self.deterministic = deterministic
         self.size = self.transport.size
         self.rank = self.transport.rank
+        self._group = Group(f"{name}{stream}", self.transport.members)
+        self._pairs = [Group(self._group.name, (member,)) for member in self.transport.members]
+        self._sanitizer = Sanitizer(self.transport, self._group) if sanitizer.wanted() else None
         self.table = default() if table is None else table
         self._link = Link(self.transport, self.table)
         self._chooser = Chooser(self._link, deterministic)
         self._sequence = 0
-        self._windows: Windows | None = None
+        self._windows = Windows(self._link, deterministic)
         self._to_self: dict[int, deque[Array]] = defaultdict(deque)
 
     def allreduce(
@@ -130,12 +136,12 @@ class Blocking:
         """As `allreduce`, but only rank `root` gets the result; the others get None."""
         self._check_rank("root", root)
         arrays = operands(x, out, unchanged, op, receives=self.rank == root)
-        source = arrays.source.reshape(-1)
-        target = None if arrays.target is None else arrays.flat()[1]
-        if arrays.source is arrays.target:
-            source = target
-        reduction = Reduction(op, self.deterministic)
-        self._run("reduce", source, source.nbytes, algorithm, source, target, reduction, root)
+        source: Array = arrays.source.reshape(-1)
+        target: Array | None = None
+        if arrays.target is not None:
+            source, target = arrays.flat()
+        how = reduction(op, self.deterministic)
+        self._run("reduce", source, source.nbytes, algorithm, source, target, how, root)
         return arrays.finish()
 
     def allgather(
@@ -264,9 +270,12 @@ class Blocking:
         if dest == self.rank:
             self._to_self[tag].append(source.copy())
             return
-        self._enter("send", source.size, source.dtype)
-        self._link.send(source.reshape(-1), dest, tag)
-        self._leave("send", source.nbytes)
+        self._enter("send", source.size, source.dtype, dest)
+        try:
+            self._link.send(source.reshape(-1), dest, tag)
+        finally:
+            self.transport.board.leave()
+        self._record("send", source.nbytes)
 
     def recv(self, out: Any, source: int, tag: int = Tag.MESSAGE) -> Any:
         """Receive into `out` the array of the same shape and type that rank `source` sends."""
@@ -277,9 +286,11 @@ class Blocking:
         if source == self.rank:
             np.copyto(place.host, self._from_self(place.host, tag))
         else:
-            self._enter("recv", place.host.size, place.host.dtype)
-            self._link.recv(place.host.reshape(-1), source, tag)
-            self.transport.board.leave()
+            self._enter("recv", place.host.size, place.host.dtype, source)
+            try:
+                self._link.recv(place.host.reshape(-1), source, tag)
+            finally:
+                self.transport.board.leave()
         place.commit()
         return out
 
@@ -287,8 +298,13 @@ class Blocking:
         """Return when all ranks of the axis have come here."""
         if self.size > 1:
             self._enter("barrier", 0, _NOTHING)
-            self.transport.barrier()
-            self._leave("barrier", 0)
+            try:
+                if self._sanitizer:
+                    self._sanitizer.agree("barrier", self._sequence, 0, _NOTHING, "")
+                self.transport.barrier()
+            finally:
+                self.transport.board.leave()
+            self._record("barrier", 0)
 
     def allgather_object(self, value: T) -> list[T]:
         """The small Python values of all ranks, pickled, in the order of the ranks."""
@@ -331,17 +347,17 @@ class Blocking:
         even: bool = True,
     ) -> None:
         """A reduction whose result all ranks get, or a part of it."""
-        reduction = Reduction(op, stepwise=self.deterministic, onto=accumulate)
+        how = reduction(op, self.deterministic, accumulate)
         payload = source.nbytes
-        if accumulate and not self._adds_onto(operation, source, target, algorithm, even):
-            result = np.empty_like(target)
-            plain = Reduction(op)
-            arguments = source, result, *cut, plain
-            self._run(operation, source, payload, algorithm, *arguments, even=even)
-            plain.into(target, result)
-        else:
-            arguments = source, target, *cut, reduction
-            self._run(operation, source, payload, algorithm, *arguments, even=even)
+        arguments = source, target, *cut, how
+        if accumulate and self.size > 1 and self._plan(operation, arguments, algorithm) is None:
+            chosen = self._chooser.pick(operation, payload, source.dtype, even, algorithm)
+            if not chosen.ordered:
+                result = np.empty_like(target)
+                self._combine(operation, source, result, op, False, algorithm, *cut, even=even)
+                how.into(target, result)
+                return
+        self._run(operation, source, payload, algorithm, *arguments, even=even)
 
     def _run(
         self,
@@ -356,47 +372,48 @@ class Blocking:
         if self.size == 1:
             alone.run(operation, *arguments)
             return
-        shared = self._shared(operation, arguments, algorithm)
+        plan = self._plan(operation, arguments, algorithm)
         chosen = None
-        if not shared:
+        if plan is None:
             chosen = self._chooser.pick(operation, payload, buffer.dtype, even, algorithm)
         self._enter(operation, buffer.size, buffer.dtype)
-        if chosen:
-            chosen.run(self._link, *arguments)
-        else:
-            getattr(self._windows, operation)(*arguments)
-        self._leave(operation, payload)
+        try:
+            if self._sanitizer:
+                how = chosen.name if chosen else "shared"
+                self._sanitizer.agree(
+                    operation, self._sequence, payload, buffer.dtype, how, arguments
+                )
+            if plan is not None:
+                self._windows.run(plan, *arguments)
+            elif chosen is not None:
+                chosen.run(self._link, *arguments)
+        finally:
+            self.transport.board.leave()
+        self._record(operation, payload)
 
-    def _shared(self, operation: str, arguments: Sequence[Any], algorithm: str | None) -> bool:
-        """Whether a call is done in the memory that its ranks share."""
+    def _plan(self, operation: str, arguments: Sequence[Any], algorithm: str | None) -> Plan | None:
+        """How a call is done in the memory that its ranks share, if it lies there."""
         if algorithm not in (None, "window"):
-            return False
-        found = False
-        place = arguments[0] if operation in ("reduce_scatter", "broadcast") else arguments[1]
-        if isinstance(owner_of(place) if place is not None else None, Window):
-            self._windows = self._windows or Windows(self._link, self.deterministic)
-            found = self._windows.serve(operation, *arguments)
-        if algorithm == "window" and not found:
+            return None
+        plan = self._windows.plan(operation, *arguments)
+        if algorithm and plan is None:
             raise ValueError(
                 f'algorithm="window": {operation} on {self.name} needs an array of Axis.empty of '
                 "these ranks, which share memory"
             )
-        return found
+        return plan
 
-    def _adds_onto(
-        self, operation: str, source: Array, target: Array, algorithm: str | None, even: bool
-    ) -> bool:
-        """Whether the way this reduction is done can add to what its result holds already."""
-        if self.size == 1 or self._shared(operation, (source, target), algorithm):
-            return True
-        return self._chooser.pick(operation, source.nbytes, source.dtype, even, algorithm).ordered
+    def _enter(
+        self, operation: str, count: int, dtype: np.dtype[Any], peer: int | None = None
+    ) -> None:
+        """Note on the board that a collective begins, or the wait for one other rank."""
+        if peer is None:
+            self._sequence += 1
+            self.transport.board.enter(operation, self._group, self._sequence, count, dtype.name)
+        else:
+            self.transport.board.enter(operation, self._pairs[peer], 0, count, dtype.name)
 
-    def _enter(self, operation: str, count: int, dtype: np.dtype[Any]) -> None:
-        self._sequence += 1
-        self.transport.board.enter(operation, self.name, self._sequence, count, dtype.name)
-
-    def _leave(self, operation: str, payload: int) -> None:
-        self.transport.board.leave()
+    def _record(self, operation: str, payload: int) -> None:
         self.ledger.record(
             self.name, LEDGER_NAMES.get(operation, operation), payload, *self._link.take_counts()
         )

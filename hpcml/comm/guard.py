@@ -56,7 +56,7 @@ def refuse(error: UserError) -> int:
     """
     hook = _join()
     # Copies that are no world can only be told apart by the launcher's word.
-    speaks = hook.claim.take() if hook else read().rank in (None, 0)
+    speaks = hook.board.sheet.take() if hook else read().rank in (None, 0)
     if speaks:
         sys.stdout.flush()
         sys.stderr.write(f"hpcml: error: {' '.join(str(error).split())}\n")

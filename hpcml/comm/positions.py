@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 from hpcml.comm.ambient import here
-from hpcml.comm.board import Board
+from hpcml.comm.board import Board, Group
+from hpcml.comm.sheet import spell
 
 _WITHIN = (os.path.dirname(os.path.abspath(__file__)) + os.sep, threading.__file__)
 """Files that are no place of a program's: communication, and the waits it rests on."""
@@ -21,20 +22,23 @@ class Call:
     """A call that waits for other ranks."""
 
     operation: str
-    axis: str
+    group: Group
     sequence: int
     count: int
     dtype: str
     place: str
 
     def __str__(self) -> str:
-        what = f" of {self.count} {self.dtype}" if self.count else ""
-        return f"{self.operation} #{self.sequence} on {self.axis}{what}, {self.place}"
+        number = f" #{self.sequence}" if self.sequence else ""
+        members = self.group.members
+        ranks = f"rank{'s' * (len(members) > 1)} {spell(members)}"
+        what = f", {self.count} {self.dtype}" if self.count else ""
+        return f"{self.operation}{number} on {self.group} ({ranks}){what}, at {self.place}"
 
     def meets(self, other: Call) -> bool:
         """Whether this is the same call of a collective as another rank's."""
-        mine = (self.operation, self.axis, self.sequence)
-        return mine == (other.operation, other.axis, other.sequence)
+        mine = (self.operation, self.group, self.sequence)
+        return mine == (other.operation, other.group, other.sequence)
 
 
 class ThreadBoard(Board):
@@ -48,11 +52,11 @@ class ThreadBoard(Board):
         self._on_call = on_call
         self._calls: dict[int, Call] = {}
 
-    def enter(self, operation: str, axis: str, sequence: int, count: int, dtype: str) -> None:
+    def enter(self, operation: str, group: Group, sequence: int, count: int, dtype: str) -> None:
         """Note a call, with the line of the program that makes it."""
         self._on_call(operation)
         place = here.place or place_of(sys._getframe(1))
-        self._calls[threading.get_ident()] = Call(operation, axis, sequence, count, dtype, place)
+        self._calls[threading.get_ident()] = Call(operation, group, sequence, count, dtype, place)
 
     def leave(self) -> None:
         """Note that the call has come back."""
@@ -73,7 +77,7 @@ class ThreadBoard(Board):
             calls.insert(0, self.end)
         elif ident not in self._calls:
             frame = sys._current_frames().get(ident)
-            calls.insert(0, f"in no call, {place_of(frame)}" if frame else "not started")
+            calls.insert(0, f"in no call, at {place_of(frame)}" if frame else "not started")
         return "; ".join(calls)
 
 
@@ -83,7 +87,7 @@ def place_of(frame: FrameType | None) -> str:
         if is_program(frame):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
-    return "at its end"
+    return "the end"
 
 
 def is_program(frame: FrameType) -> bool:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import platform
+import signal
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from hpcml.comm import crash
+from hpcml.comm import crash, sentinel, watch
 from hpcml.comm.alone import Alone
 from hpcml.comm.ambient import here
-from hpcml.comm.board import Board
+from hpcml.comm.board import Board, Group
 from hpcml.comm.launch import check_world, read
+from hpcml.comm.noted import open_board
 from hpcml.comm.tags import Tag
-from hpcml.comm.transport import Array, Node, Pending, Transport, wrong_length
+from hpcml.comm.transport import Array, Node, Pending, Transport, Vendor, wrong_length
 from hpcml.comm.vendor import MpiVendor
 from hpcml.errors import UserError
+
+_PATIENCE = 10
+"""Seconds that `MPI_Abort` has to end this process."""
 
 
 def world() -> Transport:
@@ -24,10 +29,12 @@ def world() -> Transport:
 
     The first call initialises MPI (threads may communicate) and is collective. Without mpi4py or an
     MPI library a process that was started alone gets a world of one. With several ranks, an
-    uncaught exception on any of them ends the job from now on (see `hpcml.comm.crash`).
+    uncaught exception on any of them ends the job from now on (see `hpcml.comm.crash`), and so does
+    a wait that is too long (`hpcml.comm.watch`); if one is killed, the positions of the ranks of
+    its node are told (`hpcml.comm.sentinel`).
 
-    Raises `UserError` if there is no MPI to a launcher's several processes, or if the launcher
-    started several copies of a world of one rank.
+    Raises `UserError` for a bad `HPCML_TIMEOUT`, if there is no MPI to a launcher's several
+    processes, or if the launcher started several copies of a world of one rank.
     """
     return here.rank.world if here.rank is not None else _mpi_world()
 
@@ -35,6 +42,7 @@ def world() -> Transport:
 @functools.cache
 def _mpi_world() -> Transport:
     """All processes of the job, on a communicator of the package's own."""
+    seconds = watch.limit()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library to load
@@ -49,7 +57,12 @@ def _mpi_world() -> Transport:
     if MPI.COMM_WORLD.Get_size() == 1:
         return Alone()
     transport = MpiTransport(MPI.COMM_WORLD.Dup())
-    crash.install(transport)
+    transport.board = board = open_board(transport)
+    crash.install(transport, board)
+    watch.start(board, seconds, transport.abort)
+    transport.barrier()  # all ranks are on the board
+    if board.index == 0:
+        sentinel.start(board.sheet)
     return transport
 
 
@@ -60,7 +73,26 @@ def wrap(comm: Any) -> Transport:
         return transport
     if not hasattr(comm, "Create_group"):
         raise TypeError(f"comm is to be an mpi4py communicator, not {comm!r:.60}")
-    return MpiTransport(comm.Dup()) if comm.Get_size() > 1 else Alone()
+    if comm.Get_size() == 1:
+        return Alone()
+    from mpi4py import MPI
+
+    if comm.Get_size() == MPI.COMM_WORLD.Get_size():
+        world()  # all processes are here, so that they can make it together
+    members = _numbers(comm)
+    board = _mpi_world().board if _mpi_world.cache_info().currsize else Board()
+    return MpiTransport(comm.Dup(), members, board)
+
+
+def _numbers(comm: Any) -> list[int]:
+    """The number of each rank of a communicator in the whole job."""
+    from mpi4py import MPI
+
+    whole, part = MPI.COMM_WORLD.Get_group(), comm.Get_group()
+    members: list[int] = part.Translate_ranks(None, whole)
+    part.Free()
+    whole.Free()
+    return members
 
 
 def _first_line(error: BaseException) -> str:
@@ -72,7 +104,9 @@ class MpiTransport:
 
     processes = True
 
-    def __init__(self, comm: Any, members: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, comm: Any, members: Sequence[int] | None = None, board: Board | None = None
+    ) -> None:
         """Messages over this communicator, of the job's ranks `members` (all, if not given)."""
         from mpi4py import MPI
 
@@ -83,8 +117,8 @@ class MpiTransport:
         self.size: int = comm.Get_size()
         self.rank: int = comm.Get_rank()
         self.members = tuple(range(self.size) if members is None else members)
-        self.vendor = MpiVendor(comm)
-        self.board = Board()
+        self.vendor: Vendor | None = MpiVendor(comm)
+        self.board = Board() if board is None else board
 
     def isend(self, buffer: Array, dest: int, tag: int, synchronous: bool = False) -> Pending:
         """`MPI_Isend` or `MPI_Issend`."""
@@ -118,13 +152,15 @@ class MpiTransport:
         if len(chosen) == 1:
             return Alone()
         if (chosen, name) not in self._subsets:
+            members = tuple(self.members[rank] for rank in chosen)
             group = self._comm.Get_group()
             part = group.Incl(chosen)
+            self.board.enter("making of the axis", Group(name, members), 1, 0, "")
             comm = self._comm.Create_group(part, tag=Tag.GROUP)
+            self.board.leave()
             part.Free()
             group.Free()
-            members = [self.members[rank] for rank in chosen]
-            self._subsets[chosen, name] = MpiTransport(comm, members)
+            self._subsets[chosen, name] = MpiTransport(comm, members, self.board)
         return self._subsets[chosen, name]
 
     def nodes(self) -> tuple[Node, ...]:
@@ -143,7 +179,9 @@ class MpiTransport:
         return self._nodes
 
     def abort(self, code: int) -> None:
-        """`MPI_Abort` of the whole job."""
+        """`MPI_Abort` of the whole job; if that fails, this process ends in a while."""
+        self.board.end_job()
+        signal.alarm(_PATIENCE)  # whose default is to kill
         self._mpi.COMM_WORLD.Abort(code)
 
 

@@ -1,0 +1,117 @@
+"""The sentinel: a process beside the ranks of a node that outlives them by a moment.
+
+When a rank is killed, its launcher ends the others at once and prints a process number at most. The
+sentinel waits for the end of every rank, and if one ends without a word (see `Sheet.take`), it
+prints where all of them were, on the error output that it has from the first rank: launchers
+forward that until the last process has closed it. It also ends the ranks that are left a while
+after the job was to end.
+
+It runs with the bare interpreter (`start`), hence nothing but the standard library here.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from contextlib import suppress
+
+from hpcml.comm.rollcall import roll_call
+from hpcml.comm.sheet import FAILED, RUNNING, Position, Sheet
+
+_FILE = 3
+"""Descriptor of the sheet's file in the sentinel."""
+
+# Modules of the package without the package: importing that takes half a second.
+_PROGRAM = """
+import sys, types
+for name, path in (("hpcml", sys.argv[1]), ("hpcml.comm", sys.argv[1] + "/comm")):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [path]
+from hpcml.comm.sentinel import main
+main()
+"""
+
+
+def start(page: Sheet) -> None:
+    """Start the sentinel of a node over its sheet, once all its ranks have joined.
+
+    In a session of its own, as launchers end process groups. Does nothing where the ranks share no
+    sheet, or processes cannot be waited for by descriptor (Linux only).
+    """
+    if page.file is None or not hasattr(os, "pidfd_open") or not sys.executable:
+        return
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with suppress(OSError, NotImplementedError):
+        os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", "-c", _PROGRAM, package],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, page.file, _FILE),
+            ],
+            setsid=True,
+        )
+
+
+def main() -> None:
+    """Watch until the last rank is gone. Never returns."""
+    # Launchers notice the end of a rank by its connections, of which this process has copies.
+    os.closerange(_FILE + 1, 1 << 20)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # Opened anew: a lock of the same open file would be that of the first rank.
+    page = Sheet.of_file(os.open(f"/proc/self/fd/{_FILE}", os.O_RDWR))
+    with suppress(OSError):  # nobody reads the error output any more
+        _watch(page)
+    os._exit(0)
+
+
+def _watch(page: Sheet) -> None:
+    ranks: dict[int, Position] = {}
+    for position in page.positions():
+        try:
+            ranks[os.pidfd_open(position.pid)] = position
+        except ProcessLookupError:
+            _ended(page, position)
+    # Unlike poll, epoll tells of events in the order in which they came: who died first, and whom
+    # the launcher has killed since.
+    waiting = select.epoll()
+    for descriptor in ranks:
+        waiting.register(descriptor, select.EPOLLIN)
+    while ranks:
+        for descriptor, _ in waiting.poll(_patience(page)):
+            waiting.unregister(descriptor)
+            _ended(page, ranks.pop(descriptor))
+        if page.deadline() and time.monotonic() > page.deadline():
+            for descriptor in ranks:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+
+
+def _patience(page: Sheet) -> float:
+    return 0.2 if page.deadline() else 1.0
+
+
+def _ended(page: Sheet, rank: Position) -> None:
+    """Tell where the ranks are if this one has ended without a word."""
+    positions = page.positions()
+    if any(position.state == FAILED for position in positions):
+        return  # its error says more
+    state = next(position.state for position in positions if position.rank == rank.rank)
+    if state != RUNNING or not page.take():
+        return
+    now = time.monotonic()
+    why = "on another node, or " if rank.nodes > 1 else ""
+    text = (
+        f"hpcml: rank {rank.rank} (pid {rank.pid}, {rank.host}) has ended without a word: "
+        f"killed {why}by the system, for want of memory perhaps, or by a signal\n"
+        f"where the ranks of this node were:\n{roll_call(positions, now, (rank.rank,))}\n"
+    )
+    data = text.encode()
+    while data:
+        data = data[os.write(2, data) :]
