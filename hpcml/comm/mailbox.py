@@ -16,6 +16,7 @@ import numpy as np
 
 from hpcml.comm.alone import Alone
 from hpcml.comm.board import Board
+from hpcml.comm.positions import ThreadBoard
 from hpcml.comm.transport import Array, Node, Pending, Transport, Vendor, wrong_length
 
 Stream = tuple[int, int]
@@ -26,7 +27,7 @@ class Job(Protocol):
     """What the threads of a job share, as its transports see it."""
 
     nodes: tuple[Node, ...]
-    boards: Sequence[Board]
+    boards: Sequence[ThreadBoard]
     synchronous: bool
     """Sends are done only when the other rank has begun to receive."""
 
@@ -174,7 +175,7 @@ class ThreadTransport:
         self.size = len(members)
         self.rank = rank
         self.members = tuple(members)
-        self.board = job.boards[self.members[rank]]
+        self.board: Board = job.boards[self.members[rank]]
         self._key = key
         self._space = job.space(key, self.size)
         self._subsets: dict[tuple[tuple[int, ...], str], Transport] = {}

@@ -77,6 +77,9 @@ class Origin:
         error.add_note("The operation was started at:" + "".join(lines))
 
 
+_OnWay = tuple[Pending, Callable[[], Any], Callable[[], AbstractContextManager[None]]]
+
+
 class Message(Request):
     """A message on its way, and what to do when it is there."""
 
@@ -87,16 +90,16 @@ class Message(Request):
         waiting: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """`finish()` gives the result; this rank waits within `waiting()`."""
-        self._on_way: tuple[Pending, Callable[[], Any]] | None = (pending, finish)
-        self._waiting = waiting
+        # All that holds the arrays; let go when they have come or gone.
+        self._on_way: _OnWay | None = (pending, finish, waiting)
         self._origin = Origin(sys._getframe(1))
         self._result: Any = None
         self._error: Exception | None = None
 
     def wait(self) -> Any:
         """The result, once the message has gone or come."""
-        if not self.test():
-            with self._waiting():
+        if not self.test() and self._on_way is not None:
+            with self._on_way[2]():
                 self._look(_wait)
         if self._error is not None:
             raise self._error
@@ -110,7 +113,7 @@ class Message(Request):
 
     def _look(self, over: Callable[[Pending], bool]) -> None:
         assert self._on_way is not None
-        pending, finish = self._on_way
+        pending, finish, _ = self._on_way
         try:
             if over(pending):
                 self._result, self._on_way = finish(), None

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 _LOOK = 0.05
 """Seconds after which whoever waits looks whether the job has failed."""
-_GRACE = 2.0
+_GRACE = 1.0
 """Seconds for the other ranks to notice that the job has failed, before they are interrupted."""
 
 
@@ -193,7 +193,7 @@ class _Job:
     def _late(self, rank: int, members: Sequence[int], limit: float) -> str:
         mine = self.boards[rank].call()
         text = f"rank {rank} waited for other ranks longer than {limit:g} s. {self._roll_call()}"
-        if mine is None or mine.operation in ("send", "recv"):
+        if mine is None or not mine.sequence:
             return text
         missing = [
             str(member)
