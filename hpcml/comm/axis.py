@@ -67,6 +67,7 @@ class Axis(Blocking):
         nbytes = math.prod(shape) * kind.itemsize
         if self.size > 1 and nbytes and self.transport.processes:
             window = self._windows.make(nbytes)
+            self._record("share", 0)
             if window is not None:
                 return memory.adopt(window.region, window.offset, shape, kind, category, window)
         return memory.empty(shape, kind, category)

@@ -97,6 +97,7 @@ class Windows:
         """Where the ranks meet. The first use is collective."""
         if self._meeting is None:
             self._meeting = Meeting(self.local)
+            self.link.take_counts()  # setting it up is no part of the first call
         return self._meeting
 
     def make(self, nbytes: int) -> Window | None:
