@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpcml import autograd, comm, data, models, nn, optim, parallel
+    from hpcml import autograd, collectives, comm, data, models, nn, optim, parallel
     from hpcml.autograd import Tensor, cat, from_dlpack, maximum, minimum, no_grad, stack, where
     from hpcml.comm import Mesh, run
     from hpcml.parallel import parallelize
@@ -18,6 +18,7 @@ __all__ = [
     "Tensor",
     "autograd",
     "cat",
+    "collectives",
     "comm",
     "data",
     "from_dlpack",

@@ -89,7 +89,7 @@ class Halo:
         return self._index(self.plan.inside, ndim)
 
     def start(self, x: Any, out: Any = None) -> Request:
-        """Start an exchange; `wait()` gives the block with its ghosts. Do not change x until then."""
+        """Start an exchange; `wait()` gives the block `x`, unchanged till then, with its ghosts."""
         x = _array(x)
         out = _out(out, self.padded(x.shape), x)
         plan, ndim = self.plan, x.ndim
