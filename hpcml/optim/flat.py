@@ -1,7 +1,6 @@
 """Flat storage: parameters side by side in one buffer, their gradients in another, with views.
 
-One buffer is what a collective reduces at once and what a fused optimizer walks through once. The
-caller gives the allocator, so that the buffers can lie in memory that ranks share.
+One buffer is what a collective reduces at once and what a fused optimizer walks through once.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class FlatStorage:
     the whole buffer are sums over the parameters.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], allocate: Allocate = memory.zeros) -> None:
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
         self.parameters = list(parameters)
         types = {parameter.dtype for parameter in self.parameters}
         if len(types) != 1:
@@ -43,8 +42,8 @@ class FlatStorage:
             self.slices.append(slice(end, end + count))
             end += -(-count // step) * step
         self.size = end
-        self.data = allocate((end,), self.dtype, "params")
-        self.grad = allocate((end,), self.dtype, "grads")
+        self.data = memory.zeros((end,), self.dtype, "params")
+        self.grad = memory.zeros((end,), self.dtype, "grads")
         self._views: list[tuple[Array, Array]] = []  # of each parameter: its values, its gradient
         for parameter, part in zip(self.parameters, self.slices, strict=True):
             self._adopt(parameter, part)
@@ -62,6 +61,21 @@ class FlatStorage:
         if parameter.gradient is not None:
             parameter.gradient_buffer[...] = parameter.gradient
             parameter.gradient = parameter.gradient_buffer
+
+    def move_gradients(self, allocate: Allocate) -> None:
+        """Keep gradients in memory of `allocate(shape, dtype, category)` from now on.
+
+        Memory that ranks share, for example, which they reduce in place.
+        """
+        before, self.grad = self.grad, allocate((self.size,), self.dtype, "grads")
+        self.grad[...] = before
+        places = zip(self.parameters, self.slices, self._views, strict=True)
+        self._views = []
+        for parameter, part, (values, _) in places:
+            parameter.gradient_buffer = self.grad[part].reshape(parameter.shape)
+            self._views.append((values, parameter.gradient_buffer))
+            if parameter.gradient is not None:
+                parameter.gradient = parameter.gradient_buffer
 
     def span(self, parameters: Sequence[Parameter]) -> slice:
         """The part of the buffers that holds `parameters`, which must be neighbours in order."""

@@ -10,7 +10,7 @@ from hpcml import kernels, memory
 from hpcml.autograd import Tensor
 from hpcml.backend import Array
 from hpcml.nn.parameter import Parameter
-from hpcml.optim.flat import Allocate, FlatStorage
+from hpcml.optim.flat import FlatStorage
 
 Params = Iterable[Parameter] | Iterable[dict[str, Any]]
 
@@ -25,9 +25,7 @@ class Optimizer:
 
     states: tuple[str, ...] = ()
 
-    def __init__(
-        self, params: Params, defaults: dict[str, Any], allocate: Allocate = memory.zeros
-    ) -> None:
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         groups = list(params)
         if not groups:
             raise ValueError(f"{type(self).__name__} got no parameters")
@@ -49,7 +47,7 @@ class Optimizer:
         if not self.param_groups:
             raise ValueError(f"{type(self).__name__}: no parameter requires a gradient")
         everything = [p for group in self.param_groups for p in group["params"]]
-        self.storage = FlatStorage(everything, allocate)
+        self.storage = FlatStorage(everything)
         self.state: dict[str, Array] = {
             name: memory.zeros((self.storage.size,), self.storage.dtype, "optim")
             for name in self.states
@@ -115,12 +113,10 @@ class SGD(Optimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        *,
-        allocate: Allocate = memory.zeros,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening,
                     "weight_decay": weight_decay, "nesterov": nesterov}  # fmt: skip
-        super().__init__(params, defaults, allocate)
+        super().__init__(params, defaults)
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
@@ -160,11 +156,9 @@ class Adam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        allocate: Allocate = memory.zeros,
     ) -> None:
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, allocate)
+        super().__init__(params, defaults)
 
     def update(
         self, group: dict[str, Any], data: Array, grad: Array, state: dict[str, Array], scale: float
@@ -190,10 +184,8 @@ class AdamW(Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        allocate: Allocate = memory.zeros,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, allocate=allocate)
+        super().__init__(params, lr, betas, eps, weight_decay)
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

@@ -25,6 +25,12 @@ def microbatches(size: int, microbatch: int, axis: Axis) -> Iterator[slice]:
         yield slice(start, min(start + part, size))
 
 
+def share_gradients(storage: FlatStorage, axis: Axis) -> None:
+    """Let the gradients lie where the axis reduces them in place: in shared memory, on one node."""
+    if axis.size > 1:
+        storage.move_gradients(axis.empty)
+
+
 def reduce_gradients(storage: FlatStorage, axis: Axis) -> None:
     """Replace each rank's gradients by their sum over `axis`: partial -> replicated, in place.
 

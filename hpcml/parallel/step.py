@@ -68,6 +68,7 @@ def parallelize(
             raise UserError(
                 f"optimizer made a {type(made).__name__}: it must derive from hpcml.optim.Optimizer"
             )
+        data.share_gradients(made.storage, mesh["dp"])
         data.broadcast_parameters(model, made.storage, mesh["dp"])
     return Step(model, loss, made, mesh, microbatch, grad_clip, seed)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hpcml
-from hpcml import memory, nn
+from hpcml import nn
 from hpcml.autograd import Tensor
 from hpcml.optim import SGD, AdamW, FlatStorage
 from hpcml.optim.flat import ALIGNMENT
@@ -148,16 +148,24 @@ def test_first_values_do_not_depend_on_flat_storage() -> None:
         np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=name)
 
 
-def test_buffers_come_from_the_given_allocator() -> None:
-    asked = []
+def test_gradients_move_to_other_memory() -> None:
+    """What they hold comes along, and what follows lands there."""
+    a, b = nn.Parameter(np.ones(3)), nn.Parameter(np.ones(2))
+    optimizer = SGD([a, b], lr=1.0)
+    (a * Tensor(np.array([1.0, 2.0, 3.0]))).sum().backward()
+    own = np.full((16,), np.nan)
 
     def allocate(shape: tuple[int, ...], dtype: Any, category: str) -> Any:
-        asked.append((shape, np.dtype(dtype), category))
-        return memory.zeros(shape, dtype, category)
+        assert (shape, np.dtype(dtype), category) == ((16,), np.float64, "grads")
+        return own
 
-    storage = AdamW([nn.Parameter(np.ones(3))], allocate=allocate).storage
-    assert asked == [((8,), np.float64, "params"), ((8,), np.float64, "grads")]
-    assert storage.data[:3].all()
+    optimizer.storage.move_gradients(allocate)
+    np.testing.assert_array_equal(own[:3], [1, 2, 3])
+    (b * 5.0).sum().backward()
+    np.testing.assert_array_equal(own[8:10], [5, 5])
+    optimizer.step()
+    np.testing.assert_array_equal(a.numpy(), [0, -1, -2])
+    np.testing.assert_array_equal(b.numpy(), [-4, -4])
 
 
 @pytest.mark.parametrize("leave", ["another type", "another array", "another optimizer"])

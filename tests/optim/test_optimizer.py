@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcml import memory, nn
+from hpcml import nn
 from hpcml.autograd import Tensor
 from hpcml.optim import SGD, Adam, AdamW, Optimizer, clip_scale
 
@@ -102,8 +102,8 @@ class SignDescent(Optimizer):
 
     states = ("count",)
 
-    def __init__(self, params: Any, lr: float = 0.1, allocate: Any = memory.zeros) -> None:
-        super().__init__(params, {"lr": lr}, allocate)
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
 
     def update(self, group: Any, data: Any, grad: Any, state: Any, scale: float) -> None:
         data -= group["lr"] * np.sign(grad)

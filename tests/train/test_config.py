@@ -32,7 +32,7 @@ class Net:
         self.given = (vocab_size, width, rate, act, sizes, name, deep)
 
 class Opt:
-    def __init__(self, params, lr=0.1, allocate=print, betas: tuple[float, float] = (0.9, 0.99)):
+    def __init__(self, params, lr=0.1, betas: tuple[float, float] = (0.9, 0.99)):
         self.params, self.lr, self.betas = params, lr, betas
 
 def data(n: int, seed, thing: Thing = None, **others):
