@@ -239,6 +239,6 @@ class Worker:
     def _serve(self) -> None:
         here.rank = self._rank
         while (task := self._tasks.get()) is not None:
-            task.run(self._failed and self._failed.error)
+            task.run(self._failed.error if self._failed else None)
             if task.error is not None and self._failed is None:
                 self._failed = task

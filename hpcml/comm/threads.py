@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
+import math
 import platform
 import threading
 import time
@@ -17,6 +17,7 @@ from hpcml.comm.faults import Fault, Faults
 from hpcml.comm.mailbox import Space, ThreadTransport
 from hpcml.comm.positions import ThreadBoard
 from hpcml.comm.transport import Node
+from hpcml.comm.watch import limit
 
 T = TypeVar("T")
 
@@ -56,7 +57,8 @@ def run(
     no way to be fast.
 
     `nodes`: the node that each rank pretends to be on, for algorithms that look (`[0, 0, 1, 1]`).
-    `timeout`: seconds that a rank may wait for others (default: `HPCML_TIMEOUT`, else 300).
+    `timeout`: seconds that a rank may wait for others (0: no limit; default: `HPCML_TIMEOUT`, which
+    is 300 if not set).
     `faults`: what is to go wrong, see `hpcml.comm.faults`.
 
     If a rank raises, the others are woken and its exception is raised here, with a note that says
@@ -75,25 +77,16 @@ def run(
     def be(rank: int) -> None:
         results[rank] = function(*args)
 
-    _Job(be, places, _limit(timeout), Faults(faults)).run()
+    seconds = limit() if timeout is None else timeout or math.inf
+    _Job(be, places, seconds, Faults(faults)).run()
     return [results[rank] for rank in range(ranks)]
-
-
-def _limit(timeout: float | None) -> float:
-    if timeout is not None:
-        return timeout
-    text = os.environ.get("HPCML_TIMEOUT", "300")
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"HPCML_TIMEOUT={text!r} is no number of seconds: set 300") from None
 
 
 class _Job:
     """The ranks of one `run`, as a `hpcml.comm.mailbox.Job`."""
 
     def __init__(
-        self, be: Callable[[int], None], places: Sequence[int], limit: float, faults: Faults
+        self, be: Callable[[int], None], places: Sequence[int], seconds: float, faults: Faults
     ) -> None:
         """A job in which `be(rank)` is called on each rank."""
         host = platform.node()
@@ -105,14 +98,14 @@ class _Job:
             )
             for rank in range(len(places))
         ]
-        self.boards = [
+        self.boards: Sequence[ThreadBoard] = [
             ThreadBoard(thread, partial(self._begin_call, rank))
             for rank, thread in enumerate(self._threads)
         ]
         self.synchronous = faults.synchronous
         self.post = faults.post
         self._faults = faults
-        self._limit = limit
+        self._limit = seconds
         self._lock = threading.Lock()
         self._spaces: dict[Space.Key, Space] = {}
         self._failure: BaseException | None = None
@@ -154,7 +147,8 @@ class _Job:
         board = self.boards[rank]
         here.rank = Rank(ThreadTransport(self, range(len(self.boards)), rank))
         # What is to be done at the end is only known then, and is to be done whatever happens.
-        for act in itertools.chain([partial(be, rank)], here.rank.at_end):
+        first: list[Callable[[], None]] = [partial(be, rank)]
+        for act in itertools.chain(first, here.rank.at_end):
             try:
                 act()
             except BaseException as error:  # noqa: BLE001 (`run` raises it, whatever it is)
@@ -172,13 +166,13 @@ class _Job:
                 self._failure = error
 
     def _wait(
-        self, event: threading.Event, rank: int, members: Sequence[int], limit: float
+        self, event: threading.Event, rank: int, members: Sequence[int], seconds: float
     ) -> None:
-        end = time.monotonic() + limit
+        end = time.monotonic() + seconds
         while not event.wait(max(0.0, min(_LOOK, end - time.monotonic()))):
             self.check()
             if time.monotonic() >= end:
-                error = TimeoutError(self._late(rank, members, limit))
+                error = TimeoutError(self._late(rank, members, seconds))
                 self._fail(f"rank {rank}", error)
                 if self._failure is error:
                     raise error
@@ -190,9 +184,9 @@ class _Job:
             rank, operation, lambda: self._wait(never, rank, all_ranks, 2 * self._limit)
         )
 
-    def _late(self, rank: int, members: Sequence[int], limit: float) -> str:
+    def _late(self, rank: int, members: Sequence[int], seconds: float) -> str:
         mine = self.boards[rank].call()
-        text = f"rank {rank} waited for other ranks longer than {limit:g} s. {self._roll_call()}"
+        text = f"rank {rank} waited for other ranks longer than {seconds:g} s. {self._roll_call()}"
         if mine is None or not mine.sequence:
             return text
         missing = [
