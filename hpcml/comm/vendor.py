@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from hpcml.comm.transport import Array
 
 
@@ -34,6 +36,8 @@ class MpiVendor:
         """`MPI_Reduce_scatter_block`, or `MPI_Reduce_scatter` if the counts differ."""
         if _share(out, buffer):
             buffer = buffer.copy()  # MPI has no name for "my block goes where it came from"
+        if not out.size:
+            out = np.empty_like(out)  # an empty block that begins within the input counts as alias
         if len(set(counts)) == 1:
             self._comm.Reduce_scatter_block(buffer, out, self._ops[op])
         else:

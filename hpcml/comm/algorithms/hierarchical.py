@@ -13,8 +13,10 @@ from hpcml.comm.transport import Array
 def _cost(n: int, p: int, m: Machine) -> float:
     local, nodes = m.per_node, max(2, p // m.per_node)
     inside = (local - 1) / local * n * (2 * NODE.beta + NODE.gamma)
-    between = (nodes - 1) / nodes * n * (2 * m.beta + m.gamma / local)
-    return 2 * rounds(local) * NODE.alpha + inside + 2 * rounds(nodes) * m.alpha + between
+    short = rounds(nodes) * (m.alpha + n * (m.beta + m.gamma / local))
+    rest = (nodes - 1) / nodes * n * (2 * m.beta + m.gamma / local)
+    between = min(short, 2 * rounds(nodes) * m.alpha + rest)
+    return 2 * rounds(local) * NODE.alpha + inside + between
 
 
 def _applies(situation: Situation) -> bool:
@@ -29,7 +31,8 @@ def hierarchical(link: Link, x: Array, out: Array, reduction: Reduction) -> None
     the ranks that are i-th on their nodes. All s of them share the link of their node, over which
     2 (N-1)/N n bytes go each way. With the best algorithms in each step, and constants with ' for
     those within a node: 2 log2 s alpha' + (s-1)/s n (2 beta' + gamma') + 2 log2 N alpha +
-    (N-1)/N n (2 beta + gamma/s). Scratch memory as for the steps.
+    (N-1)/N n (2 beta + gamma/s), or for the last two terms log2 N (alpha + n (beta + gamma/s)) if
+    that is less. Scratch memory as for the steps.
 
     The two-level scheme of Karonis et al. 2000, "Exploiting hierarchy in parallel computer networks
     to optimize collective operation performance", with the slices of Cho et al. 2019, "BlueConnect:

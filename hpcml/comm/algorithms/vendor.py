@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hpcml.comm.algorithms.blocks import rounds
-from hpcml.comm.algorithms.registry import Machine, Situation, algorithm, span
+from hpcml.comm.algorithms.registry import Machine, Situation, algorithm, find, span
 from hpcml.comm.buffers import wire
 from hpcml.comm.ledger import volume
 from hpcml.comm.link import Link
@@ -58,6 +58,11 @@ def _exchanging(n: int, p: int, m: Machine) -> float:
     return min(short, (p - 1) * m.alpha + (p - 1) / p * n * m.beta)
 
 
+def _may_lose_nan(x: Array, reduction: Reduction) -> bool:
+    """Whether MPI leaves open what becomes of NaN, and libraries give some ranks other values."""
+    return x.dtype.kind == "f" and reduction.op in ("min", "max")
+
+
 def _library(link: Link) -> Vendor:
     assert link.vendor is not None, "the algorithm does not apply"
     return link.vendor
@@ -71,7 +76,10 @@ def _count(link: Link, operation: str, payload: int, forwards: bool = True) -> N
 
 @algorithm("allreduce", "vendor", cost=_reducing_all, applies=_reduces)
 def allreduce(link: Link, x: Array, out: Array, reduction: Reduction) -> None:
-    """`MPI_Allreduce`."""
+    """`MPI_Allreduce`; minimum and maximum of floats by messages, so that no NaN is lost."""
+    if _may_lose_nan(x, reduction):
+        find("allreduce", "recursive_doubling").run(link, x, out, reduction)
+        return
     _count(link, "all_reduce", x.nbytes)
     _library(link).allreduce(x, out, reduction.op)
 
@@ -80,7 +88,10 @@ def allreduce(link: Link, x: Array, out: Array, reduction: Reduction) -> None:
 def reduce_scatter(
     link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Reduction
 ) -> None:
-    """`MPI_Reduce_scatter` (of equal blocks: `MPI_Reduce_scatter_block`)."""
+    """`MPI_Reduce_scatter` (of equal blocks: `MPI_Reduce_scatter_block`), or as for all-reduce."""
+    if _may_lose_nan(x, reduction):
+        find("reduce_scatter", "pairwise").run(link, x, out, counts, reduction)
+        return
     _count(link, "reduce_scatter", x.nbytes)
     _library(link).reduce_scatter(x, out, counts, reduction.op)
 
@@ -101,7 +112,10 @@ def broadcast(link: Link, x: Array, root: int) -> None:
 
 @algorithm("reduce", "vendor", cost=_reducing_all, applies=_reduces)
 def reduce(link: Link, x: Array, out: Array | None, reduction: Reduction, root: int) -> None:
-    """`MPI_Reduce`."""
+    """`MPI_Reduce`, or as for all-reduce."""
+    if _may_lose_nan(x, reduction):
+        find("reduce", "binomial").run(link, x, out, reduction, root)
+        return
     _count(link, "reduce", x.nbytes, link.rank != root)
     _library(link).reduce(x, out, reduction.op, root)
 

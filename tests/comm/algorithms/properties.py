@@ -85,18 +85,27 @@ def check_order(axis: Axis, name: str, case: Case) -> None:
 
 
 def check_same_bits(axis: Axis, name: str, count: int) -> None:
-    """All ranks have the same bits of an all-reduce: also of NaN, and of zeros of either sign."""
-    random = np.random.default_rng(axis.rank)
+    """All ranks have the same bits of an all-reduce, and none has lost a NaN."""
+    inputs = [_special(rank, count) for rank in range(axis.size)]
+    nan = np.isnan(inputs).any(axis=0)
+    for op in UFUNCS:
+        case = Case("allreduce", (count, *[0] * (axis.size - 1)), np.dtype(np.float32), op)
+        if not serves(axis, name, case):
+            return
+        result = call(axis, name, case, inputs[axis.rank])
+        assert np.isnan(result[nan]).all()
+        bits = result.view(np.uint32)
+        lowest, highest = axis.allreduce(bits, "min"), axis.allreduce(bits, "max")
+        assert_same(lowest, highest)
+
+
+def _special(seed: int, count: int) -> np.ndarray:
+    """Floats with zeros of either sign, infinities and NaN among them."""
+    random = np.random.default_rng(seed)
     x = random.standard_normal(count).astype(np.float32)
     special = np.array([0.0, -0.0, np.nan, -np.nan, np.inf, -np.inf, 1e38], np.float32)
     x[::3] = random.choice(special, x[::3].size)
-    for op in UFUNCS:
-        case = Case("allreduce", (count,) + (0,) * (axis.size - 1), x.dtype, op)
-        if not serves(axis, name, case):
-            return
-        bits = call(axis, name, case, x).view(np.uint32)
-        lowest, highest = axis.allreduce(bits, "min"), axis.allreduce(bits, "max")
-        assert_same(lowest, highest)
+    return x
 
 
 def _rounded(seed: int, count: int, dtype: Any) -> np.ndarray:
