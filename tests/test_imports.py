@@ -38,7 +38,7 @@ FRONT = "hpcml"
 
 # Libraries that only these modules may import.
 HOMES = {
-    "mpi4py": ("hpcml.comm", "hpcml.cli.doctor.probe"),
+    "mpi4py": ("hpcml.comm", "hpcml.cli.doctor.probe", "hpcml.bench.mpi_peer"),
     "numba": ("hpcml.kernels", "hpcml.backend", "hpcml.cli.doctor.probe"),
     "torch": ("hpcml.bench",),
 }

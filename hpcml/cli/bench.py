@@ -1,20 +1,167 @@
-"""`hpcml bench NAME [--peer torch] [--json]`."""
+"""`hpcml bench step|collectives|halo`: see `hpcml bench NAME --help`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hpcml.comm import launch
+from hpcml.comm.algorithms import OPERATIONS
+from hpcml.errors import UserError
+
+DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
 
 
 def run(args: list[str]) -> int:
-    """Run a benchmark and print its table, or with --json its report; the exit code."""
+    """Run a benchmark and print its table, or with --json its report; the exit code.
+
+    Those of communication need several ranks: started alone, they start a job of their own.
+    """
+    options = _parser().parse_args(args)
+    if "ranks" in options and launch.read().size == 1:
+        return _in_a_job(options.ranks, args)
+    report: dict[str, Any] | None = options.measure(options)
+    if report is None:  # another rank speaks
+        return 0
+    if options.json:
+        print(json.dumps(report, indent=1))
+    else:
+        options.show(report)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hpcml bench", description="Measure, beside a peer.")
-    parser.add_argument("name", choices=["step"], help="step: a GPT training step")
-    parser.add_argument("--peer", default="", help="also measure this library: torch")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    options = parser.parse_args(args)
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+
+    def add(name: str, measure: Callable[..., Any], show: Callable[..., Any], text: str) -> Any:
+        command = names.add_parser(name, help=text, description=text)
+        command.set_defaults(measure=measure, show=show)
+        command.add_argument("--json", action="store_true", help="print the report as JSON")
+        return command
+
+    step = add("step", _step, _show_step, "a GPT training step")
+    step.add_argument("--peer", default="", help="also measure this library: torch")
+
+    text = "the collectives: every algorithm beside the MPI library, 1 KiB to 64 MiB"
+    some = add("collectives", _collectives, _show_collectives, text)
+    some.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
+    some.add_argument("--dtype", choices=DTYPES, default="float32")
+    some.add_argument("--min", type=_bytes, default=1 << 10, help="smallest size, such as 1K")
+    some.add_argument("--max", type=_bytes, default=1 << 26, help="largest size; 4 x steps between")
+    some.add_argument("--peer", default="", help="also measure all-reduce of this library: torch")
+    some.add_argument("--plot", metavar="FILE", help="draw times and bus bandwidths")
+    some.add_argument("--fit", metavar="FILE", help="write the table of the fastest algorithms")
+    text = "halo exchange in 1, 2 and 3 dimensions beside its estimate"
+    halo = add("halo", _halo, _show_halo, text)
+    for command in (some, halo):
+        command.add_argument("--ranks", type=int, default=2, help="ranks, if started alone (2)")
+        command.add_argument("--rounds", type=int, default=0, help="repetitions (a second's)")
+    return parser
+
+
+def _bytes(text: str) -> int:
+    unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
+    return int(text[:-1]) * unit if unit else int(text)
+
+
+def _in_a_job(ranks: int, args: list[str]) -> int:
+    """Run the same command with several ranks under mpiexec; its exit code."""
+    from hpcml.cli.doctor.mpi import find_mpiexec
+
+    if ranks < 2:
+        raise UserError(f"--ranks {ranks}: communication needs 2 ranks or more")
+    mpiexec = find_mpiexec()
+    if not mpiexec:
+        raise UserError("no mpiexec in PATH: install an MPI library: pip install 'hpcml[mpich]'")
+    environment = launch.without_launcher() | {
+        # Open MPI refuses root and more ranks than cores, by default.
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns),
+    }
+    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "hpcml", "bench", *args]
+    sys.stdout.flush()
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, check=False
+    ).returncode
+
+
+def _check_peer(peer: str) -> None:
+    if peer not in ("", "torch"):
+        raise UserError(f'--peer="{peer}" is unknown: use torch')
+
+
+def _step(options: argparse.Namespace) -> dict[str, Any]:
     from hpcml.bench import step
 
-    report = step.run(options.peer)
-    print(json.dumps(report, indent=1) if options.json else step.table(report))
-    return 0
+    _check_peer(options.peer)
+    return step.run(options.peer)
+
+
+def _show_step(report: dict[str, Any]) -> None:
+    from hpcml.bench import step
+
+    print(step.table(report))
+
+
+def _collectives(options: argparse.Namespace) -> dict[str, Any] | None:
+    from hpcml.bench import collectives, show
+    from hpcml.comm import Mesh
+    from hpcml.comm.guard import agree
+
+    def prepare() -> Any:  # what may be wrong is found now, not after minutes
+        _check_peer(options.peer)
+        if options.plot:
+            show.pyplot()
+        if options.fit and options.dtype.endswith("float16"):
+            raise UserError(f"--fit with --dtype {options.dtype}: fit a type that MPI can add")
+        for path in filter(None, (options.plot, options.fit)):
+            _check_writable(path)
+        return collectives.gloo(mesh) if options.peer else None
+
+    mesh = Mesh()
+    gloo = agree(mesh.world, prepare)
+    sizes = [options.min * 4**k for k in range(40) if options.min * 4**k <= options.max]
+    report = collectives.run(mesh, options.operations, options.dtype, sizes, options.rounds, gloo)
+    if mesh.rank > 0:
+        return None
+    if options.plot:
+        show.plot(report, options.plot)
+    if options.fit:
+        collectives.save_fit(report, options.fit)
+    return report
+
+
+def _show_collectives(report: dict[str, Any]) -> None:
+    from hpcml.bench import show
+
+    show.tables(report)
+
+
+def _halo(options: argparse.Namespace) -> dict[str, Any] | None:
+    from hpcml.bench import halo
+    from hpcml.comm import Mesh
+
+    mesh = Mesh()
+    report = halo.run(mesh, options.rounds)
+    return report if mesh.rank == 0 else None
+
+
+def _show_halo(report: dict[str, Any]) -> None:
+    from hpcml.bench import halo
+
+    print(halo.table(report))
+
+
+def _check_writable(path: str) -> None:
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise UserError(f"{path} cannot be written: name a file in a folder that can")
