@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from hpcml.comm.sheet import FAILED, LEFT, Call, Position, ranks_of, spell
 
+_UNEVEN = ("gather", "scatter", "alltoall")
+"""Operations whose counts may differ by rank."""
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "Z": "dead", "X": "dead"}
 
 
@@ -22,7 +23,7 @@ def roll_call(positions: list[Position], now: float, dead: tuple[int, ...] | Non
         else:
             process = "gone" if position.rank in dead else ""
         who = f"  rank {position.rank} (pid {position.pid}, {position.host}): "
-        lines.append(who + ", ".join(filter(None, [process, doing(position, now)])))
+        lines.append(who + _listed(process, doing(position, now)))
     return "\n".join(lines)
 
 
@@ -45,87 +46,70 @@ def doing(position: Position, now: float) -> str:
 def conclusion(rank: int, call: Call, positions: list[Position], now: float) -> str:
     """What the wait of this rank in this call is about: who is missing, or what does not fit."""
     known = {position.rank: position for position in positions}
-    members = [member for member in ranks_of(call.members) if member != rank]
-    if not call.sequence:
-        return _peers(call, [known[peer] for peer in members if peer in known], now)
-    there = {
-        member: _meeting(known[member], call) for member in (rank, *members) if member in known
-    }
+    others = [member for member in ranks_of(call.members) if member != rank]
+    meetings = {other: _meeting(known[other], call) for other in others if other in known}
+    ahead = [other for other in meetings if _beyond(known[other], call)]
     lines = []
-    for member, met in there.items():
-        if met is None and not _beyond(known[member], call):
-            state = process_state(known[member].pid)
-            where = ", ".join(filter(None, [state, doing(known[member], now)]))
-            lines.append(f"missing: rank {member}, {where}")
-    kinds: dict[tuple[str, int, str], list[int]] = {}
-    for member, met in there.items():
-        if met is not None:
-            kinds.setdefault((met.operation, met.elements, met.dtype), []).append(member)
-    if len(kinds) > 1:
-        said = "; ".join(
-            f"{_ranks(ranks)}: {operation} of {count} {dtype}"
-            for (operation, count, dtype), ranks in kinds.items()
-        )
-        lines.append(f"the ranks do not call the same: {said}")
-    absent = tuple(member for member in members if member not in known)
+    for other, met in meetings.items():
+        state = process_state(known[other].pid)
+        if met is None and other not in ahead:
+            lines.append(f"missing: rank {other}, {_listed(state, doing(known[other], now))}")
+        elif state:
+            lines.append(f"rank {other} has come, but is {state}")
+    absent = [other for other in others if other not in known]
     if absent:
-        lines.append(f"{_ranks(absent)} on other nodes, of which this one knows nothing")
-    if not lines:
-        lines.append(_all_there([known[member] for member in members]))
+        lines.append(f"on other nodes, of which this one knows nothing: {_ranks(absent)}")
+    if ahead:
+        lines.append(f"through with call #{call.sequence} of this axis already: {_ranks(ahead)}")
+    lines += _differences({**meetings, rank: call})
+    if ahead or not lines:
+        lines.append("to see whether all call the same, run with HPCML_DEBUG=comm")
     return "\n".join(lines)
 
 
 def process_state(pid: int) -> str:
-    """What is wrong with a process: stopped, dead, gone; empty if nothing is."""
-    if sys.platform == "linux":
-        try:
-            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-                return _STATES.get(file.read().rpartition(")")[2].split()[0], "")
-        except (OSError, IndexError):
-            return "gone"
+    """What is wrong with a process: stopped, dead, gone; empty if nothing is, or none can tell."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "gone"
-    except OSError:
-        pass
-    return ""
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return _STATES.get(file.read().rpartition(")")[2].split()[0], "")
+    except (OSError, IndexError):
+        return "gone" if os.path.isdir("/proc/self") else ""
 
 
 def _meeting(position: Position, call: Call) -> Call | None:
     """The rank's part in this call, if it has come to it."""
     for own in position.inside:
         if (own.axis, own.members, own.sequence) == (call.axis, call.members, call.sequence):
-            return own
+            return own if call.sequence else None
     return None
 
 
 def _beyond(position: Position, call: Call) -> bool:
-    """Whether the rank has come back from this call already: its part in it was done."""
-    return any(
+    """Whether the rank has come back from its part in this call already."""
+    return call.sequence > 0 and any(
         (own.axis, own.members) == (call.axis, call.members)
-        and own.sequence + own.inside > call.sequence
+        and own.sequence + (not own.inside) > call.sequence
         for own in position.calls
     )
 
 
-def _peers(call: Call, peers: list[Position], now: float) -> str:
-    return (
-        "\n".join(
-            f"not there: rank {peer.rank}, "
-            + ", ".join(filter(None, [process_state(peer.pid), doing(peer, now)]))
-            for peer in peers
-        )
-        or f"rank {call.members} is on another node"
-    )
+def _differences(meetings: dict[int, Call | None]) -> list[str]:
+    """A line on ranks that have come to the same call with other operations, types or counts."""
+    kinds: dict[tuple[str, int, str], list[int]] = {}
+    for rank, call in sorted(meetings.items()):
+        if call is not None:
+            count = 0 if call.operation in _UNEVEN else call.elements
+            kinds.setdefault((call.operation, count, call.dtype), []).append(rank)
+    said = [
+        f"{_ranks(ranks)} {operation} of {count or 'some'} {dtype}"
+        for (operation, count, dtype), ranks in kinds.items()
+    ]
+    return ["not the same call: " + "; ".join(said)] if len(said) > 1 else []
 
 
-def _all_there(others: list[Position]) -> str:
-    odd = [(other.rank, state) for other in others if (state := process_state(other.pid))]
-    if odd:
-        return "all have come, but " + ", ".join(f"rank {rank} is {state}" for rank, state in odd)
-    return "all ranks have come to this call, and it does not come back"
+def _listed(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
 
 
-def _ranks(ranks: list[int] | tuple[int, ...]) -> str:
+def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {spell(tuple(ranks))}"

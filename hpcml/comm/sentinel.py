@@ -106,10 +106,10 @@ def _ended(page: Sheet, rank: Position) -> None:
     if state != RUNNING or not page.take():
         return
     now = time.monotonic()
-    why = "on another node, or " if rank.nodes > 1 else ""
+    where = ", or on another node" if rank.nodes > 1 else ""
     text = (
         f"hpcml: rank {rank.rank} (pid {rank.pid}, {rank.host}) has ended without a word: "
-        f"killed {why}by the system, for want of memory perhaps, or by a signal\n"
+        f"killed by a signal, for want of memory, or by its MPI library{where}\n"
         f"where the ranks of this node were:\n{roll_call(positions, now, (rank.rank,))}\n"
     )
     data = text.encode()

@@ -51,10 +51,12 @@ class Call(NamedTuple):
     """File and line."""
 
     def __str__(self) -> str:
-        number = f" #{self.sequence}" if self.sequence else ""
-        ranks = f"rank {self.members}" if self.members.isdecimal() else f"ranks {self.members}"
+        if self.sequence:
+            call = f"{self.operation} #{self.sequence} on {self.axis} (ranks {self.members})"
+        else:
+            call = f"{self.operation} with rank {self.members} on {self.axis}"
         what = f", {self.elements} {self.dtype}" if self.elements else ""
-        return f"{self.operation}{number} on {self.axis} ({ranks}){what}, at {self.place}"
+        return f"{call}{what}, at {self.place}"
 
 
 class Position(NamedTuple):

@@ -14,6 +14,7 @@ from hpcml.comm.guard import StopFlag, agree
 from hpcml.data import Batches
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.optim import learning_rate
+from hpcml.parallel.replicas import check_replicas
 from hpcml.train import log, results, threads, usage
 from hpcml.train.build import Run, build
 from hpcml.train.config import Config
@@ -123,6 +124,9 @@ class _Loop:
                 self._add_usage(record, sent)
             if run.data.val is not None and (last or (every and done % every == 0)):
                 self._validate(record)
+            checks = config.run.check_replicas
+            if checks and done % checks == 0:
+                check_replicas(run.step.model.named_parameters(), run.mesh["dp"])
         finally:  # the step was made, whatever becomes of its validation
             if self.metrics is not None:
                 self.metrics.write(record)

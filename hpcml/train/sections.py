@@ -36,6 +36,9 @@ class Run:
     eval_batches: int = key(
         0, "batches of a validation (0: the whole validation part, without overlap)", low=0
     )
+    check_replicas: int = key(
+        0, "steps between checks that data-parallel copies are the same bits (0: none)", low=0
+    )
     deterministic: bool = key(False, "the same bits on any number of ranks", now=(False,))
     overwrite: bool = key(False, "replace the results in run.dir, if there are any")
     resume: bool = key(False, "go on from the last checkpoint in run.dir", now=(False,))
