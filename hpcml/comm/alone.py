@@ -59,6 +59,10 @@ class Alone:
         assert tuple(ranks) == (0,), ranks
         return self
 
+    def background(self, name: str) -> Transport:
+        """Itself: nobody waits here."""
+        return self
+
     def nodes(self) -> tuple[Node, ...]:
         """This machine."""
         return (Node(platform.node(), 0, 0, 1),)

@@ -156,7 +156,7 @@ class Axis(Blocking):
         if self.size == 1:
             return Done(getattr(self, operation)(*arguments, **options))
         if self._background is None or self._worker is None:
-            twin = self.transport.subset(range(self.size), f"{self.name} in the background")
+            twin = self.transport.background(self.name)
             self._background = Blocking(
                 self.name, twin, self.ledger, self.deterministic, self.table, " in the background"
             )

@@ -225,6 +225,10 @@ class ThreadTransport:
             )
         return self._subsets[chosen, name]
 
+    def background(self, name: str) -> Transport:
+        """Messages of their own among the same ranks; no wait here uses the CPU."""
+        return self.subset(range(self.size), f"{name} in the background")
+
     def nodes(self) -> tuple[Node, ...]:
         """The nodes that the job pretends to have, among these ranks."""
         places = [self.job.nodes[member] for member in self.members]

@@ -119,6 +119,13 @@ class Transport(Protocol):
         whose messages cannot be mistaken for this one's, as a communication thread needs it.
         """
 
+    def background(self, name: str) -> Transport:
+        """A transport among the same ranks for a communication thread, the same for each name.
+
+        Its waits leave the CPU to those who compute, and it has no vendor's collectives, which
+        would not. Collective.
+        """
+
     def nodes(self) -> tuple[Node, ...]:
         """Where each rank runs. The first call is collective."""
 

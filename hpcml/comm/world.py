@@ -14,9 +14,10 @@ from hpcml.comm.alone import Alone
 from hpcml.comm.ambient import here
 from hpcml.comm.board import Board, Group
 from hpcml.comm.launch import check_world, read
+from hpcml.comm.messages import Received, Sent
 from hpcml.comm.noted import open_board
 from hpcml.comm.tags import Tag
-from hpcml.comm.transport import Array, Node, Pending, Transport, Vendor, wrong_length
+from hpcml.comm.transport import Array, Node, Pending, Transport, Vendor
 from hpcml.comm.vendor import MpiVendor
 from hpcml.errors import UserError
 
@@ -118,16 +119,18 @@ class MpiTransport:
         self.rank: int = comm.Get_rank()
         self.members = tuple(range(self.size) if members is None else members)
         self.vendor: Vendor | None = MpiVendor(comm)
+        self.patient = False
         self.board = Board() if board is None else board
 
     def isend(self, buffer: Array, dest: int, tag: int, synchronous: bool = False) -> Pending:
         """`MPI_Isend` or `MPI_Issend`."""
         start = self._comm.Issend if synchronous else self._comm.Isend
-        return _Sent(start(buffer, dest, tag))
+        return Sent(start(buffer, dest, tag), self.patient)
 
     def irecv(self, buffer: Array, source: int, tag: int) -> Pending:
         """`MPI_Irecv`."""
-        return _Received(self._comm.Irecv(buffer, source, tag), buffer.nbytes, source, tag)
+        request = self._comm.Irecv(buffer, source, tag)
+        return Received(request, self.patient, buffer.nbytes, source, tag)
 
     def barrier(self) -> None:
         """`MPI_Barrier`."""
@@ -142,6 +145,13 @@ class MpiTransport:
                 return False
             time.sleep(0.01)
         return True
+
+    def background(self, name: str) -> Transport:
+        """`MPI_Comm_create_group`, with waits that sleep between looks."""
+        twin = self.subset(range(self.size), f"{name} in the background")
+        assert isinstance(twin, MpiTransport)
+        twin.patient, twin.vendor = True, None
+        return twin
 
     def subset(self, ranks: Sequence[int], name: str) -> Transport:
         """`MPI_Comm_create_group`, which concerns the members alone; kept, for they are few.
@@ -183,50 +193,3 @@ class MpiTransport:
         self.board.end_job()
         signal.alarm(_PATIENCE)  # whose default is to kill
         self._mpi.COMM_WORLD.Abort(code)
-
-
-class _Sent:
-    """A message that leaves."""
-
-    def __init__(self, request: Any) -> None:
-        self._request = request
-
-    def wait(self) -> None:
-        """`MPI_Wait`."""
-        self._request.Wait()
-
-    def test(self) -> bool:
-        """`MPI_Test`."""
-        return bool(self._request.Test())
-
-
-class _Received:
-    """A message that comes, and must have the length that was expected."""
-
-    def __init__(self, request: Any, nbytes: int, source: int, tag: int) -> None:
-        self._request, self._nbytes, self._source, self._tag = request, nbytes, source, tag
-        self._done = False
-
-    def wait(self) -> None:
-        """`MPI_Wait`; raises `ValueError` if a message of another length came."""
-        if not self._done:
-            self._finish(self._request.Wait)
-
-    def test(self) -> bool:
-        """`MPI_Test`; raises like `wait`."""
-        return self._done or self._finish(self._request.Test)
-
-    def _finish(self, ask: Any) -> bool:
-        from mpi4py import MPI
-
-        status = MPI.Status()
-        try:
-            self._done = bool(ask(status))
-            found: int | None = status.Get_count(MPI.BYTE) if self._done else self._nbytes
-        except MPI.Exception as error:
-            if error.Get_error_class() != MPI.ERR_TRUNCATE:
-                raise
-            found = None
-        if found != self._nbytes:
-            raise wrong_length(found, self._nbytes, self._source, self._tag)
-        return self._done
