@@ -1,4 +1,4 @@
-"""`hpcml bench step|collectives|halo`: see `hpcml bench NAME --help`."""
+"""`hpcml bench step|collectives|halo|overlap`: see `hpcml bench NAME --help`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("--fit", metavar="FILE", help="write the table of the fastest algorithms")
     text = "halo exchange in 1, 2 and 3 dimensions beside its estimate"
     halo = add("halo", _halo, _show_halo, text)
-    for command in (some, halo):
+    text = "what a communication thread hides of an all-reduce beside compute"
+    overlap = add("overlap", _overlap, _show_overlap, text)
+    for command in (some, halo, overlap):
         command.add_argument("--ranks", type=int, default=2, help="ranks, if started alone (2)")
         command.add_argument("--rounds", type=int, default=0, help="repetitions (a second's)")
     return parser
@@ -159,6 +161,21 @@ def _show_halo(report: dict[str, Any]) -> None:
     from hpcml.bench import halo
 
     print(halo.table(report))
+
+
+def _overlap(options: argparse.Namespace) -> dict[str, Any] | None:
+    from hpcml.bench import overlap
+    from hpcml.comm import Mesh
+
+    mesh = Mesh()
+    report = overlap.run(mesh, options.rounds)
+    return report if mesh.rank == 0 else None
+
+
+def _show_overlap(report: dict[str, Any]) -> None:
+    from hpcml.bench import overlap
+
+    print(overlap.table(report))
 
 
 def _check_writable(path: str) -> None:
