@@ -24,7 +24,7 @@ class Tag(IntEnum):
     """Messages of our collective algorithms: all calls of one axis come in one order."""
 
     HALO = 1003
-    """Ghost cells; the direction is added to it (up to 26 neighbours)."""
+    """Ghost cells, all that one rank has for another in one message."""
 
     AGREE = 1040
     """The sanitizer's comparison before a collective."""
