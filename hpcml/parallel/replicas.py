@@ -28,15 +28,17 @@ class ReplicaError(RuntimeError):
 def check_replicas(parameters: Iterable[tuple[str, Tensor]], axis: Axis) -> None:
     """Raise `ReplicaError` unless the named parameters have the same bits on all ranks of `axis`.
 
-    parameters: as `Module.named_parameters` gives them, replicated along `axis`. The error names the first that
-    differs, and which ranks differ from the rest. Compares hashes (BLAKE2b): 16 bytes each go to
-    all ranks. Collective.
+    parameters: as `Module.named_parameters` gives them, replicated along `axis`. The error names
+    the first that differs, and which ranks differ from the rest. Compares hashes (BLAKE2b), 16
+    bytes for each parameter. Collective.
     """
     names, digests = [], bytearray()
     for name, parameter in parameters:
         names.append(name)
         values = np.ascontiguousarray(stage(parameter.data).host)
-        digests += hashlib.blake2b(values.reshape(-1).view(np.uint8), digest_size=_DIGEST).digest()
+        digests += hashlib.blake2b(
+            values.reshape(-1).view(np.uint8).data, digest_size=_DIGEST
+        ).digest()
     if not names:
         return
     found = axis.allgather(np.frombuffer(digests, np.uint8))
@@ -52,10 +54,11 @@ def _report(axis: Axis, name: str, digests: np.ndarray[Any, Any], count: int) ->
         groups.setdefault(digest.tobytes(), []).append(rank)
     # The largest group first; among equal ones that of the lowest rank.
     usual, *others = sorted(groups.values(), key=len, reverse=True)
+    odd = sorted(rank for group in others for rank in group)
     more = f" (and {count - 1} more)" if count > 1 else ""
     return (
         f"replicas along {axis.name} have drifted apart: parameter {name}{more} differs on "
-        f"{_ranks(sorted(sum(others, [])))} from {_ranks(usual)}"
+        f"{_ranks(odd)} from {_ranks(usual)}"
     )
 
 
