@@ -95,15 +95,21 @@ class Chooser:
         if chosen is None:
             if len(self._chosen) >= _REMEMBERED:
                 self._chosen.clear()
-            count = nbytes // dtype.itemsize if agreed else sys.maxsize
-            situation = self._situation(operation, count, is_half(dtype), even)
-            if name is not None:
-                chosen = named(operation, name, situation)
-            else:
-                size = nbytes if agreed else _LONG
-                chosen = choose(operation, size, situation, self._link.table)
+            chosen = self._fresh(operation, nbytes if agreed else None, dtype, even, name)
             self._chosen[key] = chosen
         return chosen
+
+    def _fresh(
+        self, operation: str, nbytes: int | None, dtype: np.dtype[Any], even: bool, name: str | None
+    ) -> Algorithm:
+        """As `pick`; `nbytes` is None where ranks do not know each other's."""
+        if name is not None:  # the caller may know
+            count = (nbytes or 0) // dtype.itemsize
+            return named(operation, name, self._situation(operation, count, is_half(dtype), even))
+        count = sys.maxsize if nbytes is None else nbytes // dtype.itemsize
+        situation = self._situation(operation, count, is_half(dtype), even)
+        size = _LONG if nbytes is None else nbytes
+        return choose(operation, size, situation, self._link.table)
 
     def _situation(self, operation: str, count: int, half: bool, even: bool) -> Situation:
         vendor = self._link.vendor
