@@ -65,12 +65,16 @@ class Axis(Blocking):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         kind = np.dtype(dtype)
         nbytes = math.prod(shape) * kind.itemsize
+        window = None
         if self.size > 1 and nbytes and self.transport.processes:
             window = self._windows.make(nbytes)
             self._record("share", 0)
-            if window is not None:
-                return memory.adopt(window.region, window.offset, shape, kind, category, window)
-        return memory.empty(shape, kind, category)
+        made: Array
+        if window is None:
+            made = memory.empty(shape, kind, category)
+        else:
+            made = memory.adopt(window.region, window.offset, shape, kind, category, window)
+        return made
 
     def iallreduce(self, x: Any, op: str = "sum", out: Any = None, **options: Any) -> Request:
         """`allreduce`, beside the caller."""

@@ -409,9 +409,9 @@ class Blocking:
         """Note on the board that a collective begins, or the wait for one other rank."""
         if peer is None:
             self._sequence += 1
-            self.transport.board.enter(operation, self._group, self._sequence, count, dtype.name)
+            self.transport.board.enter(operation, self._group, self._sequence, count, dtype)
         else:
-            self.transport.board.enter(operation, self._pairs[peer], 0, count, dtype.name)
+            self.transport.board.enter(operation, self._pairs[peer], 0, count, dtype)
 
     def _record(self, operation: str, payload: int) -> None:
         self.ledger.record(

@@ -30,7 +30,7 @@ class Board:
     Calls do not nest: within one, a thread enters no other.
     """
 
-    def enter(self, operation: str, group: Group, sequence: int, count: int, dtype: str) -> None:
+    def enter(self, operation: str, group: Group, sequence: int, count: int, dtype: object) -> None:
         """Note that this thread enters a call that waits for other ranks.
 
         `sequence`: number of the call among the collectives of this group; 0 for messages between

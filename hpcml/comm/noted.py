@@ -102,7 +102,7 @@ class NodeBoard(Board):
         self.index = index
         self.rank = rank
         self._slots: dict[int, int] = {}
-        self._texts: dict[tuple[int, str, str], tuple[Group, bytes]] = {}
+        self._texts: dict[tuple[int, str, object], tuple[Group, bytes]] = {}
         self._places: dict[_Key, tuple[bytes, CodeType, CodeType]] = {}
         self._layers: dict[str, int] = {}
         page.join(index, rank, platform.node(), nodes, monotonic())
@@ -110,11 +110,11 @@ class NodeBoard(Board):
         # A child made by fork must not speak for its parent.
         atexit.register(lambda: self.mark(sheet.LEFT) if os.getpid() == mine else None)
 
-    def enter(self, operation: str, group: Group, sequence: int, count: int, dtype: str) -> None:
+    def enter(self, operation: str, group: Group, sequence: int, count: int, dtype: object) -> None:
         """Note a call, with the line that makes it. A microsecond: one store of a fixed record."""
         known = self._texts.get((id(group), operation, dtype))
         if known is None:
-            text = sheet.call_text(operation, group.name, group.members, dtype)
+            text = sheet.call_text(operation, group.name, group.members, str(dtype))
             known = self._texts[id(group), operation, dtype] = (group, text)
         place = here.place
         pack_call(

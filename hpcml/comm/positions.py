@@ -25,7 +25,7 @@ class Call:
     group: Group
     sequence: int
     count: int
-    dtype: str
+    dtype: object
     place: str
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class ThreadBoard(Board):
         self._on_call = on_call
         self._calls: dict[int, Call] = {}
 
-    def enter(self, operation: str, group: Group, sequence: int, count: int, dtype: str) -> None:
+    def enter(self, operation: str, group: Group, sequence: int, count: int, dtype: object) -> None:
         """Note a call, with the line of the program that makes it."""
         self._on_call(operation)
         place = here.place or place_of(sys._getframe(1))
