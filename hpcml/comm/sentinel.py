@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -62,8 +61,6 @@ def main() -> None:
     """Watch until the last rank is gone. Never returns."""
     # Launchers notice the end of a rank by its connections, of which this process has copies.
     os.closerange(_FILE + 1, 1 << 20)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     # Opened anew: a lock of the same open file would be that of the first rank.
     page = Sheet.of_file(os.open(f"/proc/self/fd/{_FILE}", os.O_RDWR))
     with suppress(OSError):  # nobody reads the error output any more
@@ -88,6 +85,8 @@ def _watch(page: Sheet) -> None:
             waiting.unregister(descriptor)
             _ended(page, ranks.pop(descriptor))
         if page.deadline() and time.monotonic() > page.deadline():
+            import signal  # seldom needed, and takes a while
+
             for descriptor in ranks:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)

@@ -64,7 +64,7 @@ class Watch:
             before = time.monotonic()
             time.sleep(self.pause)
             now = time.monotonic()
-            if now - before > self.pause + max(1.0, self.seconds / 2):
+            if now - before > self.pause + max(1.0, self.seconds / 10):
                 self.awake = now
             self.board.look()
             call = self.board.waiting()

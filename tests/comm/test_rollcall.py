@@ -155,7 +155,7 @@ except UserError as error:
 """
     code, output = ended(job(2, program, HPCML_TIMEOUT="soon"))
     assert code == 2 and output.startswith("hpcml: error: HPCML_TIMEOUT='soon' is no number")
-    assert output.count("\n") == 1
+    assert output.count("hpcml") == 1
 
 
 # Ranks on one sheet, within this process
