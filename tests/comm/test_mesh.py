@@ -29,6 +29,12 @@ class Elsewhere(Alone):
         return Elsewhere([self._nodes[rank] for rank in ranks], list(ranks).index(self.rank))
 
 
+@pytest.fixture
+def no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that are not there cannot agree on the table of algorithms."""
+    monkeypatch.setattr("hpcml.comm.mesh.agreed", lambda transport: {})
+
+
 def test_a_mesh_of_one_rank() -> None:
     mesh = Mesh(Alone())
     assert (mesh.size, mesh.rank, mesh.world.size) == (1, 0, 1)
@@ -58,6 +64,7 @@ def test_ranks_are_counted_node_by_node() -> None:
     assert placement(tuple(filled)) == tuple(range(6))
 
 
+@pytest.mark.usefixtures("no_table")
 def test_the_map_shows_coordinates_and_hosts() -> None:
     nodes = [Node(f"n{i // 2}", i // 2, i % 2, 2) for i in range(4)]
     mesh = Mesh(Elsewhere(nodes, rank=2), dp=2, tp=2)
@@ -73,6 +80,7 @@ def test_the_map_shows_coordinates_and_hosts() -> None:
     ]
 
 
+@pytest.mark.usefixtures("no_table")
 def test_the_map_of_a_large_mesh_is_listed_by_host() -> None:
     nodes = [Node(f"n{i // 64}", i // 64, i % 64, 64) for i in range(128)]
     lines = Mesh(Elsewhere(nodes), pp=2, dp=16, tp=4).describe().splitlines()
