@@ -20,6 +20,7 @@ class Elsewhere(Alone):
     def __init__(self, nodes: Sequence[Node], rank: int = 0) -> None:
         self.size = len(nodes)
         self.rank = rank
+        self.members = tuple(range(self.size))
         self._nodes = tuple(nodes)
 
     def nodes(self) -> tuple[Node, ...]:
