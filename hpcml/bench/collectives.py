@@ -31,6 +31,7 @@ from hpcml.comm.algorithms import OPERATIONS, Situation
 from hpcml.comm.algorithms.choosing import fitting
 from hpcml.comm.choice import Measurement, fit, save
 from hpcml.comm.reduction import is_half
+from hpcml.comm.staging import stage
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -101,7 +102,7 @@ class Case:
             expected = np.ones(1)
         else:
             expected = np.arange(1.0, p + 1)
-        found = self.out.reshape(expected.size, -1).astype(np.float64)
+        found = stage(self.out).host.reshape(expected.size, -1).astype(np.float64)
         if not np.allclose(found, expected[:, None], rtol=1e-2):
             raise RuntimeError(f"{self.operation} by {name}: wrong at {self.payload} bytes")
 

@@ -75,20 +75,15 @@ def _bytes(text: str) -> int:
 
 def _in_a_job(ranks: int, args: list[str]) -> int:
     """Run the same command with several ranks under mpiexec; its exit code."""
-    from hpcml.cli.doctor.mpi import find_mpiexec
+    from hpcml.cli.doctor.mpi import PERMISSIVE, find_mpiexec
 
     if ranks < 2:
         raise UserError(f"--ranks {ranks}: communication needs 2 ranks or more")
     mpiexec = find_mpiexec()
     if not mpiexec:
         raise UserError("no mpiexec in PATH: install an MPI library: pip install 'hpcml[mpich]'")
-    environment = launch.without_launcher() | {
-        # Open MPI refuses root and more ranks than cores, by default.
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns),
-    }
+    width = shutil.get_terminal_size((120, 24)).columns  # the ranks have no terminal
+    environment = launch.without_launcher() | PERMISSIVE | {"COLUMNS": str(width)}
     command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "hpcml", "bench", *args]
     sys.stdout.flush()
     return subprocess.run(

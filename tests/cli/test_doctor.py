@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hpcml.cli import doctor
-from hpcml.cli.doctor import child, gpu, host, mpi, report
+from hpcml.cli.doctor import cells, child, gpu, host, mpi, report
 from hpcml.cli.doctor.child import Outcome
 from hpcml.cli.doctor.report import Row
 
@@ -22,7 +22,10 @@ NAMES = {
     "python", "numpy", "numba", "blas", "cores", "shared memory", "mpi library", "mpiexec", "srun",
     "cupy", "gpus", "devices of ranks", "mpi on gpu memory",
 }  # fmt: skip
-JOB = {"mpi4py", "mpi job", "thread level", "ranks per node", "core masks", "blas threads"}
+JOB = {
+    "mpi4py", "mpi job", "thread level", "ranks per node", "core masks", "blas threads",
+    "communication", "communication thread", "shared windows", "16-bit sums of mpi",
+}  # fmt: skip
 RANKS: list[dict[str, Any]] = [
     {"host": "a", "local_rank": 0, "cores": [0, 1], "blas_threads": 2, "device": None},
     {"host": "a", "local_rank": 1, "cores": [0, 1], "blas_threads": 2, "device": None},
@@ -52,6 +55,10 @@ def test_the_report_is_whole_and_its_process_has_no_mpi() -> None:
         assert set(checks) == NAMES | JOB
         assert checks["mpi job"]["status"] == "ok"
         assert checks["ranks per node"]["value"].startswith("2 on ")
+        assert checks["communication"]["status"] == "ok"
+        tried = [tuple(call[key] for key in cells.Cell._fields) for call in found["calls"]]
+        assert tried == cells.plan(device=False)
+        assert {call["status"] for call in found["calls"]} == {"ok"}
 
 
 @pytest.mark.skipif(not mpi.find_mpiexec(), reason="no mpiexec")
@@ -70,6 +77,11 @@ def test_a_job_of_doctors_gives_one_report() -> None:
     [
         ("import os; os.abort()", "killed by SIGABRT"),
         ("import sys; sys.exit(7)", "exit code 7"),
+        ("import sys; sys.exit(139)", "killed by SIGSEGV"),
+        (
+            "import sys; print('... EXIT STRING: Bus error (signal 7)'); sys.exit(7)",
+            "killed by SIGBUS",
+        ),
         ("raise RuntimeError('no luck')", "exit code 1: RuntimeError: no luck"),
         ("print('hello')", "no result"),
         ("print('{broken')", "no result"),
@@ -118,7 +130,7 @@ def test_a_probe_gets_neither_the_launchers_variables_nor_a_missing_program(
 def test_only_the_first_rank_reports(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda: [Row("a", "fail", "b", "c")])
+    monkeypatch.setattr(doctor, "examine", lambda: ([Row("a", "fail", "b", "c")], {}))
     assert doctor.run([]) == 1
     assert capsys.readouterr().out == "fail    a  b\n           -> c\n"
     monkeypatch.setenv("PMI_SIZE", "2")
@@ -129,7 +141,7 @@ def test_only_the_first_rank_reports(
 
 def test_only_a_failure_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        doctor, "examine", lambda: [Row("a", "warn", "b"), Row("c", "absent", "[d]")]
+        doctor, "examine", lambda: ([Row("a", "warn", "b"), Row("c", "absent", "[d]")], {})
     )
     assert doctor.run(["--json"]) == doctor.run([]) == 0
 
@@ -226,6 +238,8 @@ def test_jobs_that_go_wrong() -> None:
     assert status(size=1) == status(sums=False) == "fail"
     (row,) = mpi.job(Outcome(failure="no answer within 60 s"))
     assert row.status == "fail" and "no answer" in row.value
+    (row,) = mpi.job(Outcome(failure="killed by SIGBUS"))
+    assert "--shm-size" in row.remedy
     assert mpi.thread_level("SINGLE").status == "warn"
 
 

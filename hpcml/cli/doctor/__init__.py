@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
-from hpcml.cli.doctor import gpu, host, mpi, report
+from hpcml.cli.doctor import cells, communication, gpu, host, mpi, report
 from hpcml.cli.doctor.child import probe
+from hpcml.cli.doctor.communication import Results
 from hpcml.cli.doctor.report import Row
 
 
@@ -23,18 +25,21 @@ def run(args: list[str]) -> int:
     options = parser.parse_args(args)
     if not first_rank():
         return 0
-    rows = examine()
+    rows, results = examine()
     if options.json:
-        print(report.as_json(rows))
-    elif sys.stdout.isatty():
-        report.show(rows)
+        print(report.as_json(rows, communication.plain(results)))
     else:
-        print(report.as_text(rows))
+        if sys.stdout.isatty():
+            report.show(rows)
+        else:
+            print(report.as_text(rows))
+        if results:
+            print("", *communication.table(results), sep="\n")
     return 0 if report.healthy(rows) else 1
 
 
-def examine() -> list[Row]:
-    """Return all findings."""
+def examine() -> tuple[list[Row], Results]:
+    """Return all findings, and how every kind of call went."""
     rows = [
         host.python(),
         host.numpy(),
@@ -47,17 +52,23 @@ def examine() -> list[Row]:
     mpiexec = mpi.find_mpiexec()
     rows += mpi.library(library) + mpi.launchers(mpiexec)
     ranks = []
-    can_start = bool(library.found and mpiexec)
-    if can_start:
-        job = mpi.start(mpiexec, "ranks", library.found["library"])
-        rows += mpi.job(job)
+    can_start = False
+    if library.found and mpiexec:
+        job = mpi.start(mpiexec, "ranks")
+        job_rows = mpi.job(job)
+        rows += job_rows
         ranks = job.found.get("ranks", [])
+        can_start = job_rows[0].status == "ok"
     devices = probe("cupy") if gpu.installed() else None
     rows += [*gpu.cupy(devices), gpu.chosen(ranks)]
-    some = devices is not None and devices.found.get("devices")
-    buffers = (
-        mpi.start(mpiexec, "device_buffers", library.found["library"])
-        if some and can_start
-        else None
+    some = bool(devices is not None and devices.found.get("devices"))
+    rows.append(
+        gpu.device_buffers(mpi.start(mpiexec, "device_buffers") if some and can_start else None)
     )
-    return [*rows, gpu.device_buffers(buffers)]
+    results: Results = {}
+    if can_start:
+        for device in (False, True)[: 1 + some]:
+            start = partial(mpi.try_cells, mpiexec)
+            results |= communication.survey(start, cells.plan(device))
+        rows += communication.rows(results)
+    return rows, results

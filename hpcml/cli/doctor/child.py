@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,28 @@ def run(
 
     A crash, a hang beyond `limit` seconds and anything else that is no object is a failure.
     """
+    ended = start(command, limit, env)
+    lines = [line for line in ended.output.splitlines() if line.startswith("{")]
+    try:
+        found = json.loads(lines[-1]) if lines and not ended.failure else None
+    except json.JSONDecodeError:
+        found = None
+    if isinstance(found, dict):
+        return Outcome(found)
+    return Outcome(failure=ended.failure or _with_reason("no result", ended.errors))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command printed, and how it failed; an empty string if it did not."""
+
+    output: str
+    errors: str
+    failure: str
+
+
+def start(command: Sequence[str], limit: float, env: Mapping[str, str] | None = None) -> Ended:
+    """Run a command for at most `limit` seconds, with its children."""
     environment = launch.without_launcher() | dict(env or {})
     paths = [str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -53,41 +76,42 @@ def run(
             start_new_session=True,  # a launcher has children: they end with it
         )
     except OSError as error:
-        return Outcome(failure=f"cannot start {command[0]} ({error.strerror})")
+        return Ended("", "", f"cannot start {command[0]} ({error.strerror})")
     with process:
         try:
             output, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            _end(process)
-            return Outcome(failure=f"no answer within {limit:.0f} s")
-    return _read(process.returncode, output, errors)
+            return Ended(*_end(process), f"no answer within {limit:.0f} s")
+    return Ended(output, errors, _how(process.returncode, output, errors))
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a process group: a launcher gets the time to end its ranks on all nodes."""
+def _end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a process group: a launcher gets the time to end its ranks on all nodes; the output."""
     for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, number)
-            process.communicate(timeout=patience)
+            return process.communicate(timeout=patience)
         except ProcessLookupError:
-            return
+            return process.communicate()
         except subprocess.TimeoutExpired:
             continue
+    return "", ""
 
 
-def _read(code: int, output: str, errors: str) -> Outcome:
-    lines = [line for line in output.splitlines() if line.startswith("{")]
-    try:
-        found = json.loads(lines[-1]) if lines else None
-    except json.JSONDecodeError:
-        found = None
-    if code == 0 and isinstance(found, dict):
-        return Outcome(found)
-    said = [line.strip() for line in errors.splitlines() if line.strip()]
+def _how(code: int, output: str, errors: str) -> str:
+    """How a command failed, by its exit code; an empty string if it did not."""
+    if code == 0:
+        return ""
+    # Launchers add 128 to a signal, as shells do; Hydra exits with the bare number, but prints it.
+    said = re.search(r"EXIT STRING: .*\(signal (\d+)\)", output)
+    number = int(said[1]) if said else code - 128
     if code < 0:
-        how = f"killed by {signal.Signals(-code).name}"
-    elif code > 0:
-        how = f"exit code {code}"
-    else:
-        how = "no result"
-    return Outcome(failure=how + (f": {said[-1][:200]}" if said else ""))
+        return _with_reason(f"killed by {signal.Signals(-code).name}", errors)
+    if number in {known.value for known in signal.Signals}:
+        return f"killed by {signal.Signals(number).name}"
+    return _with_reason(f"exit code {code}", errors)
+
+
+def _with_reason(how: str, errors: str) -> str:
+    said = [line.strip() for line in errors.splitlines() if line.strip()]
+    return how + (f": {said[-1][:200]}" if said else "")

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpcml.cli.doctor import child
-from hpcml.cli.doctor.child import Outcome
+from hpcml.cli.doctor.cells import Cell
+from hpcml.cli.doctor.child import Ended, Outcome
 from hpcml.cli.doctor.host import spans
 from hpcml.cli.doctor.report import Row
 
 INSTALL = "pip install 'hpcml[mpich]', or load your site's MPI and build mpi4py against it"
 RANKS = 2
+
+PERMISSIVE = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+"""For Open MPI, which refuses root and more ranks than cores by default."""
 
 
 def library(outcome: Outcome, environ: Mapping[str, str] = os.environ) -> list[Row]:
@@ -85,16 +94,16 @@ def launchers(path: str) -> list[Row]:
     return [first, Row("srun", "ok", srun) if srun else Row("srun", "absent", "no Slurm here")]
 
 
-def start(mpiexec: str, name: str, library_name: str) -> Outcome:
+def start(mpiexec: str, name: str) -> Outcome:
     """Run a probe with two ranks."""
-    env = {}
-    if "Open MPI" in library_name:  # it refuses root and more ranks than cores, by default
-        env = {
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        }
-    return child.probe(name, mpiexec, "-n", str(RANKS), env=env)
+    return child.probe(name, mpiexec, "-n", str(RANKS), env=PERMISSIVE)
+
+
+def try_cells(mpiexec: str, cells: Sequence[Cell]) -> Ended:
+    """Run a job of two ranks that tries these calls."""
+    program = [sys.executable, "-m", "hpcml.cli.doctor.trial", json.dumps(cells)]
+    command = [mpiexec, "-n", str(RANKS), *program]
+    return child.start(command, 2 * child.LIMIT, PERMISSIVE | {"OMP_NUM_THREADS": "1"})
 
 
 def job(outcome: Outcome) -> list[Row]:
@@ -102,6 +111,8 @@ def job(outcome: Outcome) -> list[Row]:
     found = outcome.found
     remedy = "use the mpiexec that belongs to the MPI library mpi4py loads"
     if not found:
+        if "SIGBUS" in outcome.failure:  # memory that is granted and then cannot be had
+            remedy = "MPI lacks shared memory: docker run --shm-size=8g, or remount /dev/shm larger"
         return [Row("mpi job", "fail", f"{RANKS} ranks: {outcome.failure}", remedy)]
     if found["size"] != RANKS:
         value = f"{RANKS} ranks started, each in a world of {found['size']}"

@@ -127,6 +127,19 @@ def device_buffers() -> Found:
     return {"send": all(s for s, _ in every), "allreduce": all(r for _, r in every)}
 
 
+def native_sum(dtype: str) -> str:
+    """Say what comes of adding 16-bit floats by the MPI library itself. Collective."""
+    from hpcml import backend
+
+    mpi = importlib.import_module("mpi4py.MPI")
+    x = np.ones(1 << 10, backend.dtype(dtype))
+    known = getattr(mpi, "FLOAT16_T" if dtype == "float16" else "BFLOAT16_T", mpi.DATATYPE_NULL)
+    if known == mpi.DATATYPE_NULL:  # not to be tried: some libraries die of it
+        return "unknown to it"
+    mpi.COMM_WORLD.Allreduce(mpi.IN_PLACE, [x.view(np.uint16), known], mpi.SUM)
+    return "right" if (x.astype(np.float32) == mpi.COMM_WORLD.size).all() else "wrong"
+
+
 def _device_of(local_rank: int) -> int | None:
     """Return the number of the GPU a rank takes, or None without CuPy or a GPU."""
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -23,9 +23,13 @@ class Row:
     remedy: str = ""
 
 
-def as_json(rows: Sequence[Row]) -> str:
-    """Return the report as one JSON object: `ok`, and `checks`, a list of the rows."""
-    return json.dumps({"ok": healthy(rows), "checks": [asdict(row) for row in rows]}, indent=2)
+def as_json(rows: Sequence[Row], calls: Sequence[Mapping[str, str]]) -> str:
+    """Return the report as one JSON object: `ok`, `checks`, a list of the rows, and `calls`.
+
+    calls: how every kind of call of the communication went.
+    """
+    checks = [asdict(row) for row in rows]
+    return json.dumps({"ok": healthy(rows), "checks": checks, "calls": list(calls)}, indent=2)
 
 
 def healthy(rows: Sequence[Row]) -> bool:
