@@ -105,7 +105,9 @@ class NodeBoard(Board):
         self._texts: dict[tuple[int, str, object], tuple[Group, bytes]] = {}
         self._places: dict[_Key, tuple[bytes, CodeType, CodeType]] = {}
         self._layers: dict[str, int] = {}
-        page.join(index, rank, platform.node(), nodes, monotonic())
+        # Closed by the system when this process dies, before it counts as dead: see the sentinel.
+        self._pipe = os.pipe()
+        page.join(index, rank, platform.node(), nodes, self._pipe[0], monotonic())
         mine = os.getpid()
         # A child made by fork must not speak for its parent.
         atexit.register(lambda: self.mark(sheet.LEFT) if os.getpid() == mine else None)

@@ -69,41 +69,53 @@ def main() -> None:
 
 
 def _watch(page: Sheet) -> None:
+    # A dying process closes its files first, among them the connection that the launcher watches,
+    # and counts as dead last, when the launcher may have killed others already. So the ends of the
+    # pipes tell who died first, if they are told in their order: epoll does that, poll does not.
+    waiting = select.epoll()
     ranks: dict[int, Position] = {}
+    pipes: dict[int, Position] = {}
+    closed: list[Position] = []
     for position in page.positions():
         try:
-            ranks[os.pidfd_open(position.pid)] = position
+            process = os.pidfd_open(position.pid)
         except ProcessLookupError:
-            _ended(page, position)
-    # Unlike poll, epoll tells of events in the order in which they came: who died first, and whom
-    # the launcher has killed since.
-    waiting = select.epoll()
-    for descriptor in ranks:
-        waiting.register(descriptor, select.EPOLLIN)
+            _ended(page, [position])
+            continue
+        ranks[process] = position
+        waiting.register(process, select.EPOLLIN)
+        with suppress(OSError):  # gone since
+            name = f"/proc/{position.pid}/fd/{position.pipe}"
+            pipe = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
+            pipes[pipe] = position
+            waiting.register(pipe, select.EPOLLIN)
     while ranks:
         for descriptor, _ in waiting.poll(_patience(page)):
             waiting.unregister(descriptor)
-            _ended(page, ranks.pop(descriptor))
+            if descriptor in pipes:
+                closed.append(pipes[descriptor])
+            else:
+                _ended(page, [*closed, ranks.pop(descriptor)])
         if page.deadline() and time.monotonic() > page.deadline():
             import signal  # seldom needed, and takes a while
 
-            for descriptor in ranks:
+            for process in ranks:
                 with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
 def _patience(page: Sheet) -> float:
     return 0.2 if page.deadline() else 1.0
 
 
-def _ended(page: Sheet, rank: Position) -> None:
-    """Tell where the ranks are if this one has ended without a word."""
+def _ended(page: Sheet, ended: list[Position]) -> None:
+    """Tell where the ranks are if one of these, the first of them first, ended without a word."""
     positions = page.positions()
-    if any(position.state == FAILED for position in positions):
-        return  # its error says more
-    state = next(position.state for position in positions if position.rank == rank.rank)
-    if state != RUNNING or not page.take():
+    states = {position.rank: position.state for position in positions}
+    silent = [rank for rank in ended if states[rank.rank] == RUNNING]
+    if not silent or FAILED in states.values() or not page.take():  # else an error says more
         return
+    rank = silent[0]
     now = time.monotonic()
     where = ", or on another node" if rank.nodes > 1 else ""
     text = (

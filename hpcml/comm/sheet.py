@@ -20,11 +20,11 @@ THREADS = 8
 
 _MAGIC = b"hpcml-1\0"
 _HEADER = struct.Struct("<8sIIdQ")  # magic, ranks, told, deadline
-_RANK = struct.Struct("<B3xIIId64s256s")  # state, pid, rank, nodes, since, host, line
+_RANK = struct.Struct("<B3xIIII4xd64s256s")  # state, pid, rank, nodes, pipe, since, host, line
 _CALL = struct.Struct("<B7xdQQ128s320s")  # state, since, sequence, count, call, place
 _LEFT = struct.Struct("<B7xd")  # how a call's record begins
 _TOLD, _DEADLINE = 12, 16
-_LINE = 88
+_LINE = 96
 _SIZE = _RANK.size + THREADS * _CALL.size
 
 RUNNING, LEFT, FAILED = 0, 1, 2
@@ -67,6 +67,8 @@ class Position(NamedTuple):
     host: str
     nodes: int
     """Nodes of the job."""
+    pipe: int
+    """Descriptor in that process of the end to read of a pipe that it never writes to."""
     state: int
     since: float
     """When it joined."""
@@ -112,11 +114,10 @@ class Sheet:
         """Write the header; once, by whoever made the memory."""
         _HEADER.pack_into(self.memory, 0, _MAGIC, ranks, 0, 0.0, 0)
 
-    def join(self, index: int, rank: int, host: str, nodes: int, now: float) -> None:
+    def join(self, index: int, rank: int, host: str, nodes: int, pipe: int, now: float) -> None:
         """Write a rank's own record."""
-        at = place_of(index)
-        name = host.encode()[:63]
-        _RANK.pack_into(self.memory, at, RUNNING, os.getpid(), rank, nodes, now, name, b"")
+        me = (RUNNING, os.getpid(), rank, nodes, pipe, now, host.encode()[:63], b"")
+        _RANK.pack_into(self.memory, place_of(index), *me)
 
     def mark(self, index: int, state: int) -> None:
         """Note that a rank ends."""
@@ -159,13 +160,15 @@ class Sheet:
     def position(self, index: int) -> Position:
         """Where one of them is."""
         at = place_of(index)
-        state, pid, rank, nodes, since, host, line = _RANK.unpack_from(self.memory, at)
+        state, pid, rank, nodes, pipe, since, host, line = _RANK.unpack_from(self.memory, at)
         calls = []
         for slot in range(THREADS):
             raw = _CALL.unpack_from(self.memory, call_of(index, slot))
             if raw[0]:
                 calls.append(_call(*raw))
-        return Position(rank, pid, _text(host), nodes, state, since, _text(line), tuple(calls))
+        return Position(
+            rank, pid, _text(host), nodes, pipe, state, since, _text(line), tuple(calls)
+        )
 
 
 def size_for(ranks: int) -> int:
