@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,10 @@ class Meeting:
         self.ranks, self.members = (local.size, local.rank), local.members
         shared = kernels.compiled("float32").shared
         self._begin, self._meet, self._stride = shared.begin, shared.meet, shared.FLAGS
+        self._sums = {
+            np.dtype(name): kernels.compiled(name).shared.sum_together
+            for name in ("float32", "float64")
+        }
         region = share(local, mmap.PAGESIZE)
         assert region is not None, "no room for a page, after room for a window"
         self.flags: Array = np.frombuffer(region, np.int64)
@@ -74,6 +79,18 @@ class Meeting:
         self.epoch += 1
         while self._meet(self.flags, *self.ranks, self.epoch, *self.patience) >= 0:
             time.sleep(_NAP)
+
+    def sum(self, call: Place, rows: Array, results: Array, *bounds: Any) -> None:
+        """`begin`, the sum of floats that `sum_rows` of the kernels makes, and `meet`."""
+        self.epoch += 2
+        together, ranks = self._sums[rows.dtype], self.ranks[0]
+        fixed = (self.flags, *self.ranks, self.epoch - 1, *self.patience, *call)
+        late = together(*fixed, False, rows, results, *bounds)
+        while late != -1:
+            if late == -2:
+                raise ValueError(self._mismatch())
+            time.sleep(_NAP)
+            late = together(*fixed, late >= ranks, rows, results, *bounds)
 
     def _mismatch(self) -> str:
         rows = self.flags.reshape(-1, self._stride)[: self.ranks[0], 1:5].tolist()

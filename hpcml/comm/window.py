@@ -43,6 +43,8 @@ class Plan:
     """Bytes written into memory of others, or fetched by them."""
     home: slice | None = None
     """Where in the result the input is copied first."""
+    sums: tuple[Any, ...] | None = None
+    """The arguments of `Meeting.sum` where that does it all; results None: the call's own."""
 
 
 class Window:
@@ -150,10 +152,14 @@ class Windows:
         if plan.home is not None:
             np.copyto(out[plan.home], x)  # nothing to do where the two are one
         meeting = self.meeting
-        meeting.begin(plan.place)
-        plan.work(out)
+        if plan.sums is None:
+            meeting.begin(plan.place)
+            plan.work(out)
+            meeting.meet()
+        else:
+            rows, results, *bounds = plan.sums
+            meeting.sum(plan.place, rows, out[None] if results is None else results, *bounds)
         self.link.sent += plan.sent
-        meeting.meet()
 
     def _allreduce(
         self, window: Window, column: int, x: Array, out: Array, reduction: Reduction
@@ -169,17 +175,22 @@ class Windows:
             first = source.column(x)
         own = self._slice(rank, out.size)
         rows, results = source.rows(out.dtype), window.rows(out.dtype)
-        part, shift = (first + own.start, first + own.stop), first - column
-        fold = _fold(rows, results[rank : rank + 1] if self.spread else results,
-                     0 if self.spread else rank, *part, shift, reduction, out.dtype)  # fmt: skip
-        work: Callable[[Array], None] = lambda out: fold()  # noqa: E731
+        bounds = (rank, first + own.start, first + own.stop, first - column)
+        fold = _fold(reduction, out.dtype)
+        work: Callable[[Array], None] = lambda out: fold(rows, results, *bounds)  # noqa: E731
         if self.spread:
-            work = partial(self._over_nodes, fold, results, column, reduction)
+            mine = results[rank : rank + 1]
+            work = partial(
+                self._over_nodes, lambda: fold(rows, mine, 0, *bounds[1:]), results, column,
+                reduction,
+            )  # fmt: skip
+        floats = _adds_floats(reduction, out.dtype) and not self.spread
         return Plan(
             (source.number, first, out.size, NUMBERS["allreduce", reduction.op, out.dtype.name]),
             work,
             (self.local.size - 1) * (own.stop - own.start) * out.itemsize,
             home=None if x is out or reduction.onto else slice(None),
+            sums=(rows, results, *bounds, reduction.onto) if floats else None,
         )
 
     def _over_nodes(
@@ -215,13 +226,15 @@ class Windows:
         own = span(counts, self.local.rank)
         rows, part = window.rows(x.dtype), (column + own.start, column + own.stop)
 
-        def work(out: Array) -> None:
-            _fold(rows, wire(out).reshape(1, -1), 0, *part, part[0], reduction, out.dtype)()
-
+        fold = _fold(reduction, x.dtype)
+        bounds = (0, *part, part[0])
         return Plan(
             (window.number, column, x.size, NUMBERS["reduce_scatter", reduction.op, x.dtype.name]),
-            work,
+            lambda out: fold(rows, wire(out)[None], *bounds),
             (own.stop - own.start) * x.itemsize * (self.local.size - 1),
+            sums=(rows, None, *bounds, reduction.onto)
+            if _adds_floats(reduction, x.dtype)
+            else None,
         )
 
     def _allgather(
@@ -272,28 +285,30 @@ def _all(link: Link, mine: bool) -> bool:
     return bool(flags.all())
 
 
-def _fold(
-    rows: Array, results: Array, own: int, start: int, stop: int, shift: int,
-    reduction: Reduction, dtype: np.dtype[Any],
-) -> Callable[[], None]:  # fmt: skip
-    """Combine columns start to stop of all rows; column c goes to c - shift of all of `results`.
+def _adds_floats(reduction: Reduction, dtype: np.dtype[Any]) -> bool:
+    """Whether a compiled sum of floats is what is asked for."""
+    return reduction.op == "sum" and dtype.name in ("float32", "float64")
 
-    `Reduction.onto` adds to what row `own` of `results` holds.
+
+def _fold(reduction: Reduction, dtype: np.dtype[Any]) -> Callable[..., None]:
+    """The function (rows, results, own, first, last, shift) that combines columns of all rows.
+
+    Column c of the result goes to column c - shift of all rows of `results`; `Reduction.onto` adds
+    to what row `own` of it holds.
     """
-    bounds = (own, start, stop, shift, reduction.onto)
-    if rows.shape[0] > 1 and reduction.op == "sum":
-        if dtype.name in ("float32", "float64"):
-            return partial(kernels.compiled(dtype.name).shared.sum_rows, rows, results, *bounds)
-        if is_half(dtype):
-            add = kernels.compiled("float32").shared.sum_half_rows
-            brain = dtype.name == "bfloat16"
-            return partial(add, rows, results, *bounds, brain, reduction.stepwise)
-    pieces = [row[start:stop].view(dtype) for row in rows]
 
-    def fold() -> None:
-        target = slice(start - shift, stop - shift)
-        combined = results[own, target].view(dtype).copy()
-        reduction.fold(pieces, combined)
-        results[:, target] = combined.view(rows.dtype)
+    def fold(rows: Array, results: Array, own: int, first: int, last: int, shift: int) -> None:
+        bounds = (own, first, last, shift, reduction.onto)
+        alone = rows.shape[0] == 1  # of its node
+        if _adds_floats(reduction, dtype) and not alone:
+            kernels.compiled(dtype.name).shared.sum_rows(rows, results, *bounds)
+        elif reduction.op == "sum" and is_half(dtype) and not alone:
+            add = kernels.compiled("float32").shared.sum_half_rows
+            add(rows, results, *bounds, dtype.name == "bfloat16", reduction.stepwise)
+        elif last > first:
+            target = slice(first - shift, last - shift)
+            combined = results[own, target].view(dtype).copy()
+            reduction.fold([row[first:last].view(dtype) for row in rows], combined)
+            results[:, target] = combined.view(rows.dtype)
 
     return fold

@@ -19,6 +19,8 @@ from hpcml.kernels.cpu.jit import inline, kernel
 
 FLAGS = 16
 """int64 that each rank has for its flag: two cache lines, because CPUs fetch them in pairs."""
+LINE = 64
+"""Bytes of a cache line."""
 TILE = 2048
 """Elements summed at once: a tile stays in the first cache."""
 
@@ -65,6 +67,21 @@ def _relax(typingctx: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def _fetch_to_write(typingctx: Any, row: Any, index: Any) -> Any:
+    """Have a cache line brought here as one's own: read first, it would change hands twice."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature, args)
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        builder.call(prefetch, [pointer, flag(1), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(row, index), generate
 
 
 @inline
@@ -134,28 +151,65 @@ def _add_rows(rows: Any, start: int, stop: int, tile: Any, fresh: bool) -> None:
             tile[j] += row[j]
 
 
+@inline
+def _fetch(rows: Any, own: int, start: int, stop: int) -> None:
+    """Fetch these columns of all rows but one's own, which will be written."""
+    step = LINE // rows.itemsize
+    for k in range(rows.shape[0]):
+        if k != own:
+            row = rows[k]
+            for j in range(start, stop, step):
+                _fetch_to_write(row, j)
+
+
 @kernel("void(T[:, ::1], T[:, ::1], int64, int64, int64, int64, boolean)")
 def sum_rows(
-    rows: Any, results: Any, rank: int, first: int, last: int, shift: int, onto: bool
+    rows: Any, results: Any, own: int, first: int, last: int, shift: int, onto: bool
 ) -> None:
     """Sum columns `first` to `last` of two or more rows into columns of every row of `results`.
 
     Column c goes to column c - `shift`. `results` may be `rows`. `onto`: add to what `results`
-    holds in row `rank`, first of all.
+    holds in row `own`, which is the caller's, first of all.
     """
     tile = np.empty(TILE, rows.dtype)
+    _fetch(results, own, first - shift, min(first + TILE, last) - shift)
     for start in range(first, last, TILE):
         stop = min(start + TILE, last)
         n, place = stop - start, start - shift
+        _fetch(results, own, place + n, min(stop + TILE, last) - shift)
         if onto:
-            own = results[rank, place : place + n]
+            mine = results[own, place : place + n]
             for j in range(n):
-                tile[j] = own[j]
+                tile[j] = mine[j]
         _add_rows(rows, start, stop, tile, not onto)
         for k in range(results.shape[0]):
             row = results[k, place : place + n]
             for j in range(n):
                 row[j] = tile[j]
+
+
+@kernel(
+    "int64(int64[::1], int64, int64, int64, int64, int64, int64, int64, int64, int64, boolean,"
+    "T[:, ::1], T[:, ::1], int64, int64, int64, int64, boolean)"
+)
+def sum_together(
+    flags: Any, ranks: int, rank: int, value: int, spins: int, yields: int,
+    place: int, column: int, count: int, code: int, summed: bool,
+    rows: Any, results: Any, own: int, first: int, last: int, shift: int, onto: bool,
+) -> Any:  # fmt: skip
+    """`begin`, `sum_rows` and `meet` with `value` + 1, in one call.
+
+    Returns -1 at the end, -2 if the ranks call different things, else `late` if rank `late` has not
+    come to the beginning or `ranks` + `late` if it has not come to the end: call again to go on
+    waiting, with `summed` in the second case.
+    """
+    if not summed:
+        late = begin(flags, ranks, rank, value, spins, yields, place, column, count, code)
+        if late != -1:
+            return late
+        sum_rows(rows, results, own, first, last, shift, onto)
+    late = meet(flags, ranks, rank, value + 1, spins, yields)
+    return late if late == -1 else ranks + late
 
 
 @kernel(
