@@ -1,8 +1,8 @@
 """CPU kernels compiled by numba: `load(dtype)` first, then call them like functions.
 
 The modules `halves` and `shared` serve communication between processes, which has no counterpart on
-other devices. Arrays are C-contiguous unless a kernel says otherwise. Callers check them; a kernel does not.
-What a kernel only reads may be read-only, as memory-mapped data are.
+other devices. Arrays are C-contiguous unless a kernel says otherwise. Callers check them; a kernel
+does not. What a kernel only reads may be read-only, as memory-mapped data are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory that several ranks of a node share: their barrier, and sums of what each has written there.
+"""Memory that several ranks of a node share: where they meet, and sums of what they wrote there.
 
 A matrix `rows` holds the same piece of every rank's memory, row k that of rank k. Sums run over the
 rows in their order, so their bits do not depend on who computes them.
