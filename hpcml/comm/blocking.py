@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hpcml.comm import alone, sanitizer
-from hpcml.comm.algorithms import span
+from hpcml.comm.algorithms import Algorithm, span
 from hpcml.comm.algorithms.choosing import Chooser, Table
 from hpcml.comm.board import Group
 from hpcml.comm.buffers import (
@@ -97,11 +97,19 @@ class Blocking:
         `accumulate` combines the result with what `out` (the same on all ranks) holds already:
         ((out op x of rank 0) op x of rank 1) ... in deterministic mode.
         """
+        if out is x and algorithm is None and not accumulate:
+            plan = self._windows.known(x, op)
+            if plan is not None:  # the same array as before: nothing to check or to choose
+                how = reduction(op, self.deterministic)
+                self._carry_out("allreduce", x, x.nbytes, plan, (x, x, how))
+                return x
         if accumulate and (out is None or out is x):
             raise ValueError("accumulate=True adds to `out`: pass one that is not x")
         arrays = operands(x, out, unchanged, op)
         source, target = arrays.flat()
         self._combine("allreduce", source, target, op, accumulate, algorithm)
+        if out is x and source is target:
+            self._windows.remember(x, target, reduction(op, self.deterministic))
         return arrays.finish()
 
     def reduce_scatter(
@@ -372,21 +380,30 @@ class Blocking:
         if self.size == 1:
             alone.run(operation, *arguments)
             return
-        plan = self._plan(operation, arguments, algorithm)
-        chosen = None
-        if plan is None:
-            chosen = self._chooser.pick(operation, payload, buffer.dtype, even, algorithm)
+        way: Plan | Algorithm | None = self._plan(operation, arguments, algorithm)
+        if way is None:
+            way = self._chooser.pick(operation, payload, buffer.dtype, even, algorithm)
+        self._carry_out(operation, buffer, payload, way, arguments)
+
+    def _carry_out(
+        self,
+        operation: str,
+        buffer: Array,
+        payload: int,
+        way: Plan | Algorithm,
+        arguments: tuple[Any, ...],
+    ) -> None:
+        """Do a collective in a way that is settled: noted on the board and in the ledger."""
         self._enter(operation, buffer.size, buffer.dtype)
         try:
             if self._sanitizer:
-                how = chosen.name if chosen else "shared"
                 self._sanitizer.agree(
-                    operation, self._sequence, payload, buffer.dtype, how, arguments
+                    operation, self._sequence, payload, buffer.dtype, way.name, arguments
                 )
-            if plan is not None:
-                self._windows.run(plan, *arguments)
-            elif chosen is not None:
-                chosen.run(self._link, *arguments)
+            if isinstance(way, Plan):
+                self._windows.run(way, *arguments)
+            else:
+                way.run(self._link, *arguments)
         finally:
             self.transport.board.leave()
         self._record(operation, payload)

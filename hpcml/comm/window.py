@@ -7,6 +7,7 @@ in one pass.
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from hpcml.memory import owner_of
 _PAGE = mmap.PAGESIZE
 _LINE = 64
 """Elements to whole multiples of which slices are cut: no two ranks write to one cache line."""
+_UNKNOWN: tuple[Callable[[], Any], Any] = (lambda: None), None
 _PLANS = 256
 """Calls that a window remembers."""
 
@@ -45,6 +47,11 @@ class Plan:
     """Where in the result the input is copied first."""
     sums: tuple[Any, ...] | None = None
     """The arguments of `Meeting.sum` where that does it all; results None: the call's own."""
+
+    @property
+    def name(self) -> str:
+        """What a call names to ask for it."""
+        return "window"
 
 
 class Window:
@@ -91,6 +98,7 @@ class Windows:
             self.peers = link.part(sorted(ranks[self.local.rank] for ranks in by_node))
         self.spread = len(by_node) > 1
         self._meeting: Meeting | None = None
+        self._known: dict[tuple[int, str], tuple[Callable[[], Any], Plan]] = {}
         self._made = 0
         self._refused = len(by_node) == link.size  # nobody to share with
 
@@ -146,6 +154,18 @@ class Windows:
                     window.plans.clear()
                 window.plans[key] = plan
         return plan
+
+    def known(self, x: Array, op: str) -> Plan | None:
+        """The plan of an all-reduce of this very array in place, if one was made before."""
+        array, plan = self._known.get((id(x), op), _UNKNOWN)
+        return plan if array() is x else None
+
+    def remember(self, x: Array, flat: Array, how: Reduction) -> None:
+        """Keep the plan of an all-reduce of `x` (in one dimension `flat`) as long as x lives."""
+        plan = self.plan("allreduce", flat, flat, how)
+        if plan is not None and plan.sums is not None:
+            key = id(x), how.op
+            self._known[key] = weakref.ref(x, lambda _: self._known.pop(key, None)), plan
 
     def run(self, plan: Plan, x: Array, out: Any = None, *rest: Any) -> None:
         """Do a call as planned; the arguments are those of an algorithm."""
