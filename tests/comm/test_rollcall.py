@@ -89,7 +89,7 @@ def test_a_wait_in_the_background_is_at_the_line_that_started_it(job: Job) -> No
 
 
 @pytest.mark.parametrize(
-    "action", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)"], ids=["killed", "left"]
+    "action", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(7)"], ids=["killed", "left"]
 )
 def test_the_last_positions_are_told_when_a_rank_dies(job: Job, action: str) -> None:
     program = PREAMBLE + f"if mesh.rank == 1:\n    time.sleep(0.5)\n    {action}\ndp.barrier()\n"
