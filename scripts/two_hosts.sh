@@ -7,6 +7,8 @@
 #
 # On either host the link is the interface `link0`, so that a rank finds its counters in
 # /proc/net/dev. Nothing stays behind, whatever ends the script, SIGKILL included.
+#
+# shellcheck disable=SC2016,SC2329 # single quotes hold programs; `remove` is called by the guard
 set -euo pipefail
 
 usage="usage: ${0##*/} [--ranks PER_HOST] [--rate RATE] COMMAND...
