@@ -72,4 +72,5 @@ def test_a_run_checks_at_the_steps_it_is_asked_to(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("ReplicaError: replicas along dp have drifted apart: parameter ") == 1
     steps = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
-    assert len(steps) == 4  # the third drifts, the fourth is followed by a check
+    # The third drifts, the fourth is followed by a check; its record may be lost with the job.
+    assert len(steps) in (3, 4)
