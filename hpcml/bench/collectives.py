@@ -177,8 +177,8 @@ def measure(
     gloo: Any,
     bandwidth: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """Time all contenders for one payload of about `size` bytes: a row each. Collective."""
-    count = max(1, size // dtype.itemsize // axis.size) * axis.size
+    """Time all contenders for one payload of `size` bytes or a few more: a row each. Collective."""
+    count = -(-size // (dtype.itemsize * axis.size)) * axis.size
     case = Case(operation, axis, count, partial(np.empty, dtype=dtype))
     window = Case(operation, axis, count, partial(axis.empty, dtype=dtype))
     calls = {"MPI": _mpi(case, mpi, count)}
