@@ -66,9 +66,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], list[int]] = {}
 
-    def record(
-        self, axis: str, operation: str, payload: int, sent: int, off_node: int = 0
-    ) -> None:
+    def record(self, axis: str, operation: str, payload: int, sent: int, off_node: int = 0) -> None:
         """Count one call with its payload, the bytes it sent and those of them to other nodes."""
         with self._lock:
             row = self._counts.setdefault((axis, operation), [0, 0, 0, 0])

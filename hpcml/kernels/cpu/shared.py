@@ -19,8 +19,6 @@ from hpcml.kernels.cpu.jit import inline, kernel
 
 FLAGS = 16
 """int64 that each rank has for its flag: two cache lines, because CPUs fetch them in pairs."""
-LINE = 64
-"""Bytes of a cache line."""
 TILE = 2048
 """Elements summed at once: a tile stays in the first cache."""
 
@@ -67,21 +65,6 @@ def _relax(typingctx: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), generate
-
-
-@intrinsic
-def _fetch_to_write(typingctx: Any, row: Any, index: Any) -> Any:
-    """Have a cache line brought here as one's own: read first, it would change hands twice."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, signature, args)
-        flag = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
-        builder.call(prefetch, [pointer, flag(1), flag(3), flag(1)])
-        return context.get_dummy_value()
-
-    return types.void(row, index), generate
 
 
 @inline
@@ -151,17 +134,6 @@ def _add_rows(rows: Any, start: int, stop: int, tile: Any, fresh: bool) -> None:
             tile[j] += row[j]
 
 
-@inline
-def _fetch(rows: Any, own: int, start: int, stop: int) -> None:
-    """Fetch these columns of all rows but one's own, which will be written."""
-    step = LINE // rows.itemsize
-    for k in range(rows.shape[0]):
-        if k != own:
-            row = rows[k]
-            for j in range(start, stop, step):
-                _fetch_to_write(row, j)
-
-
 @kernel("void(T[:, ::1], T[:, ::1], int64, int64, int64, int64, boolean)")
 def sum_rows(
     rows: Any, results: Any, own: int, first: int, last: int, shift: int, onto: bool
@@ -172,11 +144,9 @@ def sum_rows(
     holds in row `own`, which is the caller's, first of all.
     """
     tile = np.empty(TILE, rows.dtype)
-    _fetch(results, own, first - shift, min(first + TILE, last) - shift)
     for start in range(first, last, TILE):
         stop = min(start + TILE, last)
         n, place = stop - start, start - shift
-        _fetch(results, own, place + n, min(stop + TILE, last) - shift)
         if onto:
             mine = results[own, place : place + n]
             for j in range(n):
