@@ -187,6 +187,7 @@ def measure(
         native=not is_half(dtype),
         ordered=is_half(dtype) and operation in ("allreduce", "reduce_scatter", "reduce"),
         vendor=True,
+        shared=axis.shares_memory,
     )
     for name in [*fitting(operation, situation), None]:
         calls[name or "auto"] = case.call(name)

@@ -66,7 +66,7 @@ class Axis(Blocking):
         kind = np.dtype(dtype)
         nbytes = math.prod(shape) * kind.itemsize
         window = None
-        if self.size > 1 and nbytes and self.transport.processes:
+        if self.size > 1 and nbytes:
             window = self._windows.make(nbytes)
             self._record("share", 0)
         made: Array

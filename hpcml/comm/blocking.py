@@ -81,7 +81,13 @@ class Blocking:
         self._chooser = Chooser(self._link, deterministic)
         self._sequence = 0
         self._windows = Windows(self._link, deterministic)
+        self._link.scratch = self._windows.scratch
         self._to_self: dict[int, deque[Array]] = defaultdict(deque)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether all ranks of several can share memory: on one node, with room. Collective."""
+        return self._link.scratch() is not None
 
     def allreduce(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Link:
         self.vendor: Vendor | None = transport.vendor
         self.nodes = tuple(node.index for node in transport.nodes())
         self.node = self.nodes[self.rank]
+        self.scratch: Callable[[], Any] = _none
+        """Gives the memory that all ranks share, or None. The first use is collective."""
         self.sent = 0
         self.sent_off_node = 0
         self._parts: dict[tuple[int, ...], Link] = {}
@@ -107,6 +109,7 @@ class _Part(Link):
         self.members = tuple(whole.members[rank] for rank in ranks)
         self.nodes = tuple(whole.nodes[rank] for rank in ranks)
         self.node = whole.node
+        self.scratch = _none
         self._parts = {}
 
     def isend(self, buffer: Array, dest: int, tag: int = Tag.COLLECTIVE) -> Pending:
@@ -137,6 +140,10 @@ class _Several:
         """Whether all of them are done."""
         done = [message.test() for message in self.messages]  # of each, for it makes progress
         return all(done)
+
+
+def _none() -> None:
+    return None
 
 
 def _pieces(buffer: Array) -> list[Array]:

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from hpcml import kernels
 from hpcml.comm.algorithms import Situation, find, span
 from hpcml.comm.algorithms.choosing import choose
 from hpcml.comm.buffers import wire
+from hpcml.comm.fold import adds_floats, fold_of
 from hpcml.comm.link import Link
 from hpcml.comm.meeting import NUMBERS, Meeting, Place
 from hpcml.comm.reduction import Reduction, is_half
@@ -29,6 +29,8 @@ from hpcml.memory import owner_of
 _PAGE = mmap.PAGESIZE
 _LINE = 64
 """Elements to whole multiples of which slices are cut: no two ranks write to one cache line."""
+CHUNK = 1 << 19
+"""Bytes of ordinary memory that go through shared memory at once: they stay in the cache."""
 _UNKNOWN: tuple[Callable[[], Any], Any] = (lambda: None), None
 _PLANS = 256
 """Calls that a window remembers."""
@@ -77,6 +79,32 @@ class Window:
         return (start - self._start) // x.itemsize
 
 
+class Scratch:
+    """Shared memory through which ordinary memory of ranks goes, a chunk at a time.
+
+    Its two halves take turns. A rank that writes to a half has met the others since they read from
+    it: they have come to the meeting of the other half. So one meeting a turn is enough.
+    """
+
+    def __init__(self, window: Window, meeting: Meeting) -> None:
+        """A window of two chunks, and where its ranks meet."""
+        self._window, self._half = window, 0
+        self.meet = meeting.meet
+
+    def rows(self, dtype: np.dtype[Any]) -> Array:
+        """The memory of all ranks, a row each; 16-bit floats as uint16."""
+        return self._window.rows(dtype)
+
+    def room(self, itemsize: int) -> int:
+        """Elements of this size that a turn has room for."""
+        return CHUNK // itemsize
+
+    def turn(self, itemsize: int) -> int:
+        """The column at which the half whose turn it is begins."""
+        self._half ^= 1
+        return self._half * self.room(itemsize)
+
+
 class Windows:
     """Collectives of one stream in the windows of a group of ranks."""
 
@@ -99,8 +127,10 @@ class Windows:
         self.spread = len(by_node) > 1
         self._meeting: Meeting | None = None
         self._known: dict[tuple[int, str], tuple[Callable[[], Any], Plan]] = {}
+        self._scratch: Scratch | None = None
         self._made = 0
-        self._refused = len(by_node) == link.size  # nobody to share with
+        # Nobody to share with, or nothing that is not shared anyway.
+        self._refused = len(by_node) == link.size or not link.transport.processes
 
     @property
     def meeting(self) -> Meeting:
@@ -109,6 +139,15 @@ class Windows:
             self._meeting = Meeting(self.local)
             self.link.take_counts()  # setting it up is no part of the first call
         return self._meeting
+
+    def scratch(self) -> Scratch | None:
+        """Shared memory for calls on ordinary memory, or None. The first use is collective."""
+        if self._scratch is None and not (self._refused or self.spread):
+            window = self.make(2 * CHUNK)
+            if window is not None:
+                self._scratch = Scratch(window, self.meeting)
+            self.link.take_counts()
+        return self._scratch
 
     def make(self, nbytes: int) -> Window | None:
         """A window of at least so many bytes for each rank, or None. Collective over the link.
@@ -196,7 +235,7 @@ class Windows:
         own = self._slice(rank, out.size)
         rows, results = source.rows(out.dtype), window.rows(out.dtype)
         bounds = (rank, first + own.start, first + own.stop, first - column)
-        fold = _fold(reduction, out.dtype)
+        fold = fold_of(reduction, out.dtype)
         work: Callable[[Array], None] = lambda out: fold(rows, results, *bounds)  # noqa: E731
         if self.spread:
             mine = results[rank : rank + 1]
@@ -204,7 +243,7 @@ class Windows:
                 self._over_nodes, lambda: fold(rows, mine, 0, *bounds[1:]), results, column,
                 reduction,
             )  # fmt: skip
-        floats = _adds_floats(reduction, out.dtype) and not self.spread
+        floats = adds_floats(reduction, out.dtype) and not self.spread
         return Plan(
             (source.number, first, out.size, NUMBERS["allreduce", reduction.op, out.dtype.name]),
             work,
@@ -246,15 +285,13 @@ class Windows:
         own = span(counts, self.local.rank)
         rows, part = window.rows(x.dtype), (column + own.start, column + own.stop)
 
-        fold = _fold(reduction, x.dtype)
+        fold = fold_of(reduction, x.dtype)
         bounds = (0, *part, part[0])
         return Plan(
             (window.number, column, x.size, NUMBERS["reduce_scatter", reduction.op, x.dtype.name]),
             lambda out: fold(rows, wire(out)[None], *bounds),
             (own.stop - own.start) * x.itemsize * (self.local.size - 1),
-            sums=(rows, None, *bounds, reduction.onto)
-            if _adds_floats(reduction, x.dtype)
-            else None,
+            sums=(rows, None, *bounds, reduction.onto) if adds_floats(reduction, x.dtype) else None,
         )
 
     def _allgather(
@@ -303,32 +340,3 @@ def _all(link: Link, mine: bool) -> bool:
     flags: Array = np.empty(link.size, np.uint8)
     find("allgather", "ring").run(link, np.array([mine], np.uint8), flags, (1,) * link.size)
     return bool(flags.all())
-
-
-def _adds_floats(reduction: Reduction, dtype: np.dtype[Any]) -> bool:
-    """Whether a compiled sum of floats is what is asked for."""
-    return reduction.op == "sum" and dtype.name in ("float32", "float64")
-
-
-def _fold(reduction: Reduction, dtype: np.dtype[Any]) -> Callable[..., None]:
-    """The function (rows, results, own, first, last, shift) that combines columns of all rows.
-
-    Column c of the result goes to column c - shift of all rows of `results`; `Reduction.onto` adds
-    to what row `own` of it holds.
-    """
-
-    def fold(rows: Array, results: Array, own: int, first: int, last: int, shift: int) -> None:
-        bounds = (own, first, last, shift, reduction.onto)
-        alone = rows.shape[0] == 1  # of its node
-        if _adds_floats(reduction, dtype) and not alone:
-            kernels.compiled(dtype.name).shared.sum_rows(rows, results, *bounds)
-        elif reduction.op == "sum" and is_half(dtype) and not alone:
-            add = kernels.compiled("float32").shared.sum_half_rows
-            add(rows, results, *bounds, dtype.name == "bfloat16", reduction.stepwise)
-        elif last > first:
-            target = slice(first - shift, last - shift)
-            combined = results[own, target].view(dtype).copy()
-            reduction.fold([row[first:last].view(dtype) for row in rows], combined)
-            results[:, target] = combined.view(rows.dtype)
-
-    return fold

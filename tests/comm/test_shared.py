@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def combined(parts: list[Array], op: str = "sum", stepwise: bool = False) -> Arr
             total = COMBINE[op](total, part.astype(wide))
             if stepwise:
                 total = total.astype(dtype).astype(wide)
-    return total.astype(dtype)
+        return total.astype(dtype)
 
 
 @pytest.mark.mpi
@@ -179,11 +180,12 @@ def test_calls_that_differ_are_an_error_on_all_ranks(what: str) -> None:
     x = axis.empty(100)
     first = axis.rank == 0
     part = {"count": x[: 50 if first else 60], "place": x[:50] if first else x[50:]}.get(what, x)
+    op = "max" if what == "op" and first else "sum"
+    call = partial(axis.allreduce, part, op, out=part)
+    if what == "operation" and first:
+        call = partial(axis.broadcast, part, out=part)
     with pytest.raises(ValueError, match="same operation on the same place") as caught:
-        if what == "operation" and first:
-            axis.broadcast(part, out=part)
-        else:
-            axis.allreduce(part, "max" if what == "op" and first else "sum", out=part)
+        call()
     for rank in range(axis.size):
         assert f"rank {rank} calls" in str(caught.value)
 

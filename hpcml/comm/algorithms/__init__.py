@@ -11,6 +11,7 @@ from hpcml.comm.algorithms import (  # noqa: F401 (they register)
     ordered,
     reduce_scatter,
     rooted,
+    staged,
     vendor,
 )
 from hpcml.comm.algorithms.registry import (

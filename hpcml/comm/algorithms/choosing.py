@@ -119,4 +119,5 @@ class Chooser:
             ordered=operation in _REDUCTIONS and (self._deterministic or half),
             even=even,
             vendor=vendor is not None and count <= vendor.limit,
+            shared=self._link.scratch() is not None,
         )

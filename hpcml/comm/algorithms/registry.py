@@ -63,6 +63,8 @@ class Situation:
     """All counts are equal, and all ranks know that."""
     vendor: bool = False
     """The carrier has collectives of its own, and they take so many elements."""
+    shared: bool = False
+    """All ranks share memory (`Link.scratch`)."""
 
     @property
     def size(self) -> int:
@@ -90,6 +92,7 @@ class Situation:
         facts += ["in the order of the ranks"] if self.ordered else []
         facts += [] if self.even else ["uneven counts"]
         facts += [] if self.vendor else ["no collectives of the carrier's"]
+        facts += [] if self.shared else ["no shared memory"]
         return ", ".join(facts)
 
 

@@ -43,7 +43,11 @@ def layouts(operation: str, name: str, size: int, vendor: bool = False) -> list[
     dealt = tuple(rank % 2 for rank in range(size))
     applies = algorithms(operation)[name].applies
     options = dict.fromkeys([(0,) * size, halves, thirds, uneven, dealt])
-    return [nodes for nodes in options if size == 1 or applies(Situation(nodes, vendor=vendor))]
+    return [
+        nodes
+        for nodes in options
+        if size == 1 or applies(Situation(nodes, vendor=vendor, shared=vendor and not any(nodes)))
+    ]
 
 
 def everywhere(*sizes: int) -> list[tuple[str, str, int]]:
@@ -132,7 +136,8 @@ def serves(axis: Axis, name: str, case: Case) -> bool:
     strict = case.operation in REDUCTIONS and (half or axis.deterministic)
     nodes = tuple(node.index for node in axis.transport.nodes())
     vendor = axis.transport.vendor is not None
-    situation = Situation(nodes, not half, strict, case.even, vendor)
+    shared = axis.shares_memory
+    situation = Situation(nodes, not half, strict, case.even, vendor, shared)
     return known.applies(situation) and (known.ordered or not strict)
 
 
