@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 from hpcml import memory
 from hpcml.comm.blocking import Blocking
 from hpcml.comm.buffers import check_dtype, check_out, contiguous
-from hpcml.comm.request import Done, Message, Request, Worker, worker_of
+from hpcml.comm.request import Done, Message, Request, worker_of
 from hpcml.comm.staging import stage
 from hpcml.comm.tags import Tag
 from hpcml.comm.transport import Array
@@ -44,7 +44,6 @@ class Axis(Blocking):
     """
 
     _background: Blocking | None = None
-    _worker: Worker | None = None
 
     def __repr__(self) -> str:
         return f"Axis({self.name!r}, size={self.size}, rank={self.rank})"
@@ -149,12 +148,6 @@ class Axis(Blocking):
             yield
         finally:
             self.transport.board.leave()
-
-    def _enter(self, *call: Any) -> None:
-        """Go on only if all that was started in the background has been well, as far as known."""
-        if self._worker is not None:
-            self._worker.check()
-        super()._enter(*call)
 
     def _start(self, operation: str, *arguments: Any, **options: Any) -> Request:
         if self.size == 1:

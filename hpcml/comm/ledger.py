@@ -11,6 +11,7 @@ seen, so for its calls it is the volume of the standard bandwidth-optimal algori
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -69,7 +70,9 @@ class Ledger:
     def record(self, axis: str, operation: str, payload: int, sent: int, off_node: int = 0) -> None:
         """Count one call with its payload, the bytes it sent and those of them to other nodes."""
         with self._lock:
-            row = self._counts.setdefault((axis, operation), [0, 0, 0, 0])
+            row = self._counts.get((axis, operation))
+            if row is None:
+                row = self._counts[axis, operation] = [0, 0, 0, 0]
             row[0] += 1
             row[1] += payload
             row[2] += sent
@@ -89,6 +92,7 @@ class Ledger:
             self._counts.clear()
 
 
+@functools.lru_cache(1024)
 def volume(operation: str, payload: int, size: int, forwards: bool) -> int:
     """Bytes that one of `size` ranks sends for this payload, by the standard algorithm.
 

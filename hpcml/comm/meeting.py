@@ -49,10 +49,10 @@ class Meeting:
         self.ranks, self.members = (local.size, local.rank), local.members
         shared = kernels.compiled("float32").shared
         self._begin, self._meet, self._stride = shared.begin, shared.meet, shared.FLAGS
-        self._sums = {
-            np.dtype(name): kernels.compiled(name).shared.sum_together
-            for name in ("float32", "float64")
-        }
+        self._store = shared.store_together
+        floats = {np.dtype(name): kernels.compiled(name) for name in ("float32", "float64")}
+        self._sums = {dtype: module.shared.sum_together for dtype, module in floats.items()}
+        self._passages = {dtype: module.shared.sum_by_way for dtype, module in floats.items()}
         region = share(local, mmap.PAGESIZE)
         assert region is not None, "no room for a page, after room for a window"
         self.flags: Array = np.frombuffer(region, np.int64)
@@ -82,15 +82,31 @@ class Meeting:
 
     def sum(self, call: Place, rows: Array, results: Array, *bounds: Any) -> None:
         """`begin`, the sum of floats that `sum_rows` of the kernels makes, and `meet`."""
+        self._together(self._sums[rows.dtype], call, rows, results, *bounds)
+
+    def store(self, call: Place, rows: Array, first: int, x: Array, home: bool) -> None:
+        """`begin`, the storing of bytes that `store_together` of the kernels does, and `meet`."""
+        self._together(self._store, call, rows, first, x, home)
+
+    def _together(self, kernel: Any, call: Place, *arguments: Any) -> None:
         self.epoch += 2
-        together, ranks = self._sums[rows.dtype], self.ranks[0]
         fixed = (self.flags, *self.ranks, self.epoch - 1, *self.patience, *call)
-        late = together(*fixed, False, rows, results, *bounds)
+        late = kernel(*fixed, False, *arguments)
         while late != -1:
             if late == -2:
                 raise ValueError(self._mismatch())
             time.sleep(_NAP)
-            late = together(*fixed, late >= ranks, rows, results, *bounds)
+            late = kernel(*fixed, late >= self.ranks[0], *arguments)
+
+    def sum_by_way(self, rows: Array, *call: Any) -> None:
+        """The sum of floats of ordinary memory that `sum_by_way` of the kernels makes."""
+        self.epoch += 2
+        together, ranks = self._passages[rows.dtype], self.ranks[0]
+        fixed = (self.flags, *self.ranks, self.epoch - 1, *self.patience)
+        late = together(*fixed, 0, rows, *call)
+        while late != -1:
+            time.sleep(_NAP)
+            late = together(*fixed, 2 if late >= ranks else 1, rows, *call)
 
     def _mismatch(self) -> str:
         rows = self.flags.reshape(-1, self._stride)[: self.ranks[0], 1:5].tolist()

@@ -7,7 +7,6 @@ in one pass.
 from __future__ import annotations
 
 import mmap
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,6 @@ _LINE = 64
 """Elements to whole multiples of which slices are cut: no two ranks write to one cache line."""
 CHUNK = 1 << 19
 """Bytes of ordinary memory that go through shared memory at once: they stay in the cache."""
-_UNKNOWN: tuple[Callable[[], Any], Any] = (lambda: None), None
 _PLANS = 256
 """Calls that a window remembers."""
 
@@ -45,10 +43,10 @@ class Plan:
     """What is done between the two meetings, given the result's array."""
     sent: int
     """Bytes written into memory of others, or fetched by them."""
-    home: slice | None = None
-    """Where in the result the input is copied first."""
-    sums: tuple[Any, ...] | None = None
-    """The arguments of `Meeting.sum` where that does it all; results None: the call's own."""
+    copies: bool = False
+    """The input is copied to the result first."""
+    whole: Callable[[Array, Array], None] | None = None
+    """Where one compiled call does it all, meetings and copying included: given input, result."""
 
     @property
     def name(self) -> str:
@@ -67,7 +65,7 @@ class Window:
         self.plans: dict[Any, Plan] = {}
         whole = np.frombuffer(region, np.uint8)
         self._bytes = whole.reshape(link.size, stride)
-        self._start: int = whole.__array_interface__["data"][0] + self.offset
+        self.start = _address(whole) + self.offset
 
     def rows(self, dtype: np.dtype[Any]) -> Array:
         """The memory of all ranks as a matrix, a row each; 16-bit floats as uint16."""
@@ -75,8 +73,7 @@ class Window:
 
     def column(self, x: Array) -> int:
         """The column of the matrix in which an array of this rank begins."""
-        start: int = x.__array_interface__["data"][0]
-        return (start - self._start) // x.itemsize
+        return (_address(x) - self.start) // x.itemsize
 
 
 class Scratch:
@@ -90,6 +87,7 @@ class Scratch:
         """A window of two chunks, and where its ranks meet."""
         self._window, self._half = window, 0
         self.meet = meeting.meet
+        self.sum = meeting.sum_by_way
 
     def rows(self, dtype: np.dtype[Any]) -> Array:
         """The memory of all ranks, a row each; 16-bit floats as uint16."""
@@ -126,7 +124,6 @@ class Windows:
             self.peers = link.part(sorted(ranks[self.local.rank] for ranks in by_node))
         self.spread = len(by_node) > 1
         self._meeting: Meeting | None = None
-        self._known: dict[tuple[int, str], tuple[Callable[[], Any], Plan]] = {}
         self._scratch: Scratch | None = None
         self._made = 0
         # Nobody to share with, or nothing that is not shared anyway.
@@ -194,31 +191,17 @@ class Windows:
                 window.plans[key] = plan
         return plan
 
-    def known(self, x: Array, op: str) -> Plan | None:
-        """The plan of an all-reduce of this very array in place, if one was made before."""
-        array, plan = self._known.get((id(x), op), _UNKNOWN)
-        return plan if array() is x else None
-
-    def remember(self, x: Array, flat: Array, how: Reduction) -> None:
-        """Keep the plan of an all-reduce of `x` (in one dimension `flat`) as long as x lives."""
-        plan = self.plan("allreduce", flat, flat, how)
-        if plan is not None and plan.sums is not None:
-            key = id(x), how.op
-            self._known[key] = weakref.ref(x, lambda _: self._known.pop(key, None)), plan
-
     def run(self, plan: Plan, x: Array, out: Any = None, *rest: Any) -> None:
         """Do a call as planned; the arguments are those of an algorithm."""
-        if plan.home is not None:
-            np.copyto(out[plan.home], x)  # nothing to do where the two are one
-        meeting = self.meeting
-        if plan.sums is None:
-            meeting.begin(plan.place)
-            plan.work(out)
-            meeting.meet()
-        else:
-            rows, results, *bounds = plan.sums
-            meeting.sum(plan.place, rows, out[None] if results is None else results, *bounds)
         self.link.sent += plan.sent
+        if plan.whole is not None:
+            plan.whole(x, out)
+            return
+        if plan.copies:
+            out[...] = x
+        self.meeting.begin(plan.place)
+        plan.work(out)
+        self.meeting.meet()
 
     def _allreduce(
         self, window: Window, column: int, x: Array, out: Array, reduction: Reduction
@@ -243,14 +226,19 @@ class Windows:
                 self._over_nodes, lambda: fold(rows, mine, 0, *bounds[1:]), results, column,
                 reduction,
             )  # fmt: skip
-        floats = adds_floats(reduction, out.dtype) and not self.spread
-        return Plan(
-            (source.number, first, out.size, NUMBERS["allreduce", reduction.op, out.dtype.name]),
-            work,
-            (self.local.size - 1) * (own.stop - own.start) * out.itemsize,
-            home=None if x is out or reduction.onto else slice(None),
-            sums=(rows, results, *bounds, reduction.onto) if floats else None,
-        )
+        copies = x is not out and not reduction.onto
+        place = source.number, first, out.size, NUMBERS["allreduce", reduction.op, out.dtype.name]
+        sent = (self.local.size - 1) * (own.stop - own.start) * out.itemsize
+        if not adds_floats(reduction, out.dtype) or self.spread:
+            return Plan(place, work, sent, copies)
+        add = self.meeting.sum
+
+        def whole(x: Array, out: Array) -> None:
+            if copies:
+                out[...] = x
+            add(place, rows, results, *bounds, reduction.onto)
+
+        return Plan(place, work, sent, copies, whole)
 
     def _over_nodes(
         self,
@@ -284,34 +272,29 @@ class Windows:
             return None
         own = span(counts, self.local.rank)
         rows, part = window.rows(x.dtype), (column + own.start, column + own.stop)
-
-        fold = fold_of(reduction, x.dtype)
-        bounds = (0, *part, part[0])
-        return Plan(
-            (window.number, column, x.size, NUMBERS["reduce_scatter", reduction.op, x.dtype.name]),
-            lambda out: fold(rows, wire(out)[None], *bounds),
-            (own.stop - own.start) * x.itemsize * (self.local.size - 1),
-            sums=(rows, None, *bounds, reduction.onto) if adds_floats(reduction, x.dtype) else None,
-        )
+        fold, bounds = fold_of(reduction, x.dtype), (0, *part, part[0])
+        place = window.number, column, x.size, NUMBERS["reduce_scatter", reduction.op, x.dtype.name]
+        sent = (own.stop - own.start) * x.itemsize * (self.local.size - 1)
+        plan = Plan(place, lambda out: fold(rows, wire(out)[None], *bounds), sent)
+        if adds_floats(reduction, x.dtype):
+            add = self.meeting.sum
+            plan.whole = lambda x, out: add(place, rows, out[None], *bounds, reduction.onto)
+        return plan
 
     def _allgather(
         self, window: Window, column: int, x: Array, out: Array, counts: Sequence[int]
     ) -> Plan | None:
         if self.spread:
             return None
-        rank, size, rows = self.local.rank, self.local.size, window.rows(out.dtype)
-        pairs = []
-        for step in range(1, size):  # not all from the same rank at once
-            part = span(counts, (rank + step) % size)
-            columns = slice(column + part.start, column + part.stop)
-            pairs.append((rows[rank, columns], rows[(rank + step) % size, columns]))
+        rows, store = window.rows(np.dtype(np.uint8)), self.meeting.store
+        place = window.number, column, out.size, NUMBERS["allgather", "", out.dtype.name]
+        first = (column + span(counts, self.local.rank).start) * out.itemsize
+        home = window.start + first
 
-        def work(out: Array) -> None:
-            for mine, other in pairs:
-                np.copyto(mine, other)
+        def whole(x: Array, out: Array) -> None:
+            store(place, rows, first, x.view(np.uint8), _address(x) == home)
 
-        number = (window.number, column, out.size, NUMBERS["allgather", "", out.dtype.name])
-        return Plan(number, work, x.nbytes * (size - 1), home=span(counts, rank))
+        return Plan(place, _nothing, x.nbytes * (self.local.size - 1), whole=whole)
 
     def _broadcast(self, window: Window, column: int, x: Array, root: int) -> Plan | None:
         if self.spread:
@@ -333,6 +316,15 @@ class Windows:
             return slice(count, count)
         step = -(-count // (self.slices * _LINE)) * _LINE
         return slice(min(rank * step, count), min((rank + 1) * step, count))
+
+
+def _nothing(out: Array) -> None:
+    """What is left to do where one compiled call does it all."""
+
+
+def _address(x: Array) -> int:
+    start: int = x.__array_interface__["data"][0]
+    return start
 
 
 def _all(link: Link, mine: bool) -> bool:

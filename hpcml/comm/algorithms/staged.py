@@ -14,7 +14,7 @@ import numpy as np
 
 from hpcml.comm.algorithms.blocks import shares, spans
 from hpcml.comm.algorithms.registry import Machine, Situation, algorithm
-from hpcml.comm.fold import fold_of
+from hpcml.comm.fold import adds_floats, fold_of
 from hpcml.comm.link import Link
 from hpcml.comm.reduction import Reduction, is_half
 from hpcml.comm.transport import Array
@@ -43,6 +43,12 @@ def allreduce(link: Link, x: Array, out: Array, reduction: Reduction) -> None:
     Two of them, or for a few bytes, each combine all of it. 2 alpha + 4 n gamma.
     """
     stage = _Stage(link, out)
+    if adds_floats(reduction, out.dtype):
+        whole = link.size == 2 or out.nbytes <= _WHOLE
+        for part, first in stage.turns(x.size):
+            stage.sum(stage.rows, first, x[part], out[part], whole, reduction.onto)
+        link.count_local(x.nbytes if whole else x.nbytes + x.nbytes // link.size)
+        return
     fold = fold_of(reduction, out.dtype)
     source, target = stage.words(x), stage.words(out)
     for part, first in stage.turns(x.size):
@@ -149,7 +155,7 @@ class _Stage:
         assert scratch is not None, "an algorithm for shared memory where there is none"
         self.rows = scratch.rows(like.dtype)
         self.mine: Any = self.rows[link.rank]
-        self.meet = scratch.meet
+        self.meet, self.sum = scratch.meet, scratch.sum
         self._scratch, self._itemsize, self._blocks = scratch, like.itemsize, blocks
         self.room = scratch.room(like.itemsize) // blocks
         self._half = is_half(like.dtype)

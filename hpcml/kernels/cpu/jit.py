@@ -83,7 +83,7 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
     """Make a kernel of a function.
 
     In `signature` T is the float type it is compiled for, R the same for arrays that may be
-    read-only, I such an array of int64, H one of uint16.
+    read-only, I such an array of int64, H one of uint16, B of uint8.
     """
 
     def make(function: Callable[..., Any]) -> Any:
@@ -130,7 +130,7 @@ def _compile(dtype: str, mend: bool = False) -> bool:
     """Read or compile all kernels; return whether all of them could be saved."""
     real = _FLOATS[dtype]
     scope = {"T": real, "R": _ReadOnly(real), "I": _ReadOnly(types.int64)}
-    scope["H"] = _ReadOnly(types.uint16)
+    scope |= {"H": _ReadOnly(types.uint16), "B": _ReadOnly(types.uint8)}
     scope |= {name: getattr(types, name) for name in _NAMES}
     saved = True
     for compiled, text in _registry:
@@ -168,4 +168,4 @@ class _ReadOnly:
         return types.Array(array.dtype, array.ndim, array.layout, readonly=True)
 
 
-_NAMES = ("void", "boolean", "int64", "uint32", "uint64", "float32", "float64", "uint16")
+_NAMES = ("void", "boolean", "int64", "uint32", "uint64", "float32", "float64", "uint8", "uint16")
