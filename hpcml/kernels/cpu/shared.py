@@ -26,6 +26,8 @@ TILE = 2048
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
+# The C library's knows how to write whole cache lines without reading them first.
+_memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
 
 
 def _pointer(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -210,7 +212,8 @@ def store_together(
         if late != -1:
             return late
         for shift in range(1 if home else 0, ranks):  # not all to the same rank at once
-            _copy(x, rows[(rank + shift) % ranks, first : first + x.size])
+            to = rows[(rank + shift) % ranks, first : first + x.size]
+            _memcpy(to.ctypes.data, x.ctypes.data, x.size)
     late = meet(flags, ranks, rank, value + 1, spins, yields)
     return late if late == -1 else ranks + late
 
