@@ -28,7 +28,7 @@ from hpcml.memory import owner_of
 _PAGE = mmap.PAGESIZE
 _LINE = 64
 """Elements to whole multiples of which slices are cut: no two ranks write to one cache line."""
-CHUNK = 1 << 19
+CHUNK = 1 << 18
 """Bytes of ordinary memory that go through shared memory at once: they stay in the cache."""
 _PLANS = 256
 """Calls that a window remembers."""

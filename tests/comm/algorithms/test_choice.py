@@ -77,7 +77,7 @@ def test_the_default_table_names_what_there_is() -> None:
             for operation, rows in by_operation.items():
                 assert {name for _, name in rows} <= set(algorithms(operation))
     two = Situation((0, 0), vendor=True)
-    assert {chosen(operation, 1 << 20, two, choice.default()) for operation in OPERATIONS} == {
+    assert {chosen(operation, 1024, two, choice.default()) for operation in OPERATIONS} == {
         "vendor"
     }
 
@@ -203,7 +203,8 @@ class Vendor:
 
 def test_a_vendor_that_counts_with_31_bits_is_not_asked_for_more() -> None:
     def program() -> list[str]:
-        link = Link(world(), choice.default())
+        always = [(float("inf"), "vendor")]
+        link = Link(world(), {"node": {2: {"allreduce": always, "alltoall": always}}})
         link.vendor = Vendor()  # type: ignore[assignment]
         chooser = Chooser(link, deterministic=False)
         floats, nbytes = np.dtype(np.float32), 4 * (2**31 - 1)
