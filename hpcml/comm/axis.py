@@ -48,6 +48,15 @@ class Axis(Blocking):
     def __repr__(self) -> str:
         return f"Axis({self.name!r}, size={self.size}, rank={self.rank})"
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether what is started in the background is likely to be hidden by compute.
+
+        The rule that `hpcml bench overlap` led to: yes if the axis spans several nodes. Within a
+        node the reduction itself takes the memory's bandwidth and a core: nothing is hidden.
+        """
+        return len(set(self._link.nodes)) > 1
+
     def empty(
         self,
         shape: int | Sequence[int],

@@ -10,8 +10,11 @@ from hpcml.comm.transport import wrong_length
 
 _LOOKS = 20
 """Looks without a pause before a patient wait begins to sleep."""
-_NAP = 50e-6
-"""Seconds between looks of a patient wait: a socket's buffer holds what comes meanwhile."""
+_NAP, _LONGEST = 50e-6, 2e-3
+"""Seconds between looks of a patient wait, at first and at most: a socket's buffer holds what comes
+meanwhile."""
+_SHARE = 0.05
+"""Naps as a part of the wait so far: they lengthen it by no more."""
 
 
 class Sent:
@@ -73,5 +76,6 @@ def _look(over: Callable[[], bool]) -> None:
     for _ in range(_LOOKS):
         if over():
             return
+    start = time.monotonic()
     while not over():
-        time.sleep(_NAP)
+        time.sleep(min(max(_NAP, _SHARE * (time.monotonic() - start)), _LONGEST))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from hpcml import backend
 from hpcml.comm import crash, sentinel, watch
 from hpcml.comm.alone import Alone
 from hpcml.comm.ambient import here
@@ -57,6 +58,7 @@ def _mpi_world() -> Transport:
     check_world(MPI.COMM_WORLD.Get_size())
     if MPI.COMM_WORLD.Get_size() == 1:
         return Alone()
+    backend.keep_freed_memory()  # algorithms ask for scratch memory again and again
     transport = MpiTransport(MPI.COMM_WORLD.Dup())
     transport.board = board = open_board(transport)
     crash.install(transport, board)
