@@ -1,4 +1,4 @@
-"""Sums over the memory of several ranks, 16-bit floats as words, and the flags at which ranks meet."""
+"""Sums over the memory of ranks, 16-bit floats as words, and the flags at which ranks meet."""
 
 from __future__ import annotations
 
