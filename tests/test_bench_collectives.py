@@ -18,7 +18,7 @@ from hpcml.comm.algorithms import OPERATIONS, Situation
 from hpcml.comm.algorithms.choosing import fitting
 from tests.comm.jobs import child_environment, mpiexec
 
-TWO = Situation(nodes=(0, 0), vendor=True)
+TWO = Situation(nodes=(0, 0), vendor=True, shared=True)
 TINY = ("--rounds", "2", "--min", "16K", "--max", "16K")
 
 

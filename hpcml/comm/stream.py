@@ -66,7 +66,7 @@ class Stream:
         self._link = Link(self.transport, self.table)
         self._chooser = Chooser(self._link, deterministic)
         self._sequence = 0
-        self._windows = Windows(self._link, deterministic)
+        self._windows = Windows(self._link, self._group, deterministic)
         self._known = Known()
         self._link.scratch = self._windows.scratch
         self._to_self: dict[int, deque[Array]] = defaultdict(deque)

@@ -16,6 +16,7 @@ import numpy as np
 
 from hpcml.comm.algorithms import Situation, find, span
 from hpcml.comm.algorithms.choosing import choose
+from hpcml.comm.board import Group
 from hpcml.comm.buffers import wire
 from hpcml.comm.fold import adds_floats, fold_of
 from hpcml.comm.link import Link
@@ -106,12 +107,13 @@ class Scratch:
 class Windows:
     """Collectives of one stream in the windows of a group of ranks."""
 
-    def __init__(self, link: Link, ordered: bool) -> None:
+    def __init__(self, link: Link, group: Group, ordered: bool) -> None:
         """The collectives of the ranks of `link`, which may be on several nodes.
 
-        `ordered`: combine in the order of all ranks, whatever their nodes.
+        `group`: the same ranks as reports name them. `ordered`: combine in the order of all ranks,
+        whatever their nodes.
         """
-        self.link, self.ordered = link, ordered
+        self.link, self.group, self.ordered = link, group, ordered
         mine = [rank for rank, node in enumerate(link.nodes) if node == link.node]
         self.local = link if len(mine) == link.size else link.part(mine)
         self.members = self.local.members
@@ -133,7 +135,11 @@ class Windows:
     def meeting(self) -> Meeting:
         """Where the ranks meet. The first use is collective."""
         if self._meeting is None:
-            self._meeting = Meeting(self.local)
+            self._enter(_PAGE)
+            try:
+                self._meeting = Meeting(self.local)
+            finally:
+                self.link.transport.board.leave()
             self.link.take_counts()  # setting it up is no part of the first call
         return self._meeting
 
@@ -151,6 +157,18 @@ class Windows:
 
         Raises `ValueError` on all ranks if they ask for different sizes.
         """
+        self._enter(nbytes)
+        try:
+            return self._make(nbytes)
+        finally:
+            self.link.transport.board.leave()
+
+    def _enter(self, nbytes: int) -> None:
+        """Ranks wait for each other here too; never within a call that is on the board already."""
+        board = self.link.transport.board
+        board.enter("sharing of memory", self.group, self._made + 1, nbytes, "uint8")
+
+    def _make(self, nbytes: int) -> Window | None:
         sizes: Array = np.empty(self.link.size, np.int64)
         mine = np.array([nbytes])
         find("allgather", "ring").run(self.link, mine, sizes, (1,) * self.link.size)
@@ -178,6 +196,7 @@ class Windows:
         window = owner_of(lies) if isinstance(lies, np.ndarray) else None
         if not isinstance(window, Window) or window.members != self.members:
             return None
+        _ = self.meeting  # made now: later the call is on the board
         arguments = (out,) if operation == "broadcast" else rest
         column = window.column(lies)
         key = (operation, column, lies.size, lies.dtype, arguments, x is out)

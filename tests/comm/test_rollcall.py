@@ -79,7 +79,7 @@ def test_a_message_that_is_never_sent(job: Job) -> None:
 
 def test_a_wait_in_the_background_is_at_the_line_that_started_it(job: Job) -> None:
     program = PREAMBLE + (
-        "dp.ibarrier().wait()\nif mesh.rank: time.sleep(100)\n"
+        "dp.iallreduce(np.ones(7)).wait()\nif mesh.rank: time.sleep(100)\n"
         "request = dp.iallreduce(np.ones(7))\nrequest.wait()\n"
     )
     code, output = ended(job(2, program, HPCML_TIMEOUT="2"))

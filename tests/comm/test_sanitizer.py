@@ -65,7 +65,7 @@ def test_a_mismatch_ends_the_job_with_one_message(
 
 def test_without_it_another_operation_on_one_rank_is_found_by_the_watch(job: Job) -> None:
     call = "dp.broadcast(x) if dp.rank == 1 else dp.recv(x, 1)"
-    program = PREAMBLE + f"x = np.ones(6, np.float32); {call}; dp.barrier()\n"
+    program = PREAMBLE + f"x = np.ones(6, np.float32); dp.broadcast(x); {call}; dp.barrier()\n"
     code, output = ended(job(3, program, HPCML_TIMEOUT="2"))
     assert code not in (0, None)
     assert "in recv with rank 1 on dp" in output and "in b" in output
