@@ -84,7 +84,8 @@ class Blocking(Stream):
         if accumulate and out is None:
             raise ValueError("accumulate=True adds to `out`: pass one")
         rule = blocks_of("reduce_scatter", self.size, counts, self.rank)
-        arrays = operands(x, out, rule, op, home=self._home(counts, whole=True))
+        home = self._home(counts, whole=True)
+        arrays = operands(x, out, rule, op, home=home, keep_source=True)
         source, target = arrays.flat()
         cut = elements(arrays.source.shape, self.size, counts)
         call = self._combine(

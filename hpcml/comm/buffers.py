@@ -59,6 +59,8 @@ class Operands:
     """The caller's own array where `target` stands in for it."""
     like: Staged | None = None
     """The input where a new result is to be of its kind."""
+    copy_to: Array | None = None
+    """Where `target` is copied in the end, if it stands in for a part of the input."""
 
     def flat(self) -> tuple[Array, Array]:
         """Input and result in one dimension; the same object for an operation in place."""
@@ -68,6 +70,8 @@ class Operands:
 
     def finish(self) -> Any:
         """Deliver the result: returns what the caller gets."""
+        if self.copy_to is not None:
+            self.copy_to[...] = self.target
         if self.place is not None:
             self.place.commit()
         return self.result if self.like is None else self.like.like(self.result)
@@ -81,13 +85,15 @@ def operands(
     *,
     receives: bool = True,
     home: Callable[[Shape], int] | None = None,
+    keep_source: bool = False,
 ) -> Operands:
     """Check and stage the input and the output of a collective call.
 
     `shape` maps the shape of the input to that of the result, and may refuse it. A non-contiguous
     input is copied, and so is one that overlaps `out`, unless the two coincide or one is the block
     of the other that begins at row `home`. A non-contiguous `out` is refused. `receives=False` on
-    ranks that get no result, where `out` is ignored.
+    ranks that get no result, where `out` is ignored. `keep_source`: where input and `out` overlap,
+    the result is copied instead of the input, which may lie in memory that ranks share.
     """
     staged = None if type(x) is np.ndarray else stage(x)
     host = x if staged is None else staged.host
@@ -105,13 +111,16 @@ def operands(
     target = out if place is None else place.host
     check_out(target, expected, source.dtype)
     if source is not target and source.size and np.may_share_memory(source, target):
-        source = _disentangled(source, target, home(source.shape) if home else None)
+        apart = _disentangled(source, target, home(source.shape) if home else None)
+        if keep_source and apart is not source and apart is not target:
+            return Operands(source, target.copy(), out, place, copy_to=target)
+        source = apart
     return Operands(source, target, out, place)
 
 
 def contiguous(x: Array) -> Array:
-    """The array itself if it is C-contiguous, else a copy that is."""
-    return x if x.flags.c_contiguous else x.copy(order="C")
+    """The array itself if it is C-contiguous and aligned, else a copy that is."""
+    return x if x.flags.carray or (x.flags.c_contiguous and x.flags.aligned) else x.copy(order="C")
 
 
 def check_out(out: Array, shape: Shape, dtype: np.dtype[Any]) -> None:
@@ -125,6 +134,8 @@ def check_out(out: Array, shape: Shape, dtype: np.dtype[Any]) -> None:
             f"out of shape {out.shape} and strides {out.strides} is not C-contiguous: "
             "receive into a contiguous array, then assign"
         )
+    if not out.flags.aligned:
+        raise ValueError(f"out of shape {out.shape} begins within an element: pass another array")
     if not out.flags.writeable:
         raise ValueError(f"out of shape {out.shape} is read-only: pass a writable array or None")
 

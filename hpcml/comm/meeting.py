@@ -17,7 +17,6 @@ from hpcml import kernels
 from hpcml.comm.buffers import DTYPES
 from hpcml.comm.link import Link
 from hpcml.comm.reduction import OPS
-from hpcml.comm.shared import share
 from hpcml.comm.transport import Array
 
 _SPINS, _YIELDS = 2000, 500
@@ -44,8 +43,8 @@ class Meeting:
     Made by all of them together, at the first call that finds its memory in a window.
     """
 
-    def __init__(self, local: Link) -> None:
-        """Flags of the ranks of `local`."""
+    def __init__(self, local: Link, region: mmap.mmap) -> None:
+        """Flags of the ranks of `local` in a page or more of memory that they share, all zero."""
         self.ranks, self.members = (local.size, local.rank), local.members
         shared = kernels.compiled("float32").shared
         self._begin, self._meet, self._stride = shared.begin, shared.meet, shared.FLAGS
@@ -53,29 +52,31 @@ class Meeting:
         floats = {np.dtype(name): kernels.compiled(name) for name in ("float32", "float64")}
         self._sums = {dtype: module.shared.sum_together for dtype, module in floats.items()}
         self._passages = {dtype: module.shared.sum_by_way for dtype, module in floats.items()}
-        region = share(local, mmap.PAGESIZE)
-        assert region is not None, "no room for a page, after room for a window"
         self.flags: Array = np.frombuffer(region, np.int64)
         self.epoch = 0
+        self._broken: str | None = None
         crowded = local.size > (os.cpu_count() or 1)
         self.patience = (0 if crowded else _SPINS, _YIELDS)
 
     def begin(self, call: Place) -> None:
         """Meet at the start of a call; raises `ValueError` if the ranks do not call the same.
 
-        They meet once more (`meet`) before the call is over.
+        They meet once more (`meet`) before the call is over. After such an error the ranks may be
+        at different calls, so every later one raises it again.
         """
+        self._check()
         self.epoch += 1
         while True:
             late = self._begin(self.flags, *self.ranks, self.epoch, *self.patience, *call)
             if late == -1:
                 return
             if late == -2:
-                raise ValueError(self._mismatch())
+                self._mismatch()
             time.sleep(_NAP)
 
     def meet(self) -> None:
         """Return when all ranks of the node have come here; what they wrote before is visible."""
+        self._check()
         self.epoch += 1
         while self._meet(self.flags, *self.ranks, self.epoch, *self.patience) >= 0:
             time.sleep(_NAP)
@@ -89,17 +90,19 @@ class Meeting:
         self._together(self._store, call, rows, first, x, home)
 
     def _together(self, kernel: Any, call: Place, *arguments: Any) -> None:
+        self._check()
         self.epoch += 2
         fixed = (self.flags, *self.ranks, self.epoch - 1, *self.patience, *call)
         late = kernel(*fixed, False, *arguments)
         while late != -1:
             if late == -2:
-                raise ValueError(self._mismatch())
+                self._mismatch()
             time.sleep(_NAP)
             late = kernel(*fixed, late >= self.ranks[0], *arguments)
 
     def sum_by_way(self, rows: Array, *call: Any) -> None:
         """The sum of floats of ordinary memory that `sum_by_way` of the kernels makes."""
+        self._check()
         self.epoch += 2
         together, ranks = self._passages[rows.dtype], self.ranks[0]
         fixed = (self.flags, *self.ranks, self.epoch - 1, *self.patience)
@@ -108,11 +111,18 @@ class Meeting:
             time.sleep(_NAP)
             late = together(*fixed, 2 if late >= ranks else 1, rows, *call)
 
-    def _mismatch(self) -> str:
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise ValueError(self._broken)
+
+    def _mismatch(self) -> None:
         rows = self.flags.reshape(-1, self._stride)[: self.ranks[0], 1:5].tolist()
         shown = "; ".join(
             f"rank {member} calls {' '.join(CALLS[code])} of {count} elements from element "
             f"{column} of window {number} on"
             for member, (number, column, count, code) in zip(self.members, rows, strict=True)
         )
-        return f"ranks must call the same operation on the same place of shared memory: {shown}"
+        self._broken = (
+            f"ranks must call the same operation on the same place of shared memory: {shown}"
+        )
+        self._check()

@@ -44,7 +44,7 @@ def share(link: Link, nbytes: int) -> mmap.mmap | None:
     try:
         region = _reserve(path, link, nbytes)
     except OSError as error:
-        refusal = f"{FOLDER} gives no {link.size * nbytes >> 20} MiB ({error.strerror})"
+        refusal = f"{FOLDER} gives no {_size(link.size * nbytes)} ({error.strerror})"
     agreed = _all_agree(link, refusal)  # all have opened it, or will not
     if link.rank == 0:
         with suppress(OSError):
@@ -77,11 +77,15 @@ def _refusal(link: Link, nbytes: int) -> str:
     needed = link.size * nbytes
     room = os.statvfs(FOLDER).f_bavail * os.statvfs(FOLDER).f_frsize
     if needed > room:
-        return f"{FOLDER} has {room >> 20} MiB left, of which {needed >> 20} are needed"
+        return f"{FOLDER} has {_size(room)} left, but {_size(needed)} are needed"
     allowed = _cgroup_room()
     if allowed is not None and needed > allowed:
-        return f"the memory limit leaves {allowed >> 20} MiB, of which {needed >> 20} are needed"
+        return f"the memory limit leaves {_size(allowed)}, but {_size(needed)} are needed"
     return ""
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
 
 
 def _cgroup_room() -> int | None:

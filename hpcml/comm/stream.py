@@ -111,6 +111,7 @@ class Stream:
         even: bool = True,
     ) -> Settled:
         """Do one collective: where its memory is shared in there, else by an algorithm."""
+        self._agree(operation, buffer, payload, algorithm, arguments)
         way: Plan | Algorithm | None = self._plan(operation, arguments, algorithm)
         if way is None and self.size > 1:
             way = self._chooser.pick(operation, payload, buffer.dtype, even, algorithm)
@@ -125,7 +126,9 @@ class Stream:
         flat = out if out.ndim == 1 else out.reshape(-1)
         source = flat if x is out else x if x.ndim == 1 else x.reshape(-1)
         buffer = out if key[0] == "allgather" else x
-        self._carry_out(key[0], buffer, call.payload, call.way, (source, flat, *call.rest))
+        arguments = (source, flat, *call.rest)
+        self._agree(key[0], buffer, call.payload, None, arguments)
+        self._carry_out(key[0], buffer, call.payload, call.way, arguments)
         return True
 
     def _carry_out(
@@ -142,10 +145,6 @@ class Stream:
             return
         self._enter(operation, buffer.size, buffer.dtype)
         try:
-            if self._sanitizer and way is not None:
-                self._sanitizer.agree(
-                    operation, self._sequence, payload, buffer.dtype, way.name, arguments
-                )
             if isinstance(way, Plan):
                 self._windows.run(way, *arguments)
             elif way is not None:
@@ -153,6 +152,26 @@ class Stream:
         finally:
             self.transport.board.leave()
         self._record(operation, payload)
+
+    def _agree(
+        self,
+        operation: str,
+        buffer: Array,
+        payload: int,
+        algorithm: str | None,
+        arguments: tuple[Any, ...],
+    ) -> None:
+        """With HPCML_DEBUG=comm: make sure that all ranks make the same call, before anything."""
+        if self._sanitizer is None or self.size == 1:
+            return
+        board, call = self.transport.board, self._sequence + 1
+        board.enter(operation, self._group, call, buffer.size, buffer.dtype)
+        try:
+            inside = any(self._windows.holds(given) for given in arguments[:2])
+            how = algorithm or ("shared memory" if inside else "")
+            self._sanitizer.agree(operation, call, payload, buffer.dtype, how, arguments)
+        finally:
+            board.leave()
 
     def _plan(self, operation: str, arguments: Sequence[Any], algorithm: str | None) -> Plan | None:
         """How a call is done in the memory that its ranks share, if it lies there."""

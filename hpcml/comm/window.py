@@ -72,10 +72,6 @@ class Window:
         """The memory of all ranks as a matrix, a row each; 16-bit floats as uint16."""
         return self._bytes.view(np.uint16 if is_half(dtype) else dtype)
 
-    def column(self, x: Array) -> int:
-        """The column of the matrix in which an array of this rank begins."""
-        return (_address(x) - self.start) // x.itemsize
-
 
 class Scratch:
     """Shared memory through which ordinary memory of ranks goes, a chunk at a time.
@@ -128,27 +124,33 @@ class Windows:
         self._meeting: Meeting | None = None
         self._scratch: Scratch | None = None
         self._made = 0
+        self._asked = False
         # Nobody to share with, or nothing that is not shared anyway.
-        self._refused = len(by_node) == link.size or not link.transport.processes
+        self._alone = len(by_node) == link.size or not link.transport.processes
 
     @property
-    def meeting(self) -> Meeting:
-        """Where the ranks meet. The first use is collective."""
-        if self._meeting is None:
+    def meeting(self) -> Meeting | None:
+        """Where the ranks meet, or None without room for it. The first use is collective."""
+        if self._meeting is None and not self._alone:
             self._enter(_PAGE)
             try:
-                self._meeting = Meeting(self.local)
+                region = share(self.local, _PAGE)
+                self._alone = not _all(self.link, region is not None)
             finally:
                 self.link.transport.board.leave()
+            if region is not None and not self._alone:
+                self._meeting = Meeting(self.local, region)
             self.link.take_counts()  # setting it up is no part of the first call
         return self._meeting
 
     def scratch(self) -> Scratch | None:
         """Shared memory for calls on ordinary memory, or None. The first use is collective."""
-        if self._scratch is None and not (self._refused or self.spread):
-            window = self.make(2 * CHUNK)
-            if window is not None:
-                self._scratch = Scratch(window, self.meeting)
+        if not self._asked and not (self._alone or self.spread):
+            self._asked = True
+            meeting = self.meeting
+            window = self.make(2 * CHUNK) if meeting is not None else None
+            if meeting is not None and window is not None:
+                self._scratch = Scratch(window, meeting)
             self.link.take_counts()
         return self._scratch
 
@@ -175,16 +177,20 @@ class Windows:
         if (sizes != nbytes).any():
             asked = ", ".join(map(str, sizes.tolist()))
             raise ValueError(f"Axis.empty is for the same memory on all ranks, not {asked} bytes")
-        if self._refused:
+        if self._alone:
             return None
         stride = -(-nbytes // _PAGE) * _PAGE
         region = share(self.local, stride)
         if not _all(self.link, region is not None):  # no node goes by messages alone
-            self._refused = True
             return None
         assert region is not None
         self._made += 1
         return Window(self.local, region, stride, self._made)
+
+    def holds(self, given: Any) -> bool:
+        """Whether an argument lies in memory that these ranks share."""
+        window = owner_of(given) if isinstance(given, np.ndarray) else None
+        return isinstance(window, Window) and window.members == self.members
 
     def plan(self, operation: str, x: Array, out: Any = None, *rest: Any) -> Plan | None:
         """How to do a call with these arguments of an algorithm, if they lie where that needs them.
@@ -196,10 +202,14 @@ class Windows:
         window = owner_of(lies) if isinstance(lies, np.ndarray) else None
         if not isinstance(window, Window) or window.members != self.members:
             return None
-        _ = self.meeting  # made now: later the call is on the board
+        if self.meeting is None:  # asked for now: later the call is on the board
+            return None
+        column, misplaced = divmod(_address(lies) - window.start, lies.itemsize)
+        if misplaced:
+            return None
         arguments = (out,) if operation == "broadcast" else rest
-        column = window.column(lies)
-        key = (operation, column, lies.size, lies.dtype, arguments, x is out)
+        # A plan is one stream's own, like the place where its ranks meet.
+        key = (self, operation, column, lies.size, lies.dtype, arguments, x is out)
         plan = window.plans.get(key)
         if plan is None:
             make = getattr(self, f"_{operation}", None)
@@ -218,22 +228,31 @@ class Windows:
             return
         if plan.copies:
             out[...] = x
-        self.meeting.begin(plan.place)
+        meeting = self._where()
+        meeting.begin(plan.place)
         plan.work(out)
-        self.meeting.meet()
+        meeting.meet()
+
+    def _where(self) -> Meeting:
+        assert self._meeting is not None, "a plan without a meeting"
+        return self._meeting
 
     def _allreduce(
         self, window: Window, column: int, x: Array, out: Array, reduction: Reduction
     ) -> Plan | None:
         """In the order of the ranks of a node, then of the nodes."""
-        if self.spread and self.ordered:
+        # Between the nodes partial results meet: not in the order of the ranks, rounded anew, and
+        # with what the result held counted on every node.
+        if self.spread and (self.ordered or reduction.onto or is_half(out.dtype)):
             return None
         rank, source, first = self.local.rank, window, column
         if reduction.onto:
             source = owner_of(x)
             if not isinstance(source, Window) or source.members != self.members:
                 return None
-            first = source.column(x)
+            first, misplaced = divmod(_address(x) - source.start, x.itemsize)
+            if misplaced:
+                return None
         own = self._slice(rank, out.size)
         rows, results = source.rows(out.dtype), window.rows(out.dtype)
         bounds = (rank, first + own.start, first + own.stop, first - column)
@@ -250,7 +269,7 @@ class Windows:
         sent = (self.local.size - 1) * (own.stop - own.start) * out.itemsize
         if not adds_floats(reduction, out.dtype) or self.spread:
             return Plan(place, work, sent, copies)
-        add = self.meeting.sum
+        add = self._where().sum
 
         def whole(x: Array, out: Array) -> None:
             if copies:
@@ -276,7 +295,7 @@ class Windows:
             situation = Situation(self.peers.nodes, native, ordered=not native)
             chosen = choose("allreduce", part.nbytes, situation, self.peers.table)
             chosen.run(self.peers, part, part, reduction)
-        self.meeting.meet()
+        self._where().meet()
         for other in range(self.slices):
             if other != rank:
                 theirs = self._slice(other, out.size)
@@ -296,7 +315,7 @@ class Windows:
         sent = (own.stop - own.start) * x.itemsize * (self.local.size - 1)
         plan = Plan(place, lambda out: fold(rows, wire(out)[None], *bounds), sent)
         if adds_floats(reduction, x.dtype):
-            add = self.meeting.sum
+            add = self._where().sum
             plan.whole = lambda x, out: add(place, rows, out[None], *bounds, reduction.onto)
         return plan
 
@@ -305,7 +324,7 @@ class Windows:
     ) -> Plan | None:
         if self.spread:
             return None
-        rows, store = window.rows(np.dtype(np.uint8)), self.meeting.store
+        rows, store = window.rows(np.dtype(np.uint8)), self._where().store
         place = window.number, column, out.size, NUMBERS["allgather", "", out.dtype.name]
         first = (column + span(counts, self.local.rank).start) * out.itemsize
         home = window.start + first

@@ -16,7 +16,9 @@ import pytest
 from hpcml import memory
 from hpcml.comm import Axis, Mesh
 from hpcml.comm.shared import FOLDER
+from hpcml.comm.transport import Node
 from hpcml.comm.window import Window
+from hpcml.comm.world import MpiTransport
 from tests.comm.jobs import child_environment, mpiexec
 
 Array = np.ndarray[Any, Any]
@@ -229,3 +231,102 @@ def test_no_room_to_share(tmp_path: Any) -> None:
     assert done.stdout.count("well") == 2
     assert done.stderr.count("no shared memory for collectives") == 1
     assert "MiB" in done.stderr
+
+
+@pytest.mark.mpi(min_size=2)
+def test_streams_do_not_share_their_plans(axis: Axis) -> None:
+    """An array that was reduced in the background first, then beside it in the foreground."""
+    first, second = axis.empty(200_000), axis.empty(200_000)
+    first[...], second[...] = 1, 1
+    expected = 1.0
+    for turn in range(4):
+        expected *= axis.size
+        request = axis.iallreduce(first, out=first)
+        if turn % 2:
+            axis.allreduce(second, out=second)
+        else:
+            axis.iallreduce(second, out=second).wait()
+        request.wait()
+        assert (first == expected).all() and (second == expected).all()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_result_in_other_rows_of_the_input(axis: Axis, first: int) -> None:
+    """Which rows are a rank's own must not decide the way: ranks would go different ones."""
+    x = axis.empty((axis.size + 1, 7))[: axis.size]
+    parts = [given(rank, x.shape, x.dtype) for rank in range(axis.size)]
+    x[...] = parts[axis.rank]
+    row = min(first, axis.size - 1)
+    out = x[row : row + 1]
+    for _ in range(2):
+        x[...] = parts[axis.rank]
+        axis.barrier()
+        assert axis.reduce_scatter(x, out=out) is out
+        assert out[0].tobytes() == combined([part[axis.rank] for part in parts]).tobytes()
+        axis.barrier()
+
+
+@pytest.mark.mpi
+def test_views_that_do_not_begin_at_an_element(axis: Axis) -> None:
+    whole = axis.empty(64)
+    view = whole[1:11].view(np.float64)
+    view[...] = np.arange(5) + axis.rank
+    expected = axis.size * (np.arange(5) + (axis.size - 1) / 2)
+    assert (axis.allreduce(view) == expected).all()
+    with pytest.raises(ValueError, match="begins within an element"):
+        axis.allreduce(view, out=view)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_after_calls_that_differed_no_sum_is_trusted() -> None:
+    axis = Mesh()["dp"]
+    x = axis.empty(100)
+    part = x[: 50 if axis.rank else 60]
+    for _ in range(3):
+        with pytest.raises(ValueError, match="same operation on the same place"):
+            axis.allreduce(part, out=part)
+    with pytest.raises(ValueError, match="same operation on the same place"):
+        axis.allreduce(x, out=x)
+
+
+@pytest.mark.mpi
+def test_an_array_that_changed_its_form_is_looked_at_again(axis: Axis) -> None:
+    x, out = np.ones((2, 6)), np.empty((2, 6))
+    axis.allreduce(x, out=out)
+    out = out.reshape(6, 2)
+    with pytest.raises(ValueError, match="out has shape"):
+        axis.allreduce(x, out=out)
+
+
+@pytest.mark.mpi(min_size=3)
+@every_type
+@pytest.mark.parametrize("shared", [False, True])
+def test_over_several_nodes(
+    monkeypatch: pytest.MonkeyPatch, dtype: np.dtype[Any], shared: bool
+) -> None:
+    """Ranks 0 and 1 on one node, the others on further ones, as far as the axis knows."""
+    places = MpiTransport.nodes
+
+    def pretended(self: MpiTransport) -> tuple[Node, ...]:
+        real = places(self)
+        index = [member // 2 for member in self.members]
+        local = [index[:rank].count(node) for rank, node in enumerate(index)]
+        return tuple(
+            Node(place.host, node, mine, index.count(node))
+            for place, node, mine in zip(real, index, local, strict=True)
+        )
+
+    monkeypatch.setattr(MpiTransport, "nodes", pretended)
+    axis = Mesh()["dp"]
+    parts = [given(rank, 1001, dtype) for rank in range(axis.size)]
+    x, total = (axis.empty(1001, dtype) if shared else np.empty(1001, dtype) for _ in range(2))
+    x[...], total[...] = parts[axis.rank], 3
+    axis.allreduce(x, out=total, accumulate=True)
+    exact = sum(part.astype(np.float64) for part in parts)
+    bound = {np.float32: 1e-4, np.int16: 0}.get(dtype.type, 1e-9 if dtype == np.float64 else 0.5)
+    np.testing.assert_allclose(total.astype(np.float64), exact + 3, atol=bound)
+    axis.allreduce(x, out=x)
+    np.testing.assert_allclose(x.astype(np.float64), exact, atol=bound)
+    if dtype.itemsize == 2:  # rounded once, in the order of the ranks, wherever it lies
+        assert x.tobytes() == combined(parts).tobytes()
