@@ -36,11 +36,12 @@ _OURS, _OTHERS, _PROGRAM = 1, 2, 3
 _Key = tuple[int, int, int, int]
 
 
-def open_board(transport: Transport) -> NodeBoard:
+def open_board(transport: Transport, pipe: tuple[int, int] | None = None) -> NodeBoard:
     """The board of this rank of the job; the ranks of a node share a sheet. Collective.
 
     The sheet is a file, deleted as soon as all have opened it, so that nothing is left behind.
-    Where none can be had, each rank has a sheet of its own and knows of no other.
+    Where none can be had, each rank has a sheet of its own and knows of no other. `pipe`: one that
+    was made early, see `NodeBoard`.
     """
     nodes = transport.nodes()
     here_, count = nodes[transport.rank], 1 + max(node.index for node in nodes)
@@ -56,11 +57,11 @@ def open_board(transport: Transport) -> NodeBoard:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(folder, name))
     if shared and file is not None:
-        return NodeBoard(Sheet.of_file(file), here_.local_rank, transport.rank, count)
+        return NodeBoard(Sheet.of_file(file), here_.local_rank, transport.rank, count, pipe)
     if file is not None:
         os.close(file)
     logging.getLogger("hpcml").debug("no file that the ranks of a node share: each tells of itself")
-    return NodeBoard(Sheet.private(1), 0, transport.rank, count)
+    return NodeBoard(Sheet.private(1), 0, transport.rank, count, pipe)
 
 
 def _folders() -> tuple[str, str]:
@@ -96,8 +97,18 @@ def _open(name: str) -> int | None:
 class NodeBoard(Board):
     """What a rank writes on the sheet of its node."""
 
-    def __init__(self, page: Sheet, index: int, rank: int, nodes: int) -> None:
-        """The place `index` on this sheet, for rank `rank` of a job on so many nodes."""
+    def __init__(
+        self,
+        page: Sheet,
+        index: int,
+        rank: int,
+        nodes: int,
+        pipe: tuple[int, int] | None = None,
+    ) -> None:
+        """The place `index` on this sheet, for rank `rank` of a job on so many nodes.
+
+        `pipe`: that by which the sentinel sees this process die.
+        """
         self.sheet = page
         self.index = index
         self.rank = rank
@@ -106,7 +117,7 @@ class NodeBoard(Board):
         self._places: dict[_Key, tuple[bytes, CodeType, CodeType]] = {}
         self._layers: dict[str, int] = {}
         # Closed by the system when this process dies, before it counts as dead: see the sentinel.
-        self._pipe = os.pipe()
+        self._pipe = pipe or os.pipe()
         page.join(index, rank, platform.node(), nodes, self._pipe[0], monotonic())
         mine = os.getpid()
         # A child made by fork must not speak for its parent.

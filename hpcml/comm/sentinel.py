@@ -20,6 +20,8 @@ from contextlib import suppress
 from hpcml.comm.rollcall import roll_call
 from hpcml.comm.sheet import FAILED, RUNNING, Position, Sheet
 
+_MOMENT = 0.1
+"""Seconds in which ranks that end count as having ended at once."""
 _FILE = 3
 """Descriptor of the sheet's file in the sentinel."""
 
@@ -89,13 +91,20 @@ def _watch(page: Sheet) -> None:
             pipe = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
             pipes[pipe] = position
             waiting.register(pipe, select.EPOLLIN)
-    while ranks:
-        for descriptor, _ in waiting.poll(_patience(page)):
+    told: float | None = None  # when to tell: a moment later, for order alone may deceive
+    while ranks or told is not None:
+        patience = _patience(page) if told is None else max(told - time.monotonic(), 0.0)
+        for descriptor, _ in waiting.poll(patience):
             waiting.unregister(descriptor)
             if descriptor in pipes:
                 closed.append(pipes[descriptor])
             else:
-                _ended(page, [*closed, ranks.pop(descriptor)])
+                closed.append(ranks.pop(descriptor))
+                if told is None and _silent(page, closed):
+                    told = time.monotonic() + _MOMENT
+        if told is not None and time.monotonic() >= told:
+            _ended(page, closed)
+            told = None
         if page.deadline() and time.monotonic() > page.deadline():
             import signal  # seldom needed, and takes a while
 
@@ -108,20 +117,34 @@ def _patience(page: Sheet) -> float:
     return 0.2 if page.deadline() else 1.0
 
 
+def _silent(page: Sheet, ended: list[Position]) -> list[Position]:
+    """Those of these ranks that ended without a word; none if any rank has one to say."""
+    states = {position.rank: position.state for position in page.positions()}
+    if FAILED in states.values():
+        return []
+    return [rank for rank in dict.fromkeys(ended) if states[rank.rank] == RUNNING]
+
+
 def _ended(page: Sheet, ended: list[Position]) -> None:
     """Tell where the ranks are if one of these, the first of them first, ended without a word."""
-    positions = page.positions()
-    states = {position.rank: position.state for position in positions}
-    silent = [rank for rank in ended if states[rank.rank] == RUNNING]
-    if not silent or FAILED in states.values() or not page.take():  # else an error says more
+    silent, positions = _silent(page, ended), page.positions()
+    if not silent or not page.take():  # an error says more
         return
     rank = silent[0]
     now = time.monotonic()
     where = ", or on another node" if rank.nodes > 1 else ""
+    others = ", ".join(str(other.rank) for other in silent[1:])
+    also = (
+        f"(as good as at once with rank {others}: a launcher ends the others when one dies, and "
+        "it may have been any of them that did)\n"
+        if others
+        else ""
+    )
     text = (
         f"hpcml: rank {rank.rank} (pid {rank.pid}, {rank.host}) has ended without a word: "
-        f"killed by a signal, for want of memory, or by its MPI library{where}\n"
-        f"where the ranks of this node were:\n{roll_call(positions, now, (rank.rank,))}\n"
+        f"killed by a signal, for want of memory, or by its MPI library{where}\n{also}"
+        f"where the ranks of this node were:\n"
+        f"{roll_call(positions, now, tuple(gone.rank for gone in silent))}\n"
     )
     data = text.encode()
     while data:

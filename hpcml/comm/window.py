@@ -109,7 +109,9 @@ class Windows:
         `group`: the same ranks as reports name them. `ordered`: combine in the order of all ranks,
         whatever their nodes.
         """
-        self.link, self.group, self.ordered = link, group, ordered
+        self.link, self.ordered = link, ordered
+        # Its calls are counted apart from those of the axis.
+        self.group = Group(f"{group.name}, shared memory", group.members)
         mine = [rank for rank, node in enumerate(link.nodes) if node == link.node]
         self.local = link if len(mine) == link.size else link.part(mine)
         self.members = self.local.members

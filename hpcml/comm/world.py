@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import signal
 import time
@@ -45,6 +46,8 @@ def world() -> Transport:
 def _mpi_world() -> Transport:
     """All processes of the job, on a communicator of the package's own."""
     seconds = watch.limit()
+    # A process that dies closes its files by their numbers, some of MPI's slowly: this one before.
+    pipe = os.pipe() if read().size > 1 else None
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library to load
@@ -60,7 +63,7 @@ def _mpi_world() -> Transport:
         return Alone()
     backend.keep_freed_memory()  # algorithms ask for scratch memory again and again
     transport = MpiTransport(MPI.COMM_WORLD.Dup())
-    transport.board = board = open_board(transport)
+    transport.board = board = open_board(transport, pipe)
     crash.install(transport, board)
     watch.start(board, seconds, transport.abort)
     transport.barrier()  # all ranks are on the board
