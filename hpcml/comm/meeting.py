@@ -6,9 +6,11 @@ out at no cost.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import time
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -46,12 +48,9 @@ class Meeting:
     def __init__(self, local: Link, region: mmap.mmap) -> None:
         """Flags of the ranks of `local` in a page or more of memory that they share, all zero."""
         self.ranks, self.members = (local.size, local.rank), local.members
-        shared = kernels.compiled("float32").shared
+        shared = _shared(np.dtype(np.float32))
         self._begin, self._meet, self._stride = shared.begin, shared.meet, shared.FLAGS
         self._store = shared.store_together
-        floats = {np.dtype(name): kernels.compiled(name) for name in ("float32", "float64")}
-        self._sums = {dtype: module.shared.sum_together for dtype, module in floats.items()}
-        self._passages = {dtype: module.shared.sum_by_way for dtype, module in floats.items()}
         self.flags: Array = np.frombuffer(region, np.int64)
         self.epoch = 0
         self._broken: str | None = None
@@ -83,7 +82,7 @@ class Meeting:
 
     def sum(self, call: Place, rows: Array, results: Array, *bounds: Any) -> None:
         """`begin`, the sum of floats that `sum_rows` of the kernels makes, and `meet`."""
-        self._together(self._sums[rows.dtype], call, rows, results, *bounds)
+        self._together(_shared(rows.dtype).sum_together, call, rows, results, *bounds)
 
     def store(self, call: Place, rows: Array, first: int, x: Array, home: bool) -> None:
         """`begin`, the storing of bytes that `store_together` of the kernels does, and `meet`."""
@@ -104,7 +103,7 @@ class Meeting:
         """The sum of floats of ordinary memory that `sum_by_way` of the kernels makes."""
         self._check()
         self.epoch += 2
-        together, ranks = self._passages[rows.dtype], self.ranks[0]
+        together, ranks = _shared(rows.dtype).sum_by_way, self.ranks[0]
         fixed = (self.flags, *self.ranks, self.epoch - 1, *self.patience)
         late = together(*fixed, 0, rows, *call)
         while late != -1:
@@ -126,3 +125,10 @@ class Meeting:
             f"ranks must call the same operation on the same place of shared memory: {shown}"
         )
         self._check()
+
+
+@functools.cache
+def _shared(dtype: np.dtype[Any]) -> ModuleType:
+    """The compiled loops for this float type, which are loaded when one is first summed."""
+    module: ModuleType = kernels.compiled(dtype.name).shared
+    return module
