@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import logging
 import os
 import platform
-import sys
+import re
 import tempfile
 import threading
 import uuid
@@ -94,6 +95,10 @@ def _open(name: str) -> int | None:
     return None
 
 
+_FRAME = re.compile(r'  File "(.*)", line (\d+) in ')
+"""A frame in faulthandler's words."""
+
+
 class NodeBoard(Board):
     """What a rank writes on the sheet of its node."""
 
@@ -116,6 +121,7 @@ class NodeBoard(Board):
         self._texts: dict[tuple[int, str, object], tuple[Group, bytes]] = {}
         self._places: dict[_Key, tuple[bytes, CodeType, CodeType]] = {}
         self._layers: dict[str, int] = {}
+        self._stacks = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the rank lives)
         # Closed by the system when this process dies, before it counts as dead: see the sentinel.
         self._pipe = pipe or os.pipe()
         page.join(index, rank, platform.node(), nodes, self._pipe[0], monotonic())
@@ -159,10 +165,28 @@ class NodeBoard(Board):
         return next(iter(self.sheet.position(self.index).inside), None)
 
     def look(self) -> None:
-        """Note where the main thread is, for those who wonder what a rank computes so long."""
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        if frame is not None:
-            self.sheet.note_line(self.index, self._place(frame))
+        """Note where the main thread is, for those who wonder what a rank computes so long.
+
+        By way of faulthandler, which holds the interpreter all the while: to walk the frames of a
+        running thread in Python, which may be interrupted in between, has crashed Python 3.11.
+        """
+        self._stacks.seek(0)
+        self._stacks.truncate()
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        self._stacks.seek(0)
+        text = self._stacks.read().decode(errors="replace")
+        main = text.partition(f"Thread 0x{threading.main_thread().ident or 0:016x}")[2]
+        stack = _FRAME.findall(main.partition("\n\n")[0])
+        layers = [self._layers.get(name) or self._layer(name) for name, _ in stack]
+        inner = next((at for at, layer in enumerate(layers) if layer != _OURS), None)
+        if inner is None:
+            return
+        outer = next((at for at, layer in enumerate(layers) if layer == _PROGRAM), inner)
+        place = ":".join(stack[outer])
+        if inner != outer:
+            name, line = stack[inner]
+            place += f" ({os.path.relpath(name, _PACKAGE)}:{line})"
+        self.sheet.note_line(self.index, place.encode()[:319])
 
     def _slot(self) -> int:
         """The place of a thread that communicates for the first time."""

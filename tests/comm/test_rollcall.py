@@ -21,7 +21,7 @@ from hpcml.comm import sheet, watch
 from hpcml.comm.board import Group
 from hpcml.comm.noted import NodeBoard
 from hpcml.comm.rollcall import conclusion, roll_call
-from hpcml.comm.sheet import Sheet, ranks_of, spell
+from hpcml.comm.sheet import LEFT, Sheet, ranks_of, spell
 from hpcml.errors import UserError
 from tests.comm.jobs import Job
 
@@ -252,3 +252,23 @@ def test_who_tells_how_the_job_ends_is_asked_once() -> None:
     page = boards()[0].sheet
     assert not page.told()
     assert (page.take(), page.take(), page.told()) == (True, False, True)
+
+
+def test_looking_at_a_rank_that_computes_does_no_harm() -> None:
+    """The watch once walked the frames of the running main thread, which crashed the process."""
+    board = NodeBoard(Sheet.private(1), 0, 0, 1)
+    looked = threading.Event()
+
+    def look() -> None:
+        for _ in range(500):
+            board.look()
+        looked.set()
+
+    def deep(count: int) -> int:
+        return 1 + deep(count - 1) if count else 0
+
+    threading.Thread(target=look, daemon=True).start()
+    while not looked.is_set():
+        assert deep(30) == 30
+    assert f"{__file__}:" in board.sheet.position(0).line
+    board.mark(LEFT)
