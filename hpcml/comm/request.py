@@ -12,6 +12,7 @@ import queue
 import sys
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import CodeType, FrameType
@@ -26,19 +27,19 @@ _PATIENCE = 20.0
 """Seconds that a rank stays, at its end, for operations which nobody has waited for."""
 
 
-class Request:
+class Request(ABC):
     """An operation that was started: `wait()` gives what its blocking form returns."""
 
+    @abstractmethod
     def wait(self) -> Any:
         """Return the result once there is one. May be called again.
 
         Raises what the operation raised, with a note of the calls that had started it.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def test(self) -> bool:
         """Whether `wait` would return (or raise) at once."""
-        raise NotImplementedError
 
 
 class Done(Request):

@@ -49,11 +49,6 @@ class Plan:
     whole: Callable[[Array, Array], None] | None = None
     """Where one compiled call does it all, meetings and copying included: given input, result."""
 
-    @property
-    def name(self) -> str:
-        """What a call names to ask for it."""
-        return "window"
-
 
 class Window:
     """Memory of one size on each rank of a group on one node."""
