@@ -56,7 +56,10 @@ def test_a_call_that_crashes_or_hangs_is_a_finding_and_the_rest_is_tried() -> No
         "scatter": "RuntimeError: no luck",
         "alltoall": "ok",
     }
-    assert [job[0].operation for job in jobs] == ["allreduce", "gather", "broadcast", "alltoall"]
+    # Each job goes on behind what ended the one before. (One that got no word out is tried again.)
+    firsts = [job[0].operation for job in jobs]
+    assert firsts[:3] == ["allreduce", "gather", "broadcast"]
+    assert firsts[3:] in (["alltoall"], ["scatter", "alltoall"])
 
 
 def test_jobs_that_do_not_start_are_not_started_again() -> None:

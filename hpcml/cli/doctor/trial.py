@@ -12,6 +12,7 @@ import faulthandler
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from hpcml.cli.doctor.probe import native_sum
 
 LIMIT = 30.0
 """Seconds for a call; the first of a type may compile kernels."""
+_LAST_WORDS = 0.5
+"""Seconds for the launcher to pass on what was said: some drop it when a rank ends the job."""
 _COUNTS = (96, 1 << 16)
 """Elements: a short message and one that takes another way through the MPI library."""
 
@@ -46,6 +49,7 @@ def main() -> None:
             found = _try(axis, cell)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is the finding)
             _say(cell=number, failed=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            time.sleep(_LAST_WORDS)
             axis.transport.abort(1)
         axis.transport.barrier()
         if axis.rank == 0:
