@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class UserError(ValueError):
     """Bad input (configuration, data, mesh, environment): one line with the value and the remedy.
@@ -11,8 +13,41 @@ class UserError(ValueError):
 
     exit_code = 2
 
+    def report(self) -> str:
+        """What the command line prints: the message as one line."""
+        return " ".join(str(self).split())
+
 
 class NonFiniteError(UserError):
     """The loss or a gradient became infinite or not-a-number: training cannot go on."""
 
     exit_code = 3
+
+
+class MemoryLimitError(UserError):
+    """An allocation would have exceeded the limit of memory; nothing was allocated.
+
+    The message is one line, then the table "where did all the memory go". `live` holds the bytes
+    in use by category, `category` and `request` what was asked for, `limit` the limit in bytes.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        live: Mapping[str, int] | None = None,
+        category: str = "",
+        request: int = 0,
+        limit: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.live = dict(live or {})
+        self.category, self.request, self.limit = category, request, limit
+
+    def advise(self, advice: str) -> None:
+        """Add what would fit to the message, for who knows the model and the batch."""
+        self.args = (f"{self}\n{advice}",)
+
+    def report(self) -> str:
+        """The message as it is: a table has lines."""
+        return str(self)

@@ -1,14 +1,16 @@
 """Memory by category: every array the package makes is counted, live and at its peak, in bytes.
 
 `empty` is the one allocator. It hands out plain arrays; the bytes are counted down when the last
-view of them is gone. The account belongs to the thread, since a rank may be a thread.
+view of them is gone. The account belongs to the thread, since a rank may be a thread; so does its
+limit, beyond which nothing is handed out.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 
 from hpcml import backend
 from hpcml.backend import Array
+from hpcml.errors import MemoryLimitError, UserError
 
 CATEGORIES = ("params", "grads", "optim", "activations", "buffers")
 ALIGNMENT = 64  # bytes: a cache line, and an AVX-512 register
@@ -23,15 +26,22 @@ _ALIGN_FROM = 1 << 16  # bytes: below this an unaligned start costs less than fi
 
 
 class Account:
-    """Bytes by category: `live[category]` now, `peak[category]` since `reset_peak`."""
+    """Bytes by category: `live[category]` now, `peak[category]` since `reset_peak`.
+
+    `total` and `peak_total` are the same over all categories, and `limit` what `total` may reach
+    (0: no limit; see `set_limit`).
+    """
 
     def __init__(self) -> None:
         self.live = dict.fromkeys(CATEGORIES, 0)
         self.peak = dict.fromkeys(CATEGORIES, 0)
+        self.total = self.peak_total = 0
+        self.limit = 0
 
     def reset_peak(self) -> None:
         """Start a new measurement of the peaks."""
         self.peak = dict(self.live)
+        self.peak_total = self.total
 
     def add(self, category: str, nbytes: int) -> None:
         """Count `nbytes` more (or, if negative, fewer) in `category`."""
@@ -39,6 +49,37 @@ class Account:
         self.live[category] = live
         if live > self.peak[category]:
             self.peak[category] = live
+        self.total += nbytes
+        if self.total > self.peak_total:
+            self.peak_total = self.total
+
+    def require(self, category: str, nbytes: int) -> None:
+        """Raise MemoryLimitError if `nbytes` more in `category` would exceed the limit."""
+        if self.limit and self.total + nbytes > self.limit:
+            gc.collect()  # arrays in cycles of references are nobody's any more
+            if self.total + nbytes > self.limit:
+                raise self._refusal(category, nbytes)
+
+    def _refusal(self, category: str, nbytes: int) -> MemoryLimitError:
+        rows = {**self.live, "in use": self.total, f"asked for ({category})": nbytes,
+                "limit": self.limit}  # fmt: skip
+        return MemoryLimitError(
+            f"{nbytes:,} bytes of {category} exceed the memory limit of {self.limit:,}, of which "
+            f"{self.total:,} are in use: hold less, or set a higher limit\n"
+            f"{table({name: (f'{size:,}',) for name, size in rows.items()}, ('bytes',))}",
+            live=self.live, category=category, request=nbytes, limit=self.limit,
+        )  # fmt: skip
+
+
+def table(rows: Mapping[str, Sequence[str]], columns: Sequence[str]) -> str:
+    """Return the table "where did all the memory go": name -> a text for each column."""
+    lines = [("where did all the memory go", *columns)]
+    lines += [(f"  {name}", *cells) for name, cells in rows.items()]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        "  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(cells, others, strict=True))])
+        for name, *cells in lines
+    )
 
 
 class _Block(np.ndarray[Any, Any]):
@@ -53,6 +94,7 @@ class _Block(np.ndarray[Any, Any]):
     def __del__(self) -> None:
         if self.account is not None:
             self.account.live[self.category] -= self.counted
+            self.account.total -= self.counted
 
 
 class _Local(threading.local):
@@ -67,6 +109,16 @@ _local = _Local()
 def account() -> Account:
     """Return the account of this thread."""
     return _local.account
+
+
+def set_limit(nbytes: int) -> None:
+    """Let no more than `nbytes` be live in this thread's account; 0 for no limit.
+
+    What would exceed it raises MemoryLimitError before anything is allocated.
+    """
+    if nbytes < 0:
+        raise UserError(f"memory limit {nbytes} must be 0 (no limit) or a number of bytes above")
+    _local.account.limit = nbytes
 
 
 @contextmanager
@@ -85,19 +137,23 @@ def empty(
 ) -> Array:
     """Return an uninitialised C-contiguous array, counted in `category` until its last view dies.
 
-    On "cuda" the array comes from CuPy's pool and is not counted here.
+    On "cuda" the array comes from CuPy's pool and is not counted here. Raises MemoryLimitError.
     """
     if device != "cpu":
         return backend.device_module(device).empty(shape, dtype)
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
+    category = category or _local.category
+    account = _local.account
+    if account.limit:
+        account.require(category, nbytes)
     offset = 0
     if nbytes >= _ALIGN_FROM:
         block = _Block(nbytes + ALIGNMENT, np.uint8)
         offset = -block.__array_interface__["data"][0] % ALIGNMENT
     else:
         block = _Block(nbytes, np.uint8)
-    _count(block, category or _local.category, nbytes)
+    _count(block, category, nbytes)
     return np.ndarray(shape, dtype, block, offset)
 
 
@@ -107,10 +163,11 @@ def adopt(
     """Return an array in memory that somebody else has made, counted like one of `empty`.
 
     region: an object with the buffer interface, kept as long as a view of the array lives.
-    owner: what `owner_of` gives for the array and its views.
+    owner: what `owner_of` gives for the array and its views. Raises MemoryLimitError.
     """
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
+    _local.account.require(category, nbytes)
     block = _Block(nbytes, np.uint8, region, offset)
     block.owner = owner
     _count(block, category, nbytes)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         if first_rank():
-            print(f"hpcml: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            print(f"hpcml: error: {error.report()}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         from hpcml.comm import launch

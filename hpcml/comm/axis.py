@@ -75,6 +75,7 @@ class Axis(Blocking):
         nbytes = math.prod(shape) * kind.itemsize
         window = None
         if self.size > 1 and nbytes:
+            memory.account().require(category, nbytes)
             self._agree("empty", np.empty(0, kind), nbytes, None, ())
             window = self._windows.make(nbytes)
             self._record("share", 0)

@@ -49,7 +49,7 @@ def agree(axis: Axis, function: Callable[[], T]) -> T:
 
 
 def refuse(error: UserError) -> int:
-    """Print the one line of a user's error, once for all ranks that fail alike; the exit code.
+    """Print the report of a user's error, once for all ranks that fail alike; the exit code.
 
     For the end of a command line: `except UserError as error: return refuse(error)`. Ends the job
     if only some ranks fail (see `leave`).
@@ -59,7 +59,7 @@ def refuse(error: UserError) -> int:
     speaks = hook.board.sheet.take() if hook else read().rank in (None, 0)
     if speaks:
         sys.stdout.flush()
-        sys.stderr.write(f"hpcml: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"hpcml: error: {error.report()}\n")
         sys.stderr.flush()
     return leave(error.exit_code)
 
