@@ -66,6 +66,12 @@ def dtype(name: Any) -> np.dtype[Any]:
     return found
 
 
+@functools.cache
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """Whether this is a 16-bit float: kept in 16 bits, computed with in float32."""
+    return dtype.name in ("float16", "bfloat16")
+
+
 def set_threads(count: int) -> None:
     """Give BLAS and the compiled loops `count` threads each: cores per rank, or ranks fight."""
     import threadpoolctl

@@ -24,13 +24,13 @@ import numpy as np
 
 from hpcml import memory
 from hpcml.backend import dtype as as_dtype
+from hpcml.backend import is_half
 from hpcml.bench.mpi_peer import MpiPeer
 from hpcml.bench.rounds import Call, alternate, geometric_mean, memory_bandwidth, ratio
 from hpcml.comm import Axis, Mesh
 from hpcml.comm.algorithms import OPERATIONS, Situation
 from hpcml.comm.algorithms.choosing import fitting
 from hpcml.comm.choice import Measurement, fit, save
-from hpcml.comm.reduction import is_half
 from hpcml.comm.staging import stage
 
 Array = np.ndarray[Any, np.dtype[Any]]

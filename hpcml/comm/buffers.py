@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.comm.reduction import OPS, is_half
+from hpcml.backend import is_half
+from hpcml.comm.reduction import OPS
 from hpcml.comm.staging import Staged, stage
 from hpcml.comm.transport import Array
 

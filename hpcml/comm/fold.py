@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from hpcml import kernels
-from hpcml.comm.reduction import Reduction, is_half
+from hpcml.backend import is_half
+from hpcml.comm.reduction import Reduction
 from hpcml.comm.transport import Array
 
 

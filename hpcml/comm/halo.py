@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from hpcml import memory
-from hpcml.backend import xp
+from hpcml.backend import is_half, xp
 from hpcml.comm.axis import Axis
 from hpcml.comm.buffers import check_dtype
 from hpcml.comm.halo_plan import Cut, Plan, Slices
 from hpcml.comm.link import Link
 from hpcml.comm.mesh import Mesh
-from hpcml.comm.reduction import is_half
 from hpcml.comm.request import Request
 from hpcml.comm.shards import new
 from hpcml.comm.staging import stage

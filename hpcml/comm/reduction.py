@@ -10,13 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from hpcml import kernels
-from hpcml.backend import xp
+from hpcml.backend import is_half, xp
 from hpcml.comm.transport import Array
+from hpcml.kernels import narrow, widen
 
 OPS = ("sum", "prod", "min", "max")
 _UFUNCS = {"sum": "add", "prod": "multiply", "min": "minimum", "max": "maximum"}
@@ -75,32 +74,14 @@ class Reduction:
         for start in range(0, out.size, _BLOCK):
             part = slice(start, min(start + _BLOCK, out.size))
             here, other, word = (array[: part.stop - start] for array in (total, x, words))
-            _widen(rows[0][part], here)
+            widen(rows[0][part], here)
             for row in rows[1:]:
-                _widen(row[part], other)
+                widen(row[part], other)
                 ufunc(here, other, out=here)
                 if self.stepwise:
-                    _narrow(here, word)
-                    _widen(word, here)
-            _narrow(here, out[part])
-
-
-def _widen(x: Any, out: Any) -> None:
-    """Store 16-bit floats in float32."""
-    if isinstance(x, np.ndarray):
-        halves = kernels.compiled("float32").halves
-        halves.widen(x.view(np.uint16), out, x.dtype != np.float16)
-    else:
-        out[...] = x
-
-
-def _narrow(x: Any, out: Any) -> None:
-    """Round float32 to 16-bit floats."""
-    if isinstance(x, np.ndarray):
-        halves = kernels.compiled("float32").halves
-        halves.narrow(x, out.view(np.uint16), out.dtype != np.float16)
-    else:
-        out[...] = x
+                    narrow(here, word)
+                    widen(word, here)
+            narrow(here, out[part])
 
 
 def _quiet() -> np.errstate:
@@ -112,9 +93,3 @@ def _quiet() -> np.errstate:
 def reduction(op: str, stepwise: bool = False, onto: bool = False) -> Reduction:
     """The one `Reduction` of these properties."""
     return Reduction(op, stepwise, onto)
-
-
-@functools.cache
-def is_half(dtype: np.dtype[Any]) -> bool:
-    """Whether this is a 16-bit float, which MPI libraries reduce slowly, wrongly or not at all."""
-    return dtype.name in ("float16", "bfloat16")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcml.backend import is_half
 from hpcml.comm.algorithms import Situation, find, span
 from hpcml.comm.algorithms.choosing import choose
 from hpcml.comm.board import Group
@@ -21,7 +22,7 @@ from hpcml.comm.buffers import wire
 from hpcml.comm.fold import adds_floats, fold_of
 from hpcml.comm.link import Link
 from hpcml.comm.meeting import NUMBERS, Meeting, Place
-from hpcml.comm.reduction import Reduction, is_half
+from hpcml.comm.reduction import Reduction
 from hpcml.comm.shared import share
 from hpcml.comm.transport import Array
 from hpcml.memory import owner_of

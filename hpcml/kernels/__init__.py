@@ -2,6 +2,7 @@
 
 `of(array)` picks the module: `cpu` (compiled by numba) for NumPy arrays of float32 and float64,
 `generic` (array expressions, the readable specification of each kernel) for everything else.
+16-bit floats are computed with in float32; `widen` and `narrow` lead there and back.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from types import ModuleType
 
 import numpy as np
 
-from hpcml.backend import Array
+from hpcml.backend import Array, xp
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -40,3 +41,28 @@ def of(array: Array) -> ModuleType:
         if array.dtype == _FLOAT64:
             return compiled("float64")
     return _generic()
+
+
+def widen(x: Array, out: Array | None = None) -> Array:
+    """Return 16-bit floats `x` in float32, exactly; in `out`, C-contiguous, if that is given."""
+    out = xp(x).empty(x.shape, _FLOAT32) if out is None else out
+    if isinstance(x, np.ndarray):
+        words = x.view(np.uint16).reshape(-1)
+        compiled("float32").halves.widen(words, out.reshape(-1), x.dtype != np.float16)
+    else:
+        out[...] = x
+    return out
+
+
+def narrow(x: Array, out: Array) -> Array:
+    """Round float32 `x` into the 16-bit floats `out`, to nearest, of two the even one; return it.
+
+    x and out have one shape; what is too large becomes infinite, without a warning.
+    """
+    if isinstance(x, np.ndarray) and x.dtype == _FLOAT32 and out.flags.c_contiguous:
+        words = out.view(np.uint16).reshape(-1)
+        compiled("float32").halves.narrow(x.reshape(-1), words, out.dtype != np.float16)
+    else:
+        with np.errstate(over="ignore"):
+            out[...] = x
+    return out

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hpcml.backend import is_half
 from hpcml.comm.algorithms.registry import Algorithm, Machine, Situation, algorithms, find
 from hpcml.comm.link import Link
-from hpcml.comm.reduction import is_half
 
 Rows = Sequence[tuple[float, str]]
 """(up to bytes, algorithm), ascending: the first row that is not exceeded counts."""

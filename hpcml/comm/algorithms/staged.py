@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from hpcml.backend import is_half
 from hpcml.comm.algorithms.blocks import shares, spans
 from hpcml.comm.algorithms.registry import Machine, Situation, algorithm
 from hpcml.comm.fold import adds_floats, fold_of
 from hpcml.comm.link import Link
-from hpcml.comm.reduction import Reduction, is_half
+from hpcml.comm.reduction import Reduction
 from hpcml.comm.transport import Array
 
 _WHOLE = 1 << 14
