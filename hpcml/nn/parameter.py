@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hpcml import memory, rng
+from hpcml import backend, kernels, memory, rng
 from hpcml.autograd import Tensor
 from hpcml.backend import Array
 
@@ -129,8 +129,15 @@ class Parameter(Tensor):
         return self._array is not None
 
     def fill(self, out: np.ndarray[Any, Any], start: int, seed: int) -> None:
-        """Write first values start .. start + out.size - 1 (logical C order) into flat `out`."""
-        self.init(out, rng.key(seed, "parameter", self.name), start)
+        """Write first values start .. start + out.size - 1 (logical C order) into flat `out`.
+
+        16-bit values are those of float32, rounded.
+        """
+        half = backend.is_half(out.dtype)
+        wide = memory.empty(out.shape, np.float32, "buffers") if half else out
+        self.init(wide, rng.key(seed, "parameter", self.name), start)
+        if half:
+            kernels.narrow(wide, out)
 
     def to_dtype(self, dtype: Any) -> None:
         """Change the type of the elements in place; the gradient, of the old type, is forgotten."""
