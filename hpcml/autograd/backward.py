@@ -6,6 +6,7 @@ same collectives.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -114,11 +115,17 @@ def backward(root: Tensor, gradient: Array | None = None) -> None:
     record: list[Any] = _record(root.ctx)
     gradients = _Gradients(record)
     gradients.of[root.ctx] = (gradient, False)
+    uses = Counter(unit for ctx in record for unit in ctx.units)
     with no_grad():
         for position, ctx in enumerate(record):
             g, _ = gradients.of.pop(ctx)
             for which, needed in enumerate(ctx.needs):
                 if needed:
                     gradients.compute(ctx, which, g)
+            units = ctx.units
             ctx.release()
             record[position] = None  # what it saved can go now
+            for unit in units:
+                uses[unit] -= 1
+                if uses[unit] == 0:  # its values are needed no more
+                    unit.done()

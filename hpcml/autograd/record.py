@@ -90,7 +90,7 @@ class Context:
 
     __slots__ = ("_handed", "_inputs", "_pending", "_pending_ours", "_saved", "_shared", "_target",
                  "attributes", "dtypes", "needs", "order", "primitive", "shapes",
-                 "sources")  # fmt: skip
+                 "sources", "units")  # fmt: skip
 
     def __init__(
         self, primitive: Primitive, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]
@@ -100,6 +100,8 @@ class Context:
         self.order = next(_order)
         self.shapes: tuple[tuple[int, ...], ...] = ()
         self.dtypes: tuple[np.dtype[Any] | None, ...] = ()
+        # Whose values adjoints will ask for: sharded parameters, fetched together (see `nn.Unit`).
+        self.units: tuple[Any, ...] = ()
         self.attributes: Any = None  # small values an adjoint needs: axes, shapes, flags
         # The use that made an input, or the input itself if it is a leaf. Not the tensors between:
         # they would keep every activation alive, needed or not.
@@ -127,6 +129,9 @@ class Context:
                     owner = tensor  # its storage may be elsewhere by then: ask it again
             if owner is not None:
                 self._saved.append((_data, owner))
+                unit = getattr(owner, "unit", None)
+                if unit is not None:
+                    self.units += (unit,)
             elif mode.pack is not None and backend.is_array(array):
                 self._saved.append((mode.unpack, mode.pack(array)))
             else:
@@ -192,7 +197,7 @@ class Context:
     def release(self) -> None:
         """Forget what was saved and where inputs came from: the gradients are computed."""
         self._saved = self._shared = self._handed = None
-        self.sources, self.needs = (), ()
+        self.sources, self.needs, self.units = (), (), ()
 
     @property
     def released(self) -> bool:

@@ -19,6 +19,23 @@ class Init(Protocol):
         """Fill the flat array `out`."""
 
 
+class Unit(Protocol):
+    """Parameters whose values are fetched together, when one is needed, and let go after use."""
+
+    def fetch(self) -> None:
+        """Give all its parameters their values."""
+
+    def done(self) -> None:
+        """Take note that nobody needs the values for now."""
+
+
+class Home(Protocol):
+    """Where gradients are collected."""
+
+    def place(self, parameter: Parameter) -> Array:
+        """The array into which the gradient of a parameter goes."""
+
+
 @dataclass(frozen=True)
 class Normal:
     """Normal distribution."""
@@ -63,9 +80,12 @@ class Parameter(Tensor):
     `Parameter(array)` starts from given values. `Parameter(shape=..., init=...)` has none until
     they are needed: element i is then made from (seed, name, i), so that any rank can make any
     slice, and a parameter that lies elsewhere costs nothing here.
+
+    Where it is sharded, `unit` fetches its values when they are asked for, and `home` finds the
+    place of its gradient when the first contribution comes.
     """
 
-    __slots__ = ("_dtype", "_shape", "init", "layout", "name")
+    __slots__ = ("_dtype", "_place", "_shape", "home", "init", "layout", "name", "unit")
     is_parameter = True
 
     def __init__(
@@ -79,6 +99,8 @@ class Parameter(Tensor):
     ) -> None:
         if (data is None) == (shape is None):
             raise ValueError("Parameter needs either data, or a shape and a rule for first values")
+        self.unit: Unit | None = None
+        self.home: Home | None = None
         super().__init__(np.empty(0, np.float32) if data is None else data, requires_grad)
         self._shape: tuple[int, ...]
         self._dtype: np.dtype[Any]
@@ -96,7 +118,9 @@ class Parameter(Tensor):
 
     @property
     def data(self) -> Array:
-        """The values, made now if they have not been needed before."""
+        """The values, fetched or made now if they are not here."""
+        if self._array is None and self.unit is not None:
+            self.unit.fetch()
         if self._array is None:
             self._array = memory.empty(self._shape, self._dtype, "params")
             self.fill(self._array.reshape(-1), 0, rng.seed())
@@ -106,6 +130,21 @@ class Parameter(Tensor):
     def data(self, array: Array) -> None:
         self._array = array
         self._shape, self._dtype = array.shape, array.dtype
+
+    @property
+    def gradient_buffer(self) -> Array | None:
+        """Where the gradient shall lie, if anywhere."""
+        if self._place is None and self.home is not None:
+            self._place = self.home.place(self)
+        return self._place
+
+    @gradient_buffer.setter
+    def gradient_buffer(self, array: Array | None) -> None:
+        self._place: Array | None = array
+
+    def forget(self) -> None:
+        """Let the values go; when they are needed again, they are fetched or made anew."""
+        self._array = None
 
     def assign(self, values: Array) -> None:
         """Copy values in; first values that have not been made are not made for it."""
