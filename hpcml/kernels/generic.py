@@ -60,9 +60,9 @@ def column_sums(x: Array, out: Array) -> None:
     out[...] = x.sum(0)
 
 
-def sum_of_squares(x: Array) -> float:
-    """Sum of squares in float64."""
-    return float(xp(x).sum(x.astype(np.float64) ** 2))
+def block_squares(x: Array, block: int, out: Array) -> None:
+    """out[k] = sum of squares of x[k * block] to x[(k + 1) * block - 1], in float64."""
+    out[: x.size // block] = xp(x).sum(x.reshape(-1, block).astype(np.float64) ** 2, axis=1)
 
 
 def adam_update(

@@ -1,107 +1,357 @@
-"""Flat storage: parameters side by side in one buffer, their gradients in another, with views.
+"""Flat storage: parameters side by side in buckets, of which a rank holds all or its own block.
 
-One buffer is what a collective reduces at once and what a fused optimizer walks through once.
+A bucket is what a collective takes at once and what a fused optimizer walks through once. How its
+parameters lie in it depends on neither the number of ranks nor the ZeRO stage, only its padding
+does; blocks of ranks begin and end at multiples of its `grain`, and the norm of the gradient is
+made of sums over single grains. Hence the same bits in every layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hpcml import kernels, memory, rng
-from hpcml.backend import Array
-from hpcml.nn.parameter import Parameter
+from hpcml.backend import Array, is_half
+from hpcml.kernels import narrow, widen
+from hpcml.nn.parameter import Home, Parameter
 
 ALIGNMENT = 64  # bytes: parameters share no cache line, if the allocator's buffers start on one
+LARGEST_GRAIN = 4096
+_GRAINS = 1024
+"""A bucket has about this many grains at least, so that padding for N ranks adds N / 1024."""
+BUCKET_BYTES = 25 << 20
+KINDS = ("optim", "grads", "params")
+"""What a rank holds; ZeRO stage k divides the first k of them among the ranks."""
 
 Allocate = Callable[[tuple[int, ...], Any, str], Array]
 
 
-class FlatStorage:
-    """Parameters of one dtype and their gradients, as views into two flat arrays.
+@dataclass(frozen=True)
+class Sharding:
+    """Which part of every bucket a rank holds: the whole policy of ZeRO stages 0 to 3.
 
-    Between and behind the parameters lie zeros up to the alignment; they stay zero, so sums over
-    the whole buffer are sums over the parameters.
+    size, rank: of the ranks that divide. layers: whole buckets have an owner each, in turn by unit,
+    instead of every rank a block of each: the naive form, kept to count against.
     """
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
-        self.parameters = list(parameters)
-        types = {parameter.dtype for parameter in self.parameters}
-        if len(types) != 1:
-            raise ValueError(
-                f"flat storage needs parameters of one type, not {sorted(map(str, types))}"
-            )
-        self.dtype: np.dtype[Any] = types.pop()
-        step = ALIGNMENT // self.dtype.itemsize
+    stage: int = 0
+    size: int = 1
+    rank: int = 0
+    layers: bool = False
+
+    def whole(self, kind: str) -> bool:
+        """Whether this rank holds all of the "optim", "grads" or "params"."""
+        return KINDS.index(kind) >= self.stage
+
+    def block(self, bucket: Bucket) -> slice:
+        """The part of a bucket that this rank owns."""
+        if self.layers:
+            return slice(0, bucket.size if self.owner(bucket) == self.rank else 0)
+        share = bucket.size // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def owner(self, bucket: Bucket) -> int:
+        """The rank that owns a whole bucket, in the naive form."""
+        return bucket.unit % self.size
+
+    def owned(self, kind: str, bucket: Bucket) -> slice:
+        """The part of a bucket that this rank holds of a kind."""
+        return slice(0, bucket.size) if self.whole(kind) else self.block(bucket)
+
+
+class Bucket:
+    """Some parameters side by side: where each lies, and the arrays of what this rank holds."""
+
+    data: Array
+    """Of the parameters; in their type."""
+    grad: Array
+    """Of the gradients; empty for frozen parameters."""
+    master: Array | None = None
+    """Of the parameters in float32, where they are kept so for the optimizer."""
+
+    def __init__(
+        self, members: Sequence[tuple[Parameter, int]], unit: int, align: int, sharding: Sharding
+    ) -> None:
+        """`members`: parameters, each with the number of its group (below 0: not trained)."""
+        self.unit = unit
+        members = sorted(members, key=lambda member: member[1])  # a group is one run of elements
+        self.parameters = [parameter for parameter, _ in members]
+        self._numbers = {id(p): number for number, p in enumerate(self.parameters)}
         self.slices: list[slice] = []
         end = 0
         for parameter in self.parameters:
-            count = parameter.numel()
-            self.slices.append(slice(end, end + count))
-            end += -(-count // step) * step
-        self.size = end
-        self.data = memory.zeros((end,), self.dtype, "params")
-        self.grad = memory.zeros((end,), self.dtype, "grads")
-        self._views: list[tuple[Array, Array]] = []  # of each parameter: its values, its gradient
-        for parameter, part in zip(self.parameters, self.slices, strict=True):
-            self._adopt(parameter, part)
+            self.slices.append(slice(end, end + parameter.numel()))
+            end += -(-parameter.numel() // align) * align
+        self.content = max(end, align)
+        self.grain = _grain(self.content, align)
+        self.grains = -(-self.content // self.grain)
+        ranks = 1 if sharding.layers else sharding.size
+        self.size = -(-self.grains // ranks) * ranks * self.grain
+        starts = [part.start for part in self.slices]
+        self.runs: list[tuple[int, slice]] = []
+        for group, run in groupby(range(len(members)), key=lambda i: members[i][1]):
+            first, *_, last = [*run] * 2
+            after = starts[last + 1] if last + 1 < len(starts) else self.size
+            self.runs.append((group, slice(starts[first], after)))
+        self.trained = bool(members) and members[0][1] >= 0
 
-    def _adopt(self, parameter: Parameter, part: slice) -> None:
-        """Move a parameter here; one without values gets its first values right in place."""
-        view = self.data[part].reshape(parameter.shape)
-        if parameter.has_values:
-            view[...] = parameter.data
+    def number(self, parameter: Parameter) -> int:
+        """The place of a parameter among those of the bucket."""
+        return self._numbers[id(parameter)]
+
+    def gaps(self) -> Iterator[slice]:
+        """What lies between and behind the parameters."""
+        ends = [0, *(part.stop for part in self.slices)]
+        starts = [*(part.start for part in self.slices), self.size]
+        return (slice(low, high) for low, high in zip(ends, starts, strict=True) if low < high)
+
+    def view(self, whole: Array, number: int) -> Array:
+        """The place of a parameter in an array of the whole bucket."""
+        return whole[self.slices[number]].reshape(self.parameters[number].shape)
+
+
+class Piece(NamedTuple):
+    """Elements that the optimizer updates together: of one group, and this rank's to update."""
+
+    group: int
+    data: Array
+    grad: Array
+    state: slice
+    values: Array | None
+    """Where the parameters lie in their 16-bit type; `data` is then their float32 master."""
+
+
+def plan(
+    units: Sequence[Sequence[tuple[Parameter, int]]], limit: int, sharding: Sharding
+) -> list[Bucket]:
+    """Cut each unit into buckets of whole parameters, in order, of at most `limit` bytes.
+
+    A parameter above the limit has a bucket for itself. What is not trained is kept apart.
+    """
+    buckets = []
+    for number, unit in enumerate(units):
+        for _, members in groupby(
+            sorted(unit, key=lambda member: member[1] < 0), key=lambda member: member[1] < 0
+        ):
+            rest: list[tuple[Parameter, int]] = []
+            nbytes = 0
+            for parameter, group in members:
+                more = parameter.numel() * parameter.dtype.itemsize
+                if rest and nbytes + more > limit:
+                    buckets.append(_bucket(rest, number, sharding))
+                    rest, nbytes = [], 0
+                rest.append((parameter, group))
+                nbytes += more
+            buckets.append(_bucket(rest, number, sharding))
+    return buckets
+
+
+def _grain(content: int, align: int) -> int:
+    """The largest power of two that leaves enough grains, within bounds."""
+    power = 1 << max((content // _GRAINS).bit_length() - 1, 0)
+    return min(max(power, align), LARGEST_GRAIN)
+
+
+def _bucket(members: Sequence[tuple[Parameter, int]], unit: int, sharding: Sharding) -> Bucket:
+    return Bucket(members, unit, ALIGNMENT // members[0][0].dtype.itemsize, sharding)
+
+
+class FlatStorage:
+    """Parameters of one type and their gradients in buckets, held as `sharding` says.
+
+    groups: parameters by parameter group. units: all of them (and perhaps frozen ones) in the lists
+    that are gathered together where parameters are sharded; by default one. allocate: makes the
+    arrays of kind "params", "grads" or "optim". 16-bit parameters have a float32 master each.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Parameter]],
+        *,
+        units: Sequence[Sequence[Parameter]] | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        sharding: Sharding = Sharding(),
+        allocate: Allocate = memory.zeros,
+    ) -> None:
+        self.sharding, self.allocate = sharding, allocate
+        group_of = {id(p): number for number, group in enumerate(groups) for p in group}
+        units = [[p for group in groups for p in group]] if units is None else units
+        everything = [p for unit in units for p in unit]
+        self.dtype = _one_type(everything)
+        self.buckets = plan(
+            [[(p, group_of.get(id(p), -1)) for p in unit] for unit in units], bucket_bytes, sharding
+        )
+        self.trained = [bucket for bucket in self.buckets if bucket.trained]
+        self.parameters = [p for bucket in self.trained for p in bucket.parameters]
+        self.home = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
+        self.data = self._lay("params", "data", self.buckets)
+        self.grad = self._lay("grads", "grad", self.trained)
+        if is_half(self.dtype):
+            self._lay("optim", "master", self.trained, np.dtype(np.float32))
+        self._views: list[tuple[Parameter, Array | None, Array | None]] = []
+        for bucket in self.buckets:
+            self._fill(bucket)
+            self._adopt(bucket)
+        self.state_size = 0  # elements of each array of the optimizer's state
+        self.pieces = list(self._pieces())
+
+    def _lay(
+        self, kind: str, name: str, buckets: Sequence[Bucket], dtype: np.dtype[Any] | None = None
+    ) -> Array:
+        """One array for what this rank holds of all buckets, and its part for each of them."""
+        parts = [self.sharding.owned(kind, bucket) for bucket in buckets]
+        sizes = [part.stop - part.start for part in parts]
+        flat = self.allocate((sum(sizes),), dtype or self.dtype, kind)
+        flat[...] = 0
+        start = 0
+        for bucket, size in zip(buckets, sizes, strict=True):
+            setattr(bucket, name, flat[start : start + size])
+            start += size
+        return flat
+
+    def _fill(self, bucket: Bucket) -> None:
+        """Put the values of the parameters into what this rank holds of them."""
+        sharding = self.sharding
+        if bucket.master is not None:
+            _write(bucket, sharding.owned("optim", bucket), bucket.master)
+        held = sharding.owned("params", bucket)
+        if bucket.master is not None and sharding.owned("optim", bucket) == held:
+            narrow(bucket.master, bucket.data)
         else:
-            parameter.fill(self.data[part], 0, rng.seed())
-        parameter.data = view
-        parameter.gradient_buffer = self.grad[part].reshape(parameter.shape)
-        self._views.append((view, parameter.gradient_buffer))
-        if parameter.gradient is not None:
-            parameter.gradient_buffer[...] = parameter.gradient
-            parameter.gradient = parameter.gradient_buffer
+            _write(bucket, held, bucket.data)
 
-    def move_gradients(self, allocate: Allocate) -> None:
-        """Keep gradients in memory of `allocate(shape, dtype, category)` from now on.
+    def _adopt(self, bucket: Bucket) -> None:
+        """Let the parameters lie in the bucket, where this rank holds all of it."""
+        for number, parameter in enumerate(bucket.parameters):
+            values = gradient = None
+            if self.sharding.whole("params"):
+                values = parameter.data = bucket.view(bucket.data, number)
+            else:
+                parameter.forget()
+            if bucket.trained and self.sharding.whole("grads"):
+                gradient = bucket.view(bucket.grad, number)
+                if parameter.gradient is not None:
+                    gradient[...] = parameter.gradient
+                    parameter.gradient = gradient
+            parameter.home, parameter.gradient_buffer = None, gradient
+            self._views.append((parameter, values, gradient))
 
-        Memory that ranks share, for example, which they reduce in place.
-        """
-        before, self.grad = self.grad, allocate((self.size,), self.dtype, "grads")
-        self.grad[...] = before
-        places = zip(self.parameters, self.slices, self._views, strict=True)
-        self._views = []
-        for parameter, part, (values, _) in places:
-            parameter.gradient_buffer = self.grad[part].reshape(parameter.shape)
-            self._views.append((values, parameter.gradient_buffer))
-            if parameter.gradient is not None:
-                parameter.gradient = parameter.gradient_buffer
+    def _pieces(self) -> Iterator[Piece]:
+        sharding, start = self.sharding, 0
+        for bucket in self.trained:
+            mine = sharding.owned("optim", bucket)
+            for group, run in bucket.runs:
+                low, high = max(run.start, mine.start), min(run.stop, mine.stop)
+                if low >= high:
+                    continue
+                values = _part(bucket.data, sharding.owned("params", bucket), low, high)
+                data = values
+                if bucket.master is not None:
+                    data = _part(bucket.master, mine, low, high)
+                grad = _part(bucket.grad, sharding.owned("grads", bucket), low, high)
+                offset = start - mine.start
+                yield Piece(
+                    group, data, grad, slice(offset + low, offset + high),
+                    None if bucket.master is None else values,
+                )  # fmt: skip
+            start += mine.stop - mine.start
+        self.state_size = start
 
-    def span(self, parameters: Sequence[Parameter]) -> slice:
-        """The part of the buffers that holds `parameters`, which must be neighbours in order."""
-        places = {id(p): number for number, p in enumerate(self.parameters)}
-        first = places[id(parameters[0])]
-        after = first + len(parameters)
-        assert all(places[id(p)] == first + i for i, p in enumerate(parameters))
-        end = self.slices[after].start if after < len(self.slices) else self.size
-        return slice(self.slices[first].start, end)
+    def collect_gradients(self, home: Home | None = None) -> None:
+        """Let gradients go where `home` says, or into the buffer of all that this rank holds."""
+        for parameter, _, gradient in self._views:
+            if self.home[id(parameter)].trained:
+                parameter.home = home
+                parameter.gradient_buffer = gradient if home is None else None
 
-    def finish_gradients(self) -> None:
-        """Make the gradient of each parameter that got none zero: the buffer is then complete.
-
-        Raises RuntimeError for a parameter that lies elsewhere by now: it would not be trained.
-        """
-        places = zip(self.parameters, self.slices, self._views, strict=True)
-        for parameter, part, (values, gradient) in places:
-            if parameter.data is not values or parameter.gradient_buffer is not gradient:
+    def check(self) -> None:
+        """Raise RuntimeError if a parameter lies elsewhere by now: it would not be trained."""
+        for parameter, values, gradient in self._views:
+            moved = values is not None and parameter._array is not values
+            if moved or (gradient is not None and parameter.gradient_buffer is not gradient):
                 raise RuntimeError(
                     f"parameter {parameter.name} has left this optimizer (its type or array was "
                     "changed, or a later optimizer took it): make the optimizer again"
                 )
-            if parameter.gradient is None:
-                self.grad[part] = 0
-                parameter.gradient = parameter.gradient_buffer
 
-    def squared_norm(self) -> float:
-        """Sum of squares of the gradient, over fixed blocks added in order."""
-        return float(kernels.of(self.grad).sum_of_squares(self.grad))
+    def finish_gradients(self) -> None:
+        """Make the gradient of each parameter that got none zero: what is held is then complete."""
+        self.check()
+        for parameter, _, gradient in self._views:
+            if gradient is not None and parameter.gradient is None:
+                gradient[...] = 0
+                parameter.gradient = gradient
+
+    def squares(self) -> Array:
+        """Sums of squares of the gradient in float64, one of each grain of every bucket, in order.
+
+        Zero where this rank does not own the grain. Added up over the ranks that divide the
+        gradients, and then over the grains in order, the square of the norm, in every layout the
+        same to the last bit.
+        """
+        sums = np.zeros(sum(bucket.grains for bucket in self.trained))
+        start = 0
+        for bucket in self.trained:
+            mine = self.sharding.owned("optim", bucket)
+            grad = _part(bucket.grad, self.sharding.owned("grads", bucket), mine.start, mine.stop)
+            first = mine.start // bucket.grain
+            last = min(mine.stop // bucket.grain, bucket.grains)
+            if first < last:
+                out = sums[start + first : start + last]
+                _squares(grad[: (last - first) * bucket.grain], bucket.grain, out)
+            start += bucket.grains
+        return sums
+
+    def masters(self, bucket: Bucket) -> tuple[Array, bool]:
+        """The most exact values of a bucket that this rank holds, and whether those are all."""
+        if bucket.master is not None:
+            return bucket.master, self.sharding.whole("optim")
+        return bucket.data, self.sharding.whole("params")
+
+
+def _one_type(parameters: Sequence[Parameter]) -> np.dtype[Any]:
+    types = {parameter.dtype for parameter in parameters}
+    if len(types) != 1:
+        raise ValueError(
+            f"flat storage needs parameters of one type, not {sorted(map(str, types))}"
+        )
+    return types.pop()
+
+
+def _part(held: Array, place: slice, low: int, high: int) -> Array:
+    """Elements low to high of a bucket, of which `held` is the part `place`."""
+    assert place.start <= low <= high <= place.stop
+    return held[low - place.start : high - place.start]
+
+
+def _write(bucket: Bucket, place: slice, out: Array) -> None:
+    """Put elements `place` of a bucket into `out`: given values, or first values made here."""
+    for parameter, part in zip(bucket.parameters, bucket.slices, strict=True):
+        low, high = max(part.start, place.start), min(part.stop, place.stop)
+        if low >= high:
+            continue
+        view = out[low - place.start : high - place.start]
+        if parameter.has_values:
+            values = parameter.data.reshape(-1)[low - part.start : high - part.start]
+            if is_half(values.dtype) and view.dtype == np.float32:
+                widen(values, view)
+            else:
+                view[...] = values
+        else:
+            parameter.fill(view, low - part.start, rng.seed())
+
+
+def _squares(x: Array, block: int, out: Array) -> None:
+    """out[k] = sum of the squares of x[k * block : (k + 1) * block]."""
+    if not is_half(x.dtype):
+        kernels.of(x).block_squares(x, block, out)
+        return
+    step = max(1 << 16, block)  # elements at once, which stay in the cache
+    for start in range(0, x.size, step):
+        wide = widen(x[start : start + step])
+        kernels.of(wide).block_squares(wide, block, out[start // block :])

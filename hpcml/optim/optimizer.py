@@ -6,17 +6,22 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from hpcml import kernels, memory
 from hpcml.autograd import Tensor
-from hpcml.backend import Array
+from hpcml.backend import Array, is_half
+from hpcml.kernels import narrow, widen
 from hpcml.nn.parameter import Parameter
-from hpcml.optim.flat import FlatStorage
+from hpcml.optim.flat import FlatStorage, Piece
+
+_AT_ONCE = 1 << 15
 
 Params = Iterable[Parameter] | Iterable[dict[str, Any]]
 
 
 class Optimizer:
-    """Base class: keeps parameters in flat storage, a group each, and updates them in one pass.
+    """Base class: keeps parameters in flat storage and updates what this rank owns in one pass.
 
     params: parameters, or groups `{"params": [...], "lr": ..., ...}` with settings of their own. A
     subclass names its state arrays in `states` and updates one flat slice in `update`. Parameters
@@ -46,11 +51,29 @@ class Optimizer:
                 self.param_groups.append(group)
         if not self.param_groups:
             raise ValueError(f"{type(self).__name__}: no parameter requires a gradient")
-        everything = [p for group in self.param_groups for p in group["params"]]
-        self.storage = FlatStorage(everything)
-        self.state: dict[str, Array] = {
-            name: memory.zeros((self.storage.size,), self.storage.dtype, "optim")
-            for name in self.states
+        self._storage: FlatStorage | None = None
+        self._state: dict[str, Array] = {}
+
+    @property
+    def storage(self) -> FlatStorage:
+        """Where the parameters lie; made when it is first needed, unless `place` was called."""
+        if self._storage is None:
+            self.place()
+        assert self._storage is not None
+        return self._storage
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """The arrays named in `states`: what this rank owns, bucket after bucket."""
+        assert self.storage
+        return self._state
+
+    def place(self, **how: Any) -> None:
+        """Lay parameters, gradients and state out anew; `how`: as for `FlatStorage`."""
+        self._storage = FlatStorage([group["params"] for group in self.param_groups], **how)
+        dtype = np.dtype(np.float32) if is_half(self._storage.dtype) else self._storage.dtype
+        self._state = {
+            name: memory.zeros((self._storage.state_size,), dtype, "optim") for name in self.states
         }
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -70,16 +93,29 @@ class Optimizer:
     def grad_norm(self) -> float:
         """Euclidean norm of all gradients together."""
         self.storage.finish_gradients()
-        return math.sqrt(self.storage.squared_norm())
+        return math.sqrt(self.storage.squares().sum())
 
     def step(self, scale: float = 1.0) -> None:
         """Update all parameters once; the gradients count `scale` times (clipping, loss scale)."""
         self.storage.finish_gradients()
         self.steps += 1
-        for group in self.param_groups:
-            part = self.storage.span(group["params"])
-            state = {name: array[part] for name, array in self.state.items()}
-            self.update(group, self.storage.data[part], self.storage.grad[part], state, scale)
+        for piece in self.storage.pieces:
+            group = self.param_groups[piece.group]
+            state = {name: array[piece.state] for name, array in self.state.items()}
+            if piece.values is None:
+                self.update(group, piece.data, piece.grad, state, scale)
+            else:
+                self._update_halves(group, piece, state, scale)
+
+    def _update_halves(
+        self, group: dict[str, Any], piece: Piece, state: dict[str, Array], scale: float
+    ) -> None:
+        """Update the float32 masters of 16-bit parameters, so many at once as the cache holds."""
+        for start in range(0, piece.grad.size, _AT_ONCE):
+            part = slice(start, min(start + _AT_ONCE, piece.grad.size))
+            mine = {name: array[part] for name, array in state.items()}
+            self.update(group, piece.data[part], widen(piece.grad[part]), mine, scale)
+            narrow(piece.data[part], piece.values[part])
 
     def update(
         self, group: dict[str, Any], data: Array, grad: Array, state: dict[str, Array], scale: float

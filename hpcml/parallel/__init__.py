@@ -1,5 +1,6 @@
 """Each parallelism by itself, and `parallelize`, which puts them together."""
 
-from hpcml.parallel.step import Step, parallelize
+from hpcml.parallel.assemble import parallelize
+from hpcml.parallel.step import Step
 
 __all__ = ["Step", "parallelize"]

@@ -1,49 +1,71 @@
-"""Synchronous data parallelism: every rank holds the model and computes a part of each batch.
+"""Synchronous data parallelism: every rank computes a part of each batch.
 
 Losses are divided by the size of the global batch, so the gradient of the whole batch is the plain
-sum of the ranks' gradients: one all-reduce of the flat gradient buffer a step (Li et al. 2020,
-"PyTorch Distributed", section 2.2, calls this synchronous training by gradient averaging).
+sum of the ranks' gradients (Li et al. 2020, "PyTorch Distributed", section 2.2, calls this
+synchronous training by gradient averaging).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from hpcml.comm import Axis
 from hpcml.nn import Module
-from hpcml.optim import FlatStorage
 
 
-def microbatches(size: int, microbatch: int, axis: Axis) -> Iterator[slice]:
-    """Yield the parts of a batch of `size` samples that this rank of `axis` computes.
+class Microbatch(NamedTuple):
+    """Samples that a rank computes at once."""
+
+    number: int
+    """Counted over all ranks, in the order in which deterministic mode adds gradients."""
+    samples: slice
+    """Where they lie in the batch."""
+    weight: float
+    """Their share of the batch; 0 for samples that are computed for company only."""
+    last: bool
+    """Whether the rank computes no more in this step."""
+
+
+def count(size: int, microbatch: int, ranks: int) -> int:
+    """Number of microbatches of a batch of `size` samples, over all ranks."""
+    return -(-size // _samples(size, microbatch, ranks))
+
+
+def microbatches(
+    size: int, microbatch: int, axis: Axis, lockstep: bool = False
+) -> Iterator[Microbatch]:
+    """Yield what this rank of `axis` computes of a batch of `size` samples.
 
     The batch is cut into microbatches of `microbatch` samples (0: one for each rank), the last one
     possibly smaller; microbatch j goes to rank j mod size of the axis. A rank may get none.
+
+    lockstep: every rank gets as many; one that has none left computes the batch's first sample,
+    which counts nothing. So it joins in what ranks do together during forward and backward.
     """
-    part = microbatch or max(-(-size // axis.size), 1)
-    for start in range(axis.rank * part, size, axis.size * part):
-        yield slice(start, min(start + part, size))
+    part = _samples(size, microbatch, axis.size)
+    total = -(-size // part)
+    mine = len(range(axis.rank, total, axis.size))
+    rounds = -(-total // axis.size) if lockstep else mine
+    for number in range(rounds):
+        j = number * axis.size + axis.rank
+        last = number + 1 == rounds
+        if j < total:
+            samples = slice(j * part, min((j + 1) * part, size))
+            yield Microbatch(j, samples, (samples.stop - samples.start) / size, last)
+        else:
+            yield Microbatch(j, slice(0, 1), 0.0, last)
 
 
-def share_gradients(storage: FlatStorage, axis: Axis) -> None:
-    """Let the gradients lie where the axis reduces them in place: in shared memory, on one node."""
-    if axis.size > 1:
-        storage.move_gradients(axis.empty)
+def _samples(size: int, microbatch: int, ranks: int) -> int:
+    return microbatch or max(-(-size // ranks), 1)
 
 
-def reduce_gradients(storage: FlatStorage, axis: Axis) -> None:
-    """Replace each rank's gradients by their sum over `axis`: partial -> replicated, in place.
+def broadcast_parameters(model: Module, axis: Axis) -> None:
+    """Give all ranks the values of rank 0 where there are any.
 
-    A rank that computed nothing joins with zeros.
+    First values that have not been made yet are the same everywhere: they depend on no rank.
     """
-    storage.finish_gradients()
-    axis.allreduce(storage.grad, out=storage.grad)
-
-
-def broadcast_parameters(model: Module, storage: FlatStorage, axis: Axis) -> None:
-    """Give all ranks the parameters of rank 0, frozen ones included."""
-    axis.broadcast(storage.data, out=storage.data)
-    held = {id(parameter) for parameter in storage.parameters}
     for parameter in model.parameters():
-        if id(parameter) not in held:
+        if parameter.has_values:
             axis.broadcast(parameter.data, out=parameter.data)

@@ -3,75 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from hpcml import rng
 from hpcml.autograd import Tensor
+from hpcml.backend import Array
 from hpcml.comm import Mesh
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.nn import Module
 from hpcml.nn.evaluation import evaluating
 from hpcml.optim import Optimizer, clip_scale
 from hpcml.parallel import data
+from hpcml.parallel.arena import Arena
+from hpcml.parallel.data import Microbatch
+from hpcml.parallel.gradients import Gradients
+from hpcml.parallel.groups import Groups
+from hpcml.parallel.precision import LossScaler
+from hpcml.parallel.replicas import check_replicas
+from hpcml.parallel.shards import Shards, gather, gathered
 
 LossFunction = Callable[..., Tensor]
-Groups = Callable[[Module], Iterable[Any]]
-
-
-def parallelize(
-    model: Module,
-    *,
-    loss: LossFunction | None = None,
-    optimizer: Callable[..., Optimizer],
-    mesh: Mesh | None = None,
-    zero: int = 0,
-    microbatch: int = 0,
-    grad_clip: float = 0.0,
-    seed: int | None = None,
-    groups: Groups | None = None,
-    **settings: Any,
-) -> Step:
-    """Make a training step of a serially written model: `loss_value = step(batch)`.
-
-    loss: called as loss(model(*inputs), target) for a batch (*inputs, target); it must be a mean
-        over samples, because microbatches count by their samples (not by the targets that an
-        `ignore_index` leaves). None: the model is called with the whole batch and returns the loss.
-    optimizer: a class such as `hpcml.optim.AdamW`, made with `settings` (lr=..., ...).
-    mesh: where to run; all ranks along "dp" by default.
-    microbatch: samples computed at once; 0 for a rank's whole share.
-    grad_clip: largest norm of the gradient; 0 for none.
-    seed: parameters without values are made from it and their names, dropout masks too; by default
-        the seed of `hpcml.manual_seed`.
-    groups: model -> parameter groups, for settings by group; all parameters alike by default.
-
-    Raises UserError for what this version cannot do.
-    """
-    mesh = Mesh() if mesh is None else mesh
-    others = {name: size for name, size in mesh.sizes.items() if size > 1 and name != "dp"}
-    if others:
-        raise UserError(f"mesh {others}: only dp is available in this version: use Mesh(dp=...)")
-    if zero != 0:
-        raise UserError(f"zero={zero} is not available in this version: use zero=0")
-    if microbatch < 0:
-        raise UserError(f"microbatch={microbatch} must be 0 (a rank's whole share) or more")
-    if not grad_clip >= 0:
-        raise UserError(f"grad_clip={grad_clip} must be 0 (no limit) or more")
-    seed = rng.seed() if seed is None else seed
-    model.name_parts()
-    parameters = groups(model) if groups else list(model.parameters())
-    with rng.samples(seed, 0):  # first values depend on the seed and the names alone
-        made = optimizer(parameters, **settings)
-        if not isinstance(made, Optimizer):
-            raise UserError(
-                f"optimizer made a {type(made).__name__}: it must derive from hpcml.optim.Optimizer"
-            )
-        data.share_gradients(made.storage, mesh["dp"])
-        data.broadcast_parameters(model, made.storage, mesh["dp"])
-    return Step(model, loss, made, mesh, microbatch, grad_clip, seed)
-
 
 # A run that diverges says so once, by its loss; NumPy need not warn before.
 _quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -80,19 +35,34 @@ _quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 class Step:
     """One update of the parameters for each call; see `parallelize`.
 
-    After a call `grad_norm` holds the norm of the whole gradient before clipping.
+    After a call `grad_norm` holds the norm of the whole gradient before clipping; with float16 it
+    is infinite or not-a-number where the step was skipped because its gradient overflowed.
     """
 
     def __init__(
         self, model: Module, loss: LossFunction | None, optimizer: Optimizer, mesh: Mesh,
-        microbatch: int, grad_clip: float, seed: int,
+        groups: Groups, *, microbatch: int, grad_clip: float, seed: int, overlap: bool | None,
     ) -> None:  # fmt: skip
+        """`overlap`: communicate in the background; None: where that gains."""
         self.model, self.loss, self.optimizer, self.mesh = model, loss, optimizer, mesh
         self.microbatch, self.grad_clip, self.seed = microbatch, grad_clip, seed
-        self.axis = mesh["dp"]
+        self.axis, self.groups = mesh["dp"], groups
         self.samples = 0  # samples of all steps so far, over all ranks
         self.grad_norm = math.nan
-        self._dtype = optimizer.storage.dtype
+        storage = optimizer.storage
+        self._dtype = storage.dtype
+        self.scaler = LossScaler() if storage.dtype == np.float16 else None
+        overlap = groups.all.overlaps if overlap is None else overlap
+        arena = Arena(lambda size: groups.shard.empty(size, storage.dtype))
+        self.gradients = Gradients(storage, groups, arena, overlap, mesh.deterministic)
+        self.shards: Shards | None = None
+        if not groups.sharding.whole("params"):
+            self.shards = Shards(model, storage, groups.shard, arena, overlap)
+        self._holding = False
+        self._held = 0  # samples whose gradients wait for more
+        self._unit = 0  # samples that the gradients are divided by
+
+    # --- training -------------------------------------------------------------------------------
 
     @_quiet
     def __call__(self, batch: Any) -> float:
@@ -102,27 +72,96 @@ class Step:
         along dimension 0, or something that gives such a tuple for a slice and knows its `len`
         (then a rank loads only its own). Raises NonFiniteError, before the update, on all ranks.
         """
-        self.optimizer.zero_grad()
-        self.model.zero_grad()  # what the optimizer leaves out would add up for ever
         size, first = _count(batch), getattr(batch, "first", self.samples)
-        total = 0.0
-        for part in data.microbatches(size, self.microbatch, self.axis):
-            with rng.samples(self.seed, first + part.start):
-                loss = self._loss(_fields(batch, part))
-                weight = (part.stop - part.start) / size
-                total += loss.item() * weight
-                loss.backward(np.full(loss.shape, weight, loss.dtype))
-        data.reduce_gradients(self.optimizer.storage, self.axis)
-        total = self._sum(total)
-        self.grad_norm = self.optimizer.grad_norm()
-        if not (math.isfinite(total) and math.isfinite(self.grad_norm)):
-            raise NonFiniteError(
-                f"step {self.optimizer.steps}: loss {total}, gradient norm {self.grad_norm}: "
-                "training cannot go on; lower the learning rate or clip the gradient"
+        losses = self._accumulate(batch, size, first)
+        self.samples, self._held = first + size, self._held + size
+        if not np.isfinite(losses).all():
+            raise self._failure(batch, first, losses)
+        if not self._holding:
+            self._finish(batch, first, losses)
+        return math.fsum(losses)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Steps inside add to the gradient only; the next one outside updates from all of them.
+
+        The update is that of one large batch. For stages 0 and 1, which reduce gradients once.
+        """
+        stage = self.groups.sharding.stage
+        if stage >= 2:
+            raise UserError(
+                f"no_sync() with zero={stage}: gradients are sharded after every microbatch, so "
+                "nothing is saved; use zero=0 or 1, or one batch with a smaller microbatch"
             )
-        self.optimizer.step(clip_scale(self.grad_norm, self.grad_clip))
-        self.samples = first + size
-        return total
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+
+    def _accumulate(self, batch: Any, size: int, first: int) -> Array:
+        """Add the gradients of a batch; the share of every microbatch in its mean loss."""
+        total = data.count(size, self.microbatch, self.axis.size)
+        if self._held == 0:
+            self._unit = size
+            self.model.zero_grad()  # what the optimizer leaves out would add up for ever
+            rounds = -(-total // self.axis.size)
+            self.gradients.begin(2 if self._holding else rounds)
+        losses = np.zeros(total)
+        factor = size / self._unit * (self.scaler.scale if self.scaler else 1.0)
+        for part in self._microbatches(size, self.gradients.lockstep):
+            self.gradients.before_backward(
+                real=part.weight > 0, last=part.last and not self._holding
+            )
+            with rng.samples(self.seed, first + part.samples.start):
+                loss = self._loss(_fields(batch, part.samples))
+                if part.weight:
+                    losses[part.number] = loss.item() * part.weight
+                loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
+            self.gradients.after_backward()
+            self._end_pass(whole=True)
+        return self._sum(losses)
+
+    def _finish(self, batch: Any, first: int, losses: Array) -> None:
+        """Reduce the gradients, and update unless they overflowed."""
+        self.gradients.finish()
+        factor = self._unit / self._held / (self.scaler.scale if self.scaler else 1.0)
+        self._held = 0
+        self.grad_norm = self._norm() * factor
+        good = math.isfinite(self.grad_norm)
+        if not good and (self.scaler is None or self.scaler.exhausted):
+            raise self._failure(batch, first, losses)
+        if good:
+            self._update(clip_scale(self.grad_norm, self.grad_clip) * factor)
+        if self.scaler is not None:
+            self.scaler.update(overflow=not good)
+
+    def _norm(self) -> float:
+        """Norm of the gradient as it lies in memory."""
+        squares = self.optimizer.storage.squares()
+        if self.groups.sharding.stage > 0:
+            self.groups.shard.allreduce(squares, out=squares)
+        return math.sqrt(squares.sum())
+
+    def _update(self, scale: float) -> None:
+        """Update what this rank owns; bring the parameters together if all ranks hold them."""
+        self.optimizer.step(scale)
+        sharding = self.groups.sharding
+        if sharding.whole("params") and not sharding.whole("optim"):
+            for bucket in self.optimizer.storage.trained:
+                own = bucket.data[sharding.block(bucket)]
+                gather(bucket, own, bucket.data, self.groups.shard, sharding)
+
+    def _microbatches(self, size: int, lockstep: bool) -> Iterator[Microbatch]:
+        return data.microbatches(
+            size, self.microbatch, self.axis, lockstep or self.shards is not None
+        )
+
+    def _end_pass(self, whole: bool) -> None:
+        if self.shards is not None:
+            self.shards.end(whole)
+
+    # --- evaluation and results -----------------------------------------------------------------
 
     @_quiet
     def evaluate(self, batches: Iterable[Any]) -> float:
@@ -134,13 +173,15 @@ class Step:
         with evaluating(self.model):
             for batch in batches:
                 size = _count(batch)
-                for part in data.microbatches(size, self.microbatch, self.axis):
-                    loss = self._loss(_fields(batch, part))
-                    total += loss.item() * (part.stop - part.start)
+                for part in self._microbatches(size, lockstep=False):
+                    loss = self._loss(_fields(batch, part.samples))
+                    if part.weight:
+                        total += loss.item() * (part.samples.stop - part.samples.start)
+                    self._end_pass(whole=False)
                 count += size
         if count == 0:
             raise UserError("evaluate() got no samples: give it at least one batch")
-        mean = self._sum(total) / count
+        mean = float(self._sum(np.array([total]))[0]) / count
         if not math.isfinite(mean):
             raise NonFiniteError(f"validation loss {mean}: lower the learning rate")
         return mean
@@ -150,6 +191,24 @@ class Step:
         """Evaluate the loss of a batch's fields and forget it: raises what a step would raise."""
         with evaluating(self.model):
             self._loss(fields)
+        self._end_pass(whole=False)
+
+    def gathered(self) -> Iterator[tuple[str, Array]]:
+        """Each parameter once, by name, with its most exact values (float32 for 16-bit types).
+
+        No rank holds more than one bucket beyond what it holds anyway; values are valid until the
+        next are asked for. Collective: all ranks go through all of it.
+        """
+        return gathered(self.model.named_parameters(), self.optimizer.storage, self.groups.shard)
+
+    def check_replicas(self) -> None:
+        """Raise `ReplicaError` unless what several ranks hold is the same to the bit."""
+        if self.shards is None:
+            check_replicas(self.model.named_parameters(), self.axis)
+        else:
+            buckets = self.optimizer.storage.buckets
+            mine = ((bucket.parameters[0].name, Tensor(bucket.data)) for bucket in buckets)
+            check_replicas(mine, self.groups.replica)
 
     def _loss(self, fields: Sequence[Any]) -> Tensor:
         arrays = [_tensor(field, self._dtype) for field in fields]
@@ -164,8 +223,14 @@ class Step:
             )
         return loss
 
-    def _sum(self, value: float) -> float:
-        return float(self.axis.allreduce(np.array([value]))[0])
+    def _sum(self, values: Array) -> Array:
+        return self.axis.allreduce(values, out=values)
+
+    def _failure(self, batch: Any, first: int, losses: Array) -> NonFiniteError:
+        return NonFiniteError(
+            f"step {self.optimizer.steps}: loss {losses.sum()}, gradient norm {self.grad_norm}: "
+            "training cannot go on; lower the learning rate or clip the gradient"
+        )
 
 
 def _count(batch: Any) -> int:

@@ -104,8 +104,8 @@ def make(
 
 
 def values(step: Step) -> dict[str, np.ndarray]:
-    """A copy of all parameters."""
-    return {name: p.numpy().copy() for name, p in step.model.named_parameters()}
+    """A copy of all parameters, brought together from where they lie."""
+    return {name: array.copy() for name, array in step.gathered()}
 
 
 class Trace(NamedTuple):
@@ -117,12 +117,20 @@ class Trace(NamedTuple):
 
 
 def run(
-    kind: str, mesh: Mesh, dtype: str, optimizer: str, size: int, microbatch: int, steps: int
+    kind: str,
+    mesh: Mesh,
+    dtype: str,
+    optimizer: str,
+    size: int,
+    microbatch: int,
+    steps: int,
+    **options: Any,
 ) -> Trace:
     """Train with clipping, groups and dropout; keep parameters after steps 1 and 5."""
     step = make(
-        kind, mesh, dtype, optimizer, microbatch=microbatch, grad_clip=CLIP, groups=decay_matrices
-    )
+        kind, mesh, dtype, optimizer, microbatch=microbatch, grad_clip=CLIP, groups=decay_matrices,
+        **options,
+    )  # fmt: skip
     trace = Trace([], [], {})
     for number in range(steps):
         trace.losses.append(step(KINDS[kind].batch(size, number)))

@@ -17,7 +17,10 @@ def parts(size: int, microbatch: int, ranks: int) -> list[list[slice]]:
     def axis(rank: int) -> Any:
         return SimpleNamespace(size=ranks, rank=rank)
 
-    return [list(microbatches(size, microbatch, axis(rank))) for rank in range(ranks)]
+    return [
+        [part.samples for part in microbatches(size, microbatch, axis(rank))]
+        for rank in range(ranks)
+    ]
 
 
 @given(st.integers(1, 60), st.integers(0, 70), st.integers(1, 9))

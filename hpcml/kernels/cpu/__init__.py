@@ -11,9 +11,9 @@ from hpcml import backend
 from hpcml.kernels.cpu import blas, halves, jit, shared
 from hpcml.kernels.cpu.attention import attention, attention_backward
 from hpcml.kernels.cpu.pointwise import (
-    NORM_BLOCK,
     adam_update,
     add_bias,
+    block_squares,
     column_sums,
     gelu,
     gelu_backward,
@@ -21,7 +21,6 @@ from hpcml.kernels.cpu.pointwise import (
     gelu_tanh_backward,
     sgd_plain_update,
     sgd_update,
-    sum_of_squares,
 )
 from hpcml.kernels.cpu.products import (
     linear,
@@ -39,11 +38,11 @@ from hpcml.kernels.cpu.rows import (
 )
 
 __all__ = [
-    "NORM_BLOCK",
     "adam_update",
     "add_bias",
     "attention",
     "attention_backward",
+    "block_squares",
     "column_sums",
     "cross_entropy",
     "cross_entropy_backward",
@@ -67,7 +66,6 @@ __all__ = [
     "sgd_plain_update",
     "sgd_update",
     "shared",
-    "sum_of_squares",
 ]
 
 

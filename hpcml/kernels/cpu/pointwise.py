@@ -12,7 +12,6 @@ from hpcml.kernels.cpu.jit import kernel
 
 _ROOT_2_OVER_PI = math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
-NORM_BLOCK = 4096  # elements whose squares are summed before the sums are added, in order
 
 
 @kernel("void(R[::1], T[::1])")
@@ -74,13 +73,11 @@ def column_sums(x: Any, out: Any) -> None:
             out[j] += x[r, j]
 
 
-@kernel("float64(R[::1])")
-def sum_of_squares(x: Any) -> float:
-    """Sum of squares over fixed blocks of `NORM_BLOCK` elements, the blocks added in order."""
-    total = 0.0
-    for start in range(0, x.size, NORM_BLOCK):
-        total += row_squares(x[start : start + NORM_BLOCK])
-    return total
+@kernel("void(R[::1], int64, float64[::1])")
+def block_squares(x: Any, block: int, out: Any) -> None:
+    """out[k] = sum of squares of x[k * block] to x[(k + 1) * block - 1], in float64."""
+    for k in range(x.size // block):
+        out[k] = row_squares(x[k * block : (k + 1) * block])
 
 
 @kernel("void(T[::1], R[::1], T[::1], T[::1], T, T, T, T, T, T, T, T, boolean)")

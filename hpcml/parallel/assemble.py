@@ -1,0 +1,115 @@
+"""From a serially written model to a training step on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from hpcml import rng
+from hpcml.comm import Mesh
+from hpcml.errors import UserError
+from hpcml.nn import Module
+from hpcml.optim import Optimizer
+from hpcml.parallel import data, groups, units
+from hpcml.parallel.step import LossFunction, Step
+
+GroupsOf = Callable[[Module], Iterable[Any]]
+
+
+def parallelize(
+    model: Module,
+    *,
+    loss: LossFunction | None = None,
+    optimizer: Callable[..., Optimizer],
+    mesh: Mesh | None = None,
+    zero: int = 0,
+    microbatch: int = 0,
+    grad_clip: float = 0.0,
+    seed: int | None = None,
+    groups: GroupsOf | None = None,
+    bucket_mb: float = 25.0,
+    shard_ranks: int = 0,
+    zero_split: str = "blocks",
+    overlap: bool | None = None,
+    **settings: Any,
+) -> Step:
+    """Make a training step of a serially written model: `loss_value = step(batch)`.
+
+    loss: called as loss(model(*inputs), target) for a batch (*inputs, target); it must be a mean
+        over samples, because microbatches count by their samples (not by the targets that an
+        `ignore_index` leaves). None: the model is called with the whole batch and returns the loss.
+    optimizer: a class such as `hpcml.optim.AdamW`, made with `settings` (lr=..., ...).
+    mesh: where to run; all ranks along "dp" by default.
+    zero: stage of ZeRO: 0 copies everything; 1 divides the optimizer's state among the ranks, 2 the
+        gradients too, 3 the parameters too.
+    microbatch: samples computed at once; 0 for a rank's whole share.
+    grad_clip: largest norm of the gradient; 0 for none.
+    seed: parameters without values are made from it and their names, dropout masks too; by default
+        the seed of `hpcml.manual_seed`.
+    groups: model -> parameter groups, for settings by group; all parameters alike by default.
+    bucket_mb: MiB that are reduced or gathered at once, as far as single parameters allow.
+    shard_ranks: ranks that divide one copy of the states (neighbours), the others replicate it; 0
+        for all. It must divide the number of data-parallel ranks.
+    zero_split: "blocks", or "layers" for whole layers with an owner each that broadcasts them, the
+        naive way, to count against.
+    overlap: communicate in the background during backward; by default where that gains.
+
+    Raises UserError for what this version cannot do.
+    """
+    mesh = Mesh() if mesh is None else mesh
+    others = {name: size for name, size in mesh.sizes.items() if size > 1 and name != "dp"}
+    if others:
+        raise UserError(f"mesh {others}: only dp is available in this version: use Mesh(dp=...)")
+    if microbatch < 0:
+        raise UserError(f"microbatch={microbatch} must be 0 (a rank's whole share) or more")
+    if not grad_clip >= 0:
+        raise UserError(f"grad_clip={grad_clip} must be 0 (no limit) or more")
+    if not bucket_mb > 0:
+        raise UserError(f"zero.bucket_mb={bucket_mb} must be more than 0")
+    divided = groups_of(mesh, zero, shard_ranks, zero_split)
+    seed = rng.seed() if seed is None else seed
+    model.name_parts()
+    given = groups(model) if groups else list(model.parameters())
+    with rng.samples(seed, 0):  # first values depend on the seed and the names alone
+        made = optimizer(given, **settings)
+        if not isinstance(made, Optimizer):
+            raise UserError(
+                f"optimizer made a {type(made).__name__}: it must derive from hpcml.optim.Optimizer"
+            )
+        data.broadcast_parameters(model, mesh["dp"])
+        place(model, made, divided, bucket_mb)
+    return Step(
+        model, loss, made, mesh, divided,
+        microbatch=microbatch, grad_clip=grad_clip, seed=seed, overlap=overlap,
+    )  # fmt: skip
+
+
+def groups_of(mesh: Mesh, zero: int, shard_ranks: int, split: str) -> groups.Groups:
+    """The ranks that divide the states; refuses what does not go together."""
+    if split not in ("blocks", "layers"):
+        raise UserError(f'zero.split="{split}" is unknown: use "blocks" or "layers"')
+    if split == "layers" and mesh.deterministic:
+        raise UserError(
+            'zero.split="layers" does not keep the order of additions: use "blocks" with '
+            "run.deterministic=true"
+        )
+    return groups.divide(mesh, zero, shard_ranks, split == "layers")
+
+
+def place(model: Module, optimizer: Optimizer, how: groups.Groups, bucket_mb: float) -> None:
+    """Lay out the model states, each rank its part."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    known = {id(p) for p in trained}
+    others = [p for p in model.parameters() if id(p) not in known]
+    chosen = trained
+    if how.sharding.whole("params"):
+        for parameter in others:
+            assert parameter.data is not None  # made now, with the seed of the run
+    else:  # frozen ones are divided too
+        chosen = trained + others
+    optimizer.place(
+        units=units.divide(model, chosen),
+        bucket_bytes=int(bucket_mb * (1 << 20)),
+        sharding=how.sharding,
+        allocate=how.allocate,
+    )

@@ -1,0 +1,242 @@
+"""How the gradients of the ranks become sums, each where it is needed.
+
+A gradient is complete when the contributions of all microbatches on all ranks are in it. Until
+then it lies in one of two places:
+
+- *at home*, in the buffer of all gradients, where a rank adds up its own microbatches; the buckets
+  are reduced after the last one (stages 0 and 1);
+- *on the way*, in memory that a bucket has only from its first contribution to its reduction, which
+  adds it to what the owner holds (stages 2 and 3; and in deterministic mode, where the microbatches
+  of all ranks must be added one after the other).
+
+Reductions start as soon as a bucket is ready, in the background, where that gains; else at the end
+of backward, or for buckets on the way in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hpcml.backend import Array
+from hpcml.comm.request import Request
+from hpcml.nn import Parameter
+from hpcml.optim.flat import Bucket, FlatStorage
+from hpcml.parallel.arena import Arena
+from hpcml.parallel.groups import Groups
+
+
+class Gradients:
+    """Collects the gradients of one step after the other.
+
+    overlap: reduce in the background. ordered: deterministic mode.
+    """
+
+    def __init__(
+        self, storage: FlatStorage, groups: Groups, arena: Arena, overlap: bool, ordered: bool
+    ) -> None:
+        self.storage, self.groups, self.arena = storage, groups, arena
+        self.overlap, self.ordered = overlap and groups.all.size > 1, ordered
+        self.sharding = storage.sharding
+        self._let_lie(at_home=self.sharding.whole("grads"))
+        self._buckets = storage.trained[::-1]  # in the order in which they are reduced
+        self._learned = False
+        self._ready: dict[Bucket, None] = {}
+        self._reduced = 0  # of the buckets, in this backward
+        self._missing = dict.fromkeys(self._buckets, 0)
+        self._slots: dict[Bucket, Array] = {}
+        self._own = {bucket: self._part(bucket) for bucket in self._buckets}
+        self._pending: list[tuple[Request, Array | None]] = []
+        self._active = self._last = False
+        self._real = self._first = True
+        if self.on_way or ordered or self.overlap:
+            for parameter in storage.parameters:
+                parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether ranks reduce during backward: each must walk as many times, samples or not."""
+        return self.on_way or self.overlap
+
+    def begin(self, rounds: int) -> None:
+        """A step of so many microbatches a rank begins."""
+        if self.sharding.whole("grads"):
+            self._let_lie(at_home=not (self.ordered and rounds > 1))
+        self._first = True
+        for parameter in self.storage.parameters:
+            parameter.gradient = None
+
+    def _let_lie(self, at_home: bool) -> None:
+        self.on_way = not at_home
+        self.storage.collect_gradients(None if at_home else self)
+
+    def before_backward(self, *, real: bool, last: bool) -> None:
+        """A microbatch comes; `real`: with samples of this rank; `last`: of the step."""
+        self._real, self._last = real, last
+        self._active = self.on_way or (self.overlap and last)
+        if self._active:
+            for bucket in self._buckets:
+                self._missing[bucket] = len(bucket.parameters)
+
+    def after_backward(self) -> None:
+        """Reduce what backward left: buckets of which some parameter got no gradient."""
+        if not self._active:
+            return
+        if not self._learned:
+            self._learn()
+        for bucket in self._buckets[self._reduced :]:
+            self._reduce(bucket)
+        self._ready.clear()
+        self._reduced, self._first, self._active = 0, False, False
+
+    def finish(self) -> None:
+        """Complete the sums: each rank then has what its stage holds."""
+        self._wait(0)
+        sharding, groups = self.sharding, self.groups
+        if self.on_way and sharding.stage == 0:
+            for bucket in self._buckets:
+                groups.all.allgather(self._own[bucket], out=bucket.grad)
+        elif not self.on_way and not self.overlap:
+            self.storage.finish_gradients()
+            self._reduce_at_end()
+        if not (self.on_way and self.ordered):  # there the replicas came in their turn
+            for bucket in self._buckets:
+                if groups.replica.size > 1:
+                    groups.replica.allreduce(self._own[bucket], out=self._own[bucket])
+        if sharding.whole("grads"):
+            self._let_lie(at_home=True)
+            for parameter in self.storage.parameters:
+                parameter.gradient = parameter.gradient_buffer
+
+    def _reduce_at_end(self) -> None:
+        if self.sharding.stage == 0:
+            self.groups.all.allreduce(self.storage.grad, out=self.storage.grad)
+            return
+        for bucket in self._buckets:
+            self._start(bucket, bucket.grad, background=False)
+
+    # --- during backward --------------------------------------------------------------------------
+
+    def place(self, parameter: Parameter) -> Array:
+        """The array into which the gradient of a parameter goes, as the first one comes."""
+        bucket = self.storage.home[id(parameter)]
+        self._open(bucket)
+        assert parameter._place is not None
+        return parameter._place
+
+    def _open(self, bucket: Bucket) -> Array:
+        if bucket not in self._slots:
+            self._wait(1)
+            slot = self._slots[bucket] = self.arena.take(bucket.size)
+            for gap in bucket.gaps():
+                slot[gap] = 0
+            for number, parameter in enumerate(bucket.parameters):
+                parameter.gradient_buffer = bucket.view(slot, number)
+        return self._slots[bucket]
+
+    def _arrived(self, parameter: Any) -> None:
+        if not self._active:
+            return
+        bucket = self.storage.home[id(parameter)]
+        self._missing[bucket] -= 1
+        if self._missing[bucket] == 0:
+            self._ready[bucket] = None
+            # All ranks reduce in one order, even if a parameter is used on some of them only.
+            while self._buckets[self._reduced : self._reduced + 1] and (
+                self._buckets[self._reduced] in self._ready
+            ):
+                self._reduced += 1
+                self._reduce(self._buckets[self._reduced - 1])
+
+    def _learn(self) -> None:
+        """Take the order in which buckets were ready on the first rank for all steps to come."""
+        self._learned = True
+        order = [*self._ready, *(b for b in self._buckets if b not in self._ready)]
+        numbers = {bucket: number for number, bucket in enumerate(self.storage.trained)}
+        agreed = self.groups.all.broadcast_object([numbers[bucket] for bucket in order])
+        rest = self._buckets[self._reduced :]
+        for bucket in rest:  # in the order so far, once more
+            self._reduce(bucket)
+        self._reduced = len(self._buckets)
+        self._buckets = [self.storage.trained[number] for number in agreed]
+
+    def _reduce(self, bucket: Bucket) -> None:
+        if not self.on_way:
+            self._fill(bucket)
+            self._start(bucket, bucket.grad, background=True)
+            return
+        slot = self._open(bucket)
+        if self._real:
+            self._fill(bucket)
+        else:
+            slot[...] = -0.0
+        del self._slots[bucket]
+        for parameter in bucket.parameters:
+            parameter.gradient = parameter.gradient_buffer = None
+        self._start(bucket, slot, background=self.overlap)
+
+    def _fill(self, bucket: Bucket) -> None:
+        """Let what got no gradient count nothing: x + -0.0 is x, whatever x."""
+        for parameter in bucket.parameters:
+            if parameter.gradient is None:
+                place = parameter.gradient_buffer
+                assert place is not None
+                place[...] = -0.0
+                parameter.gradient = place
+
+    def _start(self, bucket: Bucket, source: Array, background: bool) -> None:
+        """Reduce a bucket, or begin to; memory on the way is given back when that is over."""
+        shard, sharding = self.groups.shard, self.sharding
+        lent = source if self.on_way else None
+        request: Request | None = None
+        if sharding.layers:
+            request = self._to_owner(bucket, source)
+        elif sharding.stage == 0 and not self.on_way:
+            request = shard.iallreduce(source, out=source)
+        elif self.on_way and self.ordered and self.groups.replica.size > 1:
+            self._in_turn(bucket, source)
+        else:
+            own = self._own[bucket]
+            more = self.on_way and not self._first
+            call = shard.ireduce_scatter if background else shard.reduce_scatter
+            made = call(source, out=own, accumulate=more)
+            request = made if background else None
+        if request is not None:
+            self._pending.append((request, lent))
+        elif lent is not None:
+            self.arena.give_back(lent)
+
+    def _in_turn(self, bucket: Bucket, source: Array) -> None:
+        """Add to what the replicas before this one have added up; all get what the last one has."""
+        replica, own = self.groups.replica, self._own[bucket]
+        before, after = replica.rank - 1, replica.rank + 1
+        if before >= 0:
+            replica.recv(own, before)
+        more = before >= 0 or not self._first
+        self.groups.shard.reduce_scatter(source, out=own, accumulate=more)
+        if after < replica.size:
+            replica.send(own, after)
+        replica.broadcast(own, replica.size - 1, out=own)
+
+    def _to_owner(self, bucket: Bucket, source: Array) -> None:
+        owner = self.sharding.owner(bucket)
+        total = self.groups.shard.reduce(source, root=owner)
+        if total is not None:
+            own = self._own[bucket]
+            if self.on_way and not self._first:
+                own += total
+            else:
+                own[...] = total
+
+    def _part(self, bucket: Bucket) -> Array:
+        """This rank's part of the complete sum."""
+        whole = self.sharding.whole("grads")
+        return bucket.grad[self.sharding.block(bucket)] if whole else bucket.grad
+
+    def _wait(self, most: int) -> None:
+        """Until at most so many reductions are under way."""
+        while len(self._pending) > most:
+            request, lent = self._pending.pop(0)
+            request.wait()
+            if lent is not None:
+                self.arena.give_back(lent)

@@ -1,0 +1,52 @@
+"""The ranks that divide the model states, and those that hold the same part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpcml import memory
+from hpcml.backend import Array
+from hpcml.comm import Axis, Mesh
+from hpcml.errors import UserError
+from hpcml.optim.flat import Sharding
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Axes of data parallelism, and how the states are divided among them.
+
+    all: every data-parallel rank. shard: the ranks that divide one copy of the states; at stage 0
+    all of them (they divide the work of a reduction). replica: the ranks that hold the same part.
+    """
+
+    all: Axis
+    shard: Axis
+    replica: Axis
+    sharding: Sharding
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any, kind: str) -> Array:
+        """Memory for a kind of state: shared where a collective works on all of it in place."""
+        in_place = {"grads": (0, 1), "params": (1, 2), "optim": ()}[kind]
+        if self.sharding.stage in in_place and self.shard.size > 1:
+            return self.shard.empty(shape, dtype, kind)
+        return memory.empty(shape, np.dtype(dtype), kind)
+
+
+def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Groups:
+    """The groups of a mesh: `ranks` divide a copy of the states (0: all). Collective."""
+    axis = mesh["dp"]
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"zero.stage={stage} must be 0, 1, 2 or 3")
+    if ranks < 0 or (ranks and axis.size % ranks):
+        fitting = [n for n in range(1, axis.size + 1) if axis.size % n == 0]
+        raise UserError(
+            f"zero.shard_ranks={ranks} must divide the {axis.size} data-parallel ranks: take one "
+            f"of {', '.join(map(str, fitting))} (0: all)"
+        )
+    shard, replica = axis, Axis("dp.replica", ledger=mesh.ledger)
+    if stage and ranks not in (0, axis.size):
+        replica, shard = mesh.split("dp", ranks)
+    return Groups(axis, shard, replica, Sharding(stage, shard.size, shard.rank, layers))

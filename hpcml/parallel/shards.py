@@ -1,0 +1,217 @@
+"""ZeRO stage 3: parameters that a rank holds only while it needs them.
+
+Each rank owns a block of every bucket (Rajbhandari et al. 2019, section 5.3). When a value of a
+unit is asked for, all ranks gather the unit; when its module is done, in forward, or the last use
+of its values, in backward, its memory is free for the next one. The unit that was used last stays
+until another is fetched: backward begins with the one with which forward ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from hpcml import memory
+from hpcml.backend import Array
+from hpcml.comm import Axis
+from hpcml.comm.request import Request
+from hpcml.nn import Module, Parameter
+from hpcml.optim.flat import Bucket, FlatStorage, Sharding
+from hpcml.parallel import units
+from hpcml.parallel.arena import Arena
+
+
+class Shards:
+    """Fetches units and lets them go; all ranks do so in the same order.
+
+    prefetch: fetch the unit that came next in the last pass while this one is in use.
+    """
+
+    def __init__(
+        self, model: Module, storage: FlatStorage, axis: Axis, arena: Arena, prefetch: bool
+    ) -> None:
+        self.axis, self.sharding, self.arena, self.prefetch = (
+            axis,
+            storage.sharding,
+            arena,
+            prefetch,
+        )
+        self.units: list[Unit] = []
+        self._parked: list[Unit] = []  # whose memory is free to use, but still holds their values
+        self._seen: list[Unit] = []  # fetched in this pass
+        self._order: list[Unit] = []  # fetched in the last whole pass
+        numbers = dict.fromkeys(bucket.unit for bucket in storage.buckets)
+        for number in numbers:
+            self.units.append(Unit(self, [b for b in storage.buckets if b.unit == number]))
+        for module, parameters in units.users(model):
+            fetched = dict.fromkeys(p.unit for p in parameters if isinstance(p.unit, Unit))
+            if fetched:
+                module.register_forward_hook(_LetGo(list(fetched)))
+
+    def fetch(self, unit: Unit) -> None:
+        """Give the parameters of a unit their values."""
+        if unit in self._parked:  # nothing has been written over them
+            self._parked.remove(unit)
+        else:
+            self._drop_parked()
+            if not unit.coming:
+                unit.start(background=False)
+            unit.wait()
+            self._seen.append(unit)
+            if self.prefetch:
+                self._start_next()
+        unit.show()
+
+    def park(self, unit: Unit) -> None:
+        """Let the values of a unit go, if it has them."""
+        if unit.slots and unit not in self._parked and not unit.coming:
+            unit.hide()
+            self._parked.append(unit)
+
+    def end(self, whole: bool = True) -> None:
+        """A pass is over; `whole`: with its backward, so that the next one will be like it."""
+        for unit in self.units:
+            if unit.coming:  # guessed wrong
+                unit.wait()
+                unit.drop()
+            else:
+                self.park(unit)
+        if whole:
+            self._order = self._seen
+        self._seen = []
+
+    def _drop_parked(self) -> None:
+        for unit in self._parked:
+            unit.drop()
+        self._parked = []
+
+    def _start_next(self) -> None:
+        here = len(self._seen)
+        if self._seen == self._order[:here] and here < len(self._order):
+            unit = self._order[here]
+            if not unit.slots:
+                unit.start(background=True)
+
+
+class _LetGo:
+    """A forward hook: the module has used what it holds."""
+
+    def __init__(self, fetched: Sequence[Unit]) -> None:
+        self.fetched = fetched
+
+    def __call__(self, *_: object) -> None:
+        for unit in self.fetched:
+            unit.done()
+
+
+class Unit:
+    """Parameters that are fetched together: their buckets, and where they lie when gathered."""
+
+    def __init__(self, shards: Shards, buckets: Sequence[Bucket]) -> None:
+        self.shards, self.buckets = shards, buckets
+        self.slots: list[Array] = []
+        self.coming: list[Request] = []
+        for bucket in buckets:
+            for parameter in bucket.parameters:
+                parameter.unit = self
+
+    def fetch(self) -> None:
+        """Give all its parameters their values."""
+        self.shards.fetch(self)
+
+    def done(self) -> None:
+        """Nobody needs the values for now."""
+        self.shards.park(self)
+
+    def start(self, background: bool) -> None:
+        """Gather the buckets, or begin to."""
+        shards = self.shards
+        for bucket in self.buckets:
+            slot = shards.arena.take(bucket.size)
+            self.slots.append(slot)
+            own = (
+                None
+                if shards.sharding.layers
+                else shards.arena.part(slot, shards.sharding.block(bucket))
+            )
+            request = gather(
+                bucket, bucket.data, slot, shards.axis, shards.sharding, own, background
+            )
+            if request is not None:
+                self.coming.append(request)
+
+    def wait(self) -> None:
+        """Until all is there."""
+        for request in self.coming:
+            request.wait()
+        self.coming = []
+
+    def show(self) -> None:
+        """Let the parameters have their values."""
+        for bucket, slot in zip(self.buckets, self.slots, strict=True):
+            for number, parameter in enumerate(bucket.parameters):
+                parameter.data = bucket.view(slot, number)
+
+    def hide(self) -> None:
+        """Let them have none: the next access fetches them."""
+        for bucket in self.buckets:
+            for parameter in bucket.parameters:
+                parameter.forget()
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        for slot in self.slots:
+            self.shards.arena.give_back(slot)
+        self.slots = []
+
+
+def gather(
+    bucket: Bucket,
+    held: Array,
+    out: Array,
+    axis: Axis,
+    sharding: Sharding,
+    own: Array | None = None,
+    background: bool = False,
+) -> Request | None:
+    """Bring a bucket together in `out`, given what each rank holds of it.
+
+    own: this rank's block of `out`, if there is an array for it already.
+    """
+    if sharding.layers:
+        if held.size:
+            out[...] = held
+        root = sharding.owner(bucket)
+        if background:
+            return axis.ibroadcast(out, root, out=out)
+        axis.broadcast(out, root, out=out)
+        return None
+    own = out[sharding.block(bucket)] if own is None else own
+    own[...] = held
+    if background:
+        return axis.iallgather(own, out=out)
+    axis.allgather(own, out=out)
+    return None
+
+
+def gathered(
+    parameters: Iterable[tuple[str, Parameter]], storage: FlatStorage, axis: Axis
+) -> Iterator[tuple[str, Array]]:
+    """Each parameter with its most exact values, of one bucket at a time. Collective.
+
+    The values are valid until the next is asked for.
+    """
+    current: Bucket | None = None
+    whole: Array = None
+    for name, parameter in parameters:
+        bucket = storage.home.get(id(parameter))
+        if bucket is None:  # frozen, and held by every rank
+            yield name, parameter.data
+            continue
+        if bucket is not current:
+            held, complete = storage.masters(bucket)
+            current, whole = bucket, held
+            if not complete:
+                whole = None  # before there is another
+                whole = memory.empty((bucket.size,), held.dtype, "buffers")
+                gather(bucket, held, whole, axis, storage.sharding)
+        yield name, bucket.view(whole, bucket.number(parameter))

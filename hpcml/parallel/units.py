@@ -1,0 +1,87 @@
+"""What is gathered as a unit: the modules whose parameters are fetched and let go together.
+
+A model may declare it with patterns of module names, `units = ("encoder.*", "head")`. By default
+a list or sequence of modules is opened, and so is all that contains one: each of its entries is a
+unit, as is every other module below the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from hpcml.errors import UserError
+from hpcml.nn import Module, ModuleList, Parameter, Sequential
+
+
+def users(model: Module) -> Iterator[tuple[Module, list[Parameter]]]:
+    """Modules in order of definition, each with the parameters that its forward asks for itself.
+
+    Those of a unit are all below it; of a module that is opened, its own. A parameter shared by two
+    modules is with both.
+    """
+    patterns = _patterns(model)
+    yield from _users(model, "", patterns)
+
+
+def _users(
+    module: Module, name: str, patterns: Sequence[str]
+) -> Iterator[tuple[Module, list[Parameter]]]:
+    if name and _is_unit(module, name, patterns):
+        yield module, list(module.parameters())
+        return
+    own = list(dict.fromkeys(module._parameters.values()))
+    if own:
+        yield module, own
+    for child_name, child in module.named_children():
+        yield from _users(child, f"{name}.{child_name}" if name else child_name, patterns)
+
+
+def _is_unit(module: Module, name: str, patterns: Sequence[str]) -> bool:
+    if patterns:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return not any(isinstance(part, ModuleList | Sequential) for part in module.modules())
+
+
+def _patterns(model: Module) -> tuple[str, ...]:
+    patterns = tuple(getattr(model, "units", ()))
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f'{type(model).__name__}.units: no module is called "{pattern}"; there are '
+                f"{', '.join(names[1:6])}, ..."
+            )
+    return patterns
+
+
+def divide(model: Module, chosen: Sequence[Parameter]) -> list[list[Parameter]]:
+    """The `chosen` parameters of a model by unit, each once, in order of definition.
+
+    Small neighbours are joined as long as the result is no larger than the largest unit: fewer
+    messages, no more memory.
+    """
+    wanted, seen = {id(p) for p in chosen}, set[int]()
+    found: list[list[Parameter]] = []
+    for _, parameters in users(model):
+        unit = [p for p in parameters if id(p) in wanted and id(p) not in seen]
+        seen.update(map(id, unit))
+        if unit:
+            found.append(unit)
+    elsewhere = [p for p in chosen if id(p) not in seen]  # the optimizer has them, not the model
+    if elsewhere:
+        found.append(elsewhere)
+    return _join(found)
+
+
+def _join(units: Sequence[list[Parameter]]) -> list[list[Parameter]]:
+    sizes = [sum(p.numel() for p in unit) for unit in units]
+    largest, joined, size = max(sizes), [list(units[0])], sizes[0]
+    for unit, more in zip(units[1:], sizes[1:], strict=True):
+        if size + more <= largest:
+            joined[-1] += unit
+            size += more
+        else:
+            joined.append(list(unit))
+            size = more
+    return joined
