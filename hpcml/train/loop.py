@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from hpcml import memory
 from hpcml.comm import Mesh
 from hpcml.comm.guard import StopFlag, agree
 from hpcml.data import Batches
@@ -19,6 +20,7 @@ from hpcml.train import log, results, threads, usage
 from hpcml.train.build import Run, build
 from hpcml.train.config import Config
 from hpcml.train.progress import Progress
+from hpcml.train.results import Ending
 from hpcml.train.run_dir import JsonLines
 
 INTERRUPTED = 130  # exit code of a run that a signal ended, as a shell reports it
@@ -33,7 +35,17 @@ def train(config: Config) -> int:
     agree(mesh.world, partial(log.setup, mesh.rank))
     ranks = agree(mesh.world, partial(threads.share, mesh))
     log.logger.info("%s on %s, %d thread(s)", mesh, mesh.node.host, ranks[mesh.rank]["threads"])
-    run = build(config, mesh)
+    memory.account().reset_peak()
+    memory.set_limit(config.device.memory_limit)
+    try:
+        return _train(build(config, mesh), ranks)
+    finally:
+        memory.set_limit(0)  # the thread may go on to something else
+
+
+def _train(run: Run, ranks: list[dict[str, Any]]) -> int:
+    """Train what was built; `ranks`: what each rank runs on."""
+    config, mesh = run.config, run.mesh
     show = mesh.rank == 0 and config.run.log_every > 0
     progress = Progress(config.run.steps, config.run.log_every, show)
     if mesh.rank == 0:
@@ -59,7 +71,7 @@ class _Loop:
 
     def run(self) -> int:
         """All steps, then the results; the exit code."""
-        start, exit_ = time.perf_counter(), "failed"
+        start, exit_, together = time.perf_counter(), "failed", False
         config, data = self.of.config, self.of.data
         batches = Batches(
             data.train, config.train.global_batch, config.run.seed, 0, config.run.steps
@@ -73,27 +85,31 @@ class _Loop:
                     break
             else:
                 exit_ = "completed"
-        except NonFiniteError:
-            exit_ = "non-finite"
+            together = True
+        except NonFiniteError:  # raised on all ranks
+            exit_, together = "non-finite", True
             raise
         except KeyboardInterrupt:  # a second one: do not wait for the step
             exit_ = "interrupted"
             raise
         finally:
-            self._end(exit_, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self._end(Ending(exit_, together, seconds, self.loss, self.val_loss))
         return INTERRUPTED if exit_ == "interrupted" else 0
 
-    def _end(self, exit_: str, seconds: float) -> None:
+    def _end(self, ending: Ending) -> None:
         """Close the records and write the results."""
         self.progress.close()
         self.own.close()
         if self.metrics is not None:
             self.metrics.close()
+        if ending.together:
+            results.end(self.of, self.progress, ending)
+            self.of.mesh.world.barrier()  # none leaves before the end
+        elif self.of.mesh.rank == 0:
             # After a failure it is that one that must be told, not a disk that is full since.
-            with suppress(*(UserError, OSError) if exit_ == "failed" else ()):
-                results.end(self.of, self.progress, exit_, seconds, self.loss, self.val_loss)
-        if exit_ in ("completed", "non-finite"):  # where all ranks come: none leaves before the end
-            self.of.mesh.world.barrier()
+            with suppress(*(UserError, OSError) if ending.exit == "failed" else ()):
+                results.end(self.of, self.progress, ending)
 
     def _asked_to_stop(self) -> bool:
         self.stopped = self.stopped or self.stop.agreed(self.of.mesh.world)

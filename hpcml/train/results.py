@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from hpcml.comm.guard import agree
 from hpcml.data import Data
 from hpcml.errors import UserError
 from hpcml.models.generate import generate
 from hpcml.nn import Module
 from hpcml.train import config as configuration
-from hpcml.train import environment, weights
+from hpcml.train import environment, usage, weights
 from hpcml.train.build import Run
 from hpcml.train.progress import Progress
 
@@ -38,36 +40,90 @@ def begin(run: Run, ranks: list[dict[str, Any]], progress: Progress) -> None:
     )
 
 
-def end(
-    run: Run, progress: Progress, exit_: str, seconds: float, loss: float | None,
-    val_loss: float | None,
-) -> None:  # fmt: skip
-    """Write the weights and, last, the summary; say how it went (first rank only).
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: `exit` is "completed", "interrupted", "non-finite" or "failed".
 
-    `exit_` is "completed", "interrupted", "non-finite" or "failed"; the last two leave no weights.
+    `together`: all ranks have come to the same end. Otherwise the first rank is alone with it.
     """
-    model, folder, steps = run.step.model, run.folder, run.step.optimizer.steps
-    if exit_ in ("completed", "interrupted"):
-        weights.save(model, folder / "model.safetensors")
-    folder.write_json(
-        "summary.json",
-        {
-            "final_loss": loss,
-            "val_loss": val_loss,
-            "steps": steps,
-            "params": count(model),
-            "param_hash": weights.fingerprint(model),
-            "seconds": seconds,
-            "exit": exit_,
-        },
+
+    exit: str
+    together: bool
+    seconds: float
+    loss: float | None
+    val_loss: float | None
+
+
+def end(run: Run, progress: Progress, ending: Ending) -> None:
+    """Write the weights and, last, the summary; say how it went.
+
+    Collective if `ending.together`; otherwise for the first rank only. A run that ended in
+    "non-finite" or "failed" leaves no weights. What lies in parts on the ranks cannot be had from
+    one alone: then there are no weights and no `param_hash`.
+    """
+    if ending.together:
+        used = usage.memory_record(run.mesh.world)  # before the work of the ending itself
+        agree(run.mesh.world, lambda: _write(run, ending))
+        progress.say(_memory_table(run, used))
+        _show_sample(run, progress, ending)
+    else:
+        _write(run, ending)
+    losses = [f"loss {ending.loss:.4f}"] if ending.loss is not None else []
+    losses += [f"val_loss {ending.val_loss:.4f}"] if ending.val_loss is not None else []
+    steps = run.step.optimizer.steps
+    progress.say(
+        f"{ending.exit} after {steps} steps in {ending.seconds:.1f} s: {', '.join(losses)}"
     )
-    if exit_ == "completed" and run.data.tokenizer is not None and progress.show:
-        text = sample_text(model, run.data, "\n", SAMPLE).strip()
+    progress.say(f"results in {run.folder.path}")
+
+
+def _write(run: Run, ending: Ending) -> None:
+    """Write the files of the end; the other ranks help to gather what goes into them."""
+    step = run.step
+    digest = None
+    if ending.together or run.config.zero.stage == 0 or run.mesh.size == 1:
+        entries = weights.entries_of(step)
+        if run.mesh.rank > 0:
+            for _ in entries:
+                pass
+        elif ending.exit in ("completed", "interrupted"):
+            digest = weights.save(step.model, entries, run.folder / "model.safetensors")
+        else:
+            digest = weights.fingerprint(entries)
+    if run.mesh.rank == 0:
+        run.folder.write_json(
+            "summary.json",
+            {
+                "final_loss": ending.loss,
+                "val_loss": ending.val_loss,
+                "steps": step.optimizer.steps,
+                "params": count(step.model),
+                "param_hash": digest,
+                "seconds": ending.seconds,
+                "exit": ending.exit,
+            },
+        )
+
+
+def _memory_table(run: Run, used: usage.Record) -> str:
+    config, model = run.config, run.step.model
+    return usage.memory_table(
+        used,
+        params=count(model),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        stage=config.zero.stage,
+        ranks=config.zero.shard_ranks or run.mesh["dp"].size,
+        precision=config.train.precision,
+        states=len(run.step.optimizer.states),
+    )
+
+
+def _show_sample(run: Run, progress: Progress, ending: Ending) -> None:
+    """Show what a language model writes. All ranks make it: the model may be in parts on them."""
+    wanted = ending.exit == "completed" and run.config.run.log_every > 0
+    if wanted and run.data.tokenizer is not None:
+        text = sample_text(run.step.model, run.data, "\n", SAMPLE).strip()
         progress.say(f"\nA sample:\n{text}\n")
-    losses = [f"loss {loss:.4f}"] if loss is not None else []
-    losses += [f"val_loss {val_loss:.4f}"] if val_loss is not None else []
-    progress.say(f"{exit_} after {steps} steps in {seconds:.1f} s: {', '.join(losses)}")
-    progress.say(f"results in {folder.path}")
 
 
 def count(model: Module) -> int:

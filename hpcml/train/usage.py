@@ -1,4 +1,4 @@
-"""The `memory` and `comm` records of the metrics: what each rank holds and sends."""
+"""What each rank holds and sends: `memory` and `comm` of the metrics, and the table at the end."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from typing import Any
 
 from hpcml import memory
 from hpcml.comm import Axis
+from hpcml.parallel.states import model_states
+
+Record = dict[str, dict[str, float]]
 
 
-def memory_record(axis: Axis) -> dict[str, dict[str, float]]:
+def memory_record(axis: Axis) -> Record:
     """Bytes by category over the ranks of `axis`: min, mean, max, and the rank of the max."""
     mine = own_memory()
     every = axis.allgather_object(mine)
@@ -16,11 +19,39 @@ def memory_record(axis: Axis) -> dict[str, dict[str, float]]:
 
 
 def own_memory() -> dict[str, int]:
-    """This rank's bytes: live by category, activations at their peak."""
+    """This rank's bytes: model states and total as they are, the others at their peak."""
     account = memory.account()
     live = {name: account.live[name] for name in ("params", "grads", "optim")}
     return {**live, "activations_peak": account.peak["activations"],
-            "buffers": account.peak["buffers"]}  # fmt: skip
+            "buffers": account.peak["buffers"], "total": account.total,
+            "total_peak": account.peak_total}  # fmt: skip
+
+
+def memory_table(
+    record: Record, *, params: int, trainable: int, stage: int, ranks: int, precision: str,
+    states: int,
+) -> str:  # fmt: skip
+    """Return "where did all the memory go" for people: the record of a run beside the formula.
+
+    record: from `memory_record`; the rank with most counts. params, trainable: number of
+    parameters, and of those that get gradients. The others are as for
+    `hpcml.parallel.states.model_states`; activations and buffers have no formula there.
+    """
+    formula = model_states(stage, ranks, precision, states)
+    columns = ("bytes", "per parameter", "formula", "difference", "rank")
+    rows = {}
+    for name, entry in record.items():
+        most = entry["max"]
+        expected = formula.get(name, 0.0) * (params if name == "params" else trainable)
+        rows[name.replace("_peak", " (peak)")] = (
+            f"{most:,.0f}",
+            f"{most / params:.2f}",
+            f"{expected / params:.2f}" if expected else "",
+            f"{100 * (most / expected - 1):+.1f} %" if expected else "",
+            f"{entry['max_rank']:.0f}",
+        )
+    beside = f"{precision}, {states} state(s) of the optimizer, zero.stage={stage}, {ranks} rank(s)"
+    return f"{memory.table(rows, columns)}\n  formula: {beside}"
 
 
 def _spread(values: list[int]) -> dict[str, float]:

@@ -1,59 +1,197 @@
-"""Parameters on disk and their fingerprint."""
+"""Parameters on disk and their fingerprint, one parameter at a time.
+
+The file is safetensors: the length of a header (8 bytes, little-endian), the header in JSON, and
+the values one after the other. A model's own parameters may be spread over ranks, so what is
+written comes as pairs (name, values) that are gathered as they are asked for; what is read becomes
+a rule of first values, from which each rank takes the slices that it owns.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 
 from hpcml.errors import UserError
 from hpcml.nn import Module
+from hpcml.parallel import Step
+
+Values = np.ndarray[Any, Any]
+Entries = Iterable[tuple[str, Values]]
+
+_TYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
-def save(model: Module, path: Path) -> None:
-    """Write the parameters as safetensors: serial names, logical shapes, a shared one once."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+def entries(model: Module) -> Iterator[tuple[str, Values]]:
+    """Name and values of each parameter, a shared one once, in the order of definition.
 
+    Values are float64 where the parameter is, and float32 otherwise.
+    """
+    for name, parameter in model.named_parameters():
+        yield name, np.ascontiguousarray(parameter.numpy(), _stored(parameter.dtype))
+
+
+def entries_of(step: Step) -> Iterator[tuple[str, Values]]:
+    """The `entries` of a step's model. Collective: all ranks go through them together."""
+    return entries(step.model)
+
+
+def save(model: Module, values: Entries, path: Path) -> str:
+    """Write the `entries` of a model as safetensors, and return their fingerprint.
+
+    The file appears when it is complete. Raises UserError where it cannot be written, having gone
+    through all entries: others may gather them together with this rank.
+    """
     temporary = path.with_suffix(".tmp")
-    arrays = {name: np.ascontiguousarray(p.numpy()) for name, p in model.named_parameters()}
+    remaining, digest, failure = iter(values), hashlib.sha256(), None
     try:
-        save_file(arrays, temporary)
-        temporary.chmod(0o644)  # safetensors makes it the owner's alone
+        with temporary.open("wb") as file:
+            _write_header(model, file)
+            for name, parameter in model.named_parameters():
+                given, array = next(remaining)
+                assert (name, parameter.shape) == (given, array.shape)
+                file.write(_bytes(array))
+                digest.update(_bytes(array))
+                del array  # before the next one is gathered
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        failure = error
+    for _ in remaining:
+        pass
+    if failure:
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(
-            f'"{path}" cannot be written ({error}): make room there, or set another run.dir'
-        ) from None
+            f'"{path}" cannot be written ({failure}): make room there, or set another run.dir'
+        )
+    return digest.hexdigest()
+
+
+def fingerprint(values: Entries) -> str:
+    """SHA-256 over the values of `entries`, in logical C order."""
+    digest = hashlib.sha256()
+    for _, array in values:
+        digest.update(_bytes(array))
+        del array  # before the next one is gathered
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """First values that lie in a file: `values`, flat, are a view of the mapped file."""
+
+    values: Values
+
+    def __call__(self, out: Values, key: int, start: int) -> None:
+        """Fill the flat array `out`, of any floating-point type."""
+        out[...] = self.values[start : start + out.size]
 
 
 def load(model: Module, path: str | Path, key: str = "model.init_from") -> None:
-    """Fill the model from a safetensors file; `key` is named in errors. Raises UserError."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    """Let the parameters begin with the values in a safetensors file, which are read when needed.
 
+    The file may hold floating-point values of any type. A shared parameter may be in it under any
+    of its names. `key` is named in errors. Raises UserError, which tells all that does not fit.
+    """
     try:
-        Path(path).open("rb").close()  # safetensors calls any failure "no such file"
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
+        stored, file = _open(path)
+    except (OSError, ValueError) as error:
         raise UserError(
             f'{key}="{path}" cannot be read ({error}): name a safetensors file'
         ) from None
     named = list(model.named_parameters(remove_duplicate=False))
-    found = {id(parameter): state[name] for name, parameter in named if name in state}
-    for name, parameter in named:  # a shared parameter is in the file under one of its names
-        if name not in state and id(parameter) in found:
-            state[name] = found[id(parameter)]
-    try:
-        model.load_state_dict(state)
-    except UserError as error:
-        raise UserError(f'{key}="{path}": {error}') from None
+    found = {id(parameter): name for name, parameter in named if name in stored}
+    problems = [
+        problem
+        for name, parameter in named if name in stored
+        for problem in _problems(name, stored[name], parameter.shape)
+    ]  # fmt: skip
+    problems += [f"{name} is missing" for name, parameter in named if id(parameter) not in found]
+    own = {name for name, _ in named}
+    problems += [f"{name} is unexpected" for name in stored if name not in own]
+    if problems:
+        raise UserError(
+            f'{key}="{path}": state does not fit {type(model).__name__}: {"; ".join(problems)}'
+        )
+    for parameter in model.parameters():
+        place = stored[found[id(parameter)]]
+        values = np.frombuffer(file, _TYPES[place.dtype], math.prod(place.shape), place.offset)
+        parameter.init = Stored(values)
+        parameter.forget()
 
 
-def fingerprint(model: Module) -> str:
-    """SHA-256 over all parameters, each once, in order of definition and logical C order."""
-    digest = hashlib.sha256()
-    for _, parameter in model.named_parameters():
-        digest.update(np.ascontiguousarray(parameter.numpy()).tobytes())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in a file: its type as safetensors calls it, shape, first byte."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def _open(path: str | Path) -> tuple[dict[str, _Place], mmap.mmap]:
+    """Map a file and return where its tensors lie. Raises OSError, and ValueError for its form."""
+    from safetensors import SafetensorError, safe_open
+
+    with Path(path).open("rb") as file:  # safetensors calls any failure "no such file"
+        try:
+            with safe_open(path, "numpy"):  # checks that the whole header makes sense
+                pass
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    (length,) = struct.unpack_from("<Q", mapped)
+    header = json.loads(mapped[8 : 8 + length])
+    header.pop("__metadata__", None)
+    return {
+        name: _Place(of["dtype"], tuple(of["shape"]), 8 + length + of["data_offsets"][0])
+        for name, of in header.items()
+    }, mapped
+
+
+def _problems(name: str, place: _Place, shape: tuple[int, ...]) -> Iterator[str]:
+    if place.shape != shape:
+        yield f"{name} has shape {place.shape}, not {shape}"
+    if place.dtype not in _TYPES:
+        yield f"{name} has type {place.dtype}, not one of {', '.join(_TYPES)}"
+
+
+def _write_header(model: Module, file: BinaryIO) -> None:
+    """The names, types, shapes and places of the values that follow, in the same order."""
+    header: dict[str, Mapping[str, Any]] = {}
+    end = 0
+    for name, parameter in model.named_parameters():
+        dtype = _stored(parameter.dtype)
+        start, end = end, end + parameter.numel() * dtype.itemsize
+        code = next(code for code, known in _TYPES.items() if known == dtype)
+        header[name] = {
+            "dtype": code, "shape": parameter.shape, "data_offsets": (start, end)
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type of the values on disk, and of their fingerprint."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def _bytes(array: Values) -> memoryview:
+    """The memory of an array, in logical C order."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
