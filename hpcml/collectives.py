@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hpcml.autograd.record import Context, Primitive, primitive
+from hpcml.autograd.record import Context, Primitive, movement
 from hpcml.autograd.tensor import Tensor
 from hpcml.backend import Array
 from hpcml.comm import Axis, Halo
@@ -204,7 +204,7 @@ def _row(
         return forward(ctx, x, how)
 
     run.__name__ = name
-    row = primitive(run)
+    row = movement(run)
     row.adjoint(lambda ctx, g: adjoint(ctx, g, ctx.attributes))
     return row
 

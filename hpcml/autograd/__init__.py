@@ -2,14 +2,8 @@
 
 from hpcml.autograd.functions import cat, maximum, minimum, stack, where
 from hpcml.autograd.gradcheck import gradcheck
-from hpcml.autograd.record import (
-    Context,
-    Primitive,
-    enable_grad,
-    no_grad,
-    primitive,
-    saved_tensors_hooks,
-)
+from hpcml.autograd.mode import enable_grad, no_grad, saved_tensors_hooks
+from hpcml.autograd.record import Context, Primitive, movement, primitive
 from hpcml.autograd.tensor import Handle, Tensor, from_dlpack
 
 __all__ = [
@@ -23,6 +17,7 @@ __all__ = [
     "gradcheck",
     "maximum",
     "minimum",
+    "movement",
     "no_grad",
     "primitive",
     "saved_tensors_hooks",

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.autograd.record import Context, empty, no_grad
+from hpcml.autograd.halves import HALVES, rounded, widened
+from hpcml.autograd.mode import no_grad
+from hpcml.autograd.record import Context, empty
 from hpcml.autograd.tensor import Tensor
 from hpcml.backend import Array, is_array, xp
 
@@ -53,6 +55,7 @@ class _Gradients:
             ctx._target = leaf.gradient_buffer if before is None else None
         else:
             before, ours = self.of.get(source, (None, False))  # type: ignore[arg-type]
+        place = before if ours and before is not None else ctx._target  # for the rounded result
         ctx._pending, ctx._pending_ours = before, ours
         ctx._handed = None
         result = ctx.primitive.adjoints[which](ctx, g)
@@ -66,8 +69,13 @@ class _Gradients:
                 f"{ctx.primitive.name}: adjoint {which} returned shape {result.shape} for an input "
                 f"of shape {ctx.shapes[which]}"
             )
-        if result.dtype != ctx.dtypes[which]:
-            result, fresh = result.astype(ctx.dtypes[which]), True
+        kind = ctx.dtypes[which]
+        if kind in HALVES:
+            if not complete or result.dtype != kind:
+                result, fresh = rounded(result, kind, None if complete else before, place), True
+                complete = True
+        elif result.dtype != kind:
+            result, fresh = widened(result).astype(kind, copy=False), True
         if leaf is not None:
             self._deliver(leaf, before, result, complete, fresh)
         elif complete:
@@ -119,6 +127,8 @@ def backward(root: Tensor, gradient: Array | None = None) -> None:
     with no_grad():
         for position, ctx in enumerate(record):
             g, _ = gradients.of.pop(ctx)
+            if ctx.wide:
+                g = widened(g)
             for which, needed in enumerate(ctx.needs):
                 if needed:
                     gradients.compute(ctx, which, g)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class Operators:
 
     __slots__ = ()
     data: Any
+    _wrap: Callable[[Any], Tensor]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,31 +101,28 @@ class Operators:
     # --- comparison: no gradient ----------------------------------------------------------------
 
     def __lt__(self, other: Any) -> Tensor:
-        return self._plain(self.data < array_of(other))
+        return self._wrap(self.data < array_of(other))
 
     def __le__(self, other: Any) -> Tensor:
-        return self._plain(self.data <= array_of(other))
+        return self._wrap(self.data <= array_of(other))
 
     def __gt__(self, other: Any) -> Tensor:
-        return self._plain(self.data > array_of(other))
+        return self._wrap(self.data > array_of(other))
 
     def __ge__(self, other: Any) -> Tensor:
-        return self._plain(self.data >= array_of(other))
+        return self._wrap(self.data >= array_of(other))
 
     def __eq__(self, other: Any) -> Tensor:  # type: ignore[override]
-        return self._plain(self.data == array_of(other))
+        return self._wrap(self.data == array_of(other))
 
     def __ne__(self, other: Any) -> Tensor:  # type: ignore[override]
-        return self._plain(self.data != array_of(other))
+        return self._wrap(self.data != array_of(other))
 
     __hash__ = object.__hash__  # equality is element-wise, identity is what sets and dicts need
 
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
         """Position of the maximum along `dim`, or in the flattened tensor."""
-        return self._plain(backend.xp(self.data).asarray(self.data.argmax(dim, keepdims=keepdim)))
-
-    def _plain(self, data: Any) -> Tensor:
-        return self._wrap(data)  # type: ignore[attr-defined,no-any-return]
+        return self._wrap(backend.xp(self.data).asarray(self.data.argmax(dim, keepdims=keepdim)))
 
     # --- functions ------------------------------------------------------------------------------
 
@@ -176,13 +175,17 @@ class Operators:
         """`value` where `mask` holds, self elsewhere."""
         return pointwise.where(plain(value), self, condition=array_of(mask))
 
+    def to(self, dtype: Any) -> Tensor:
+        """As another type, given as such or by name ("fp32", "bf16", ...)."""
+        return pointwise.cast(self, dtype=backend.dtype(dtype))
+
     def float(self) -> Tensor:
         """As float32."""
-        return pointwise.cast(self, dtype=np.dtype("float32"))
+        return self.to("fp32")
 
     def double(self) -> Tensor:
         """As float64."""
-        return pointwise.cast(self, dtype=np.dtype("float64"))
+        return self.to("fp64")
 
     # --- reductions -----------------------------------------------------------------------------
 

@@ -12,20 +12,22 @@ for later than those of activations.
     @mul.adjoint
     def mul_a(ctx, g):
         a, b = ctx.saved
-        return ctx.fit(g * b)
+        return ctx.fit(g * b, 0)
+
+Both see 16-bit floats in float32: `autograd.halves` widens and rounds around them.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from hpcml import backend, memory
+from hpcml.autograd.halves import HALVES, through_float32, widened
+from hpcml.autograd.mode import mode
 from hpcml.autograd.ops.arrays import contiguous
 from hpcml.backend import Array
 from hpcml.errors import UserError
@@ -36,61 +38,12 @@ if TYPE_CHECKING:
 _order = itertools.count()
 
 
-class _Mode(threading.local):
-    def __init__(self) -> None:
-        self.recording = True
-        self.pack: Callable[[Array], Any] | None = None
-        self.unpack: Callable[[Any], Array] | None = None
-
-
-mode = _Mode()
-
-
-@contextmanager
-def no_grad() -> Iterator[None]:
-    """Compute without recording: results need no gradient and nothing is saved."""
-    before, mode.recording = mode.recording, False
-    try:
-        yield
-    finally:
-        mode.recording = before
-
-
-@contextmanager
-def enable_grad() -> Iterator[None]:
-    """Record inside the block even where a surrounding `no_grad` does not."""
-    before, mode.recording = mode.recording, True
-    try:
-        yield
-    finally:
-        mode.recording = before
-
-
-@contextmanager
-def saved_tensors_hooks(
-    pack: Callable[[Array], Any], unpack: Callable[[Any], Array]
-) -> Iterator[None]:
-    """Pass each array saved for backward through `pack` when saved and `unpack` when needed.
-
-    `pack(array)` may return anything; `unpack` must return an array of the same shape and dtype. It
-    is called once for each array, when the first adjoint of that use asks. Parameters are saved by
-    reference and do not pass through. Checkpointing, offloading and compression of activations are
-    built on this seam.
-    """
-    before = (mode.pack, mode.unpack)
-    mode.pack, mode.unpack = pack, unpack
-    try:
-        yield
-    finally:
-        mode.pack, mode.unpack = before
-
-
 class Context:
     """One use of a primitive: where its inputs came from, and what it saved for its adjoints."""
 
     __slots__ = ("_handed", "_inputs", "_pending", "_pending_ours", "_saved", "_shared", "_target",
                  "attributes", "dtypes", "needs", "order", "primitive", "shapes",
-                 "sources", "units")  # fmt: skip
+                 "sources", "units", "wide")  # fmt: skip
 
     def __init__(
         self, primitive: Primitive, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]
@@ -113,6 +66,7 @@ class Context:
         self._target: Array | None = None
         self._pending: Array | None = None
         self._pending_ours = False
+        self.wide = False  # whether 16-bit floats are widened for the forward and the adjoints
 
     def save(self, *arrays: Array) -> None:
         """Keep arrays for the adjoints, which find them in `saved`; nothing unless recording.
@@ -123,19 +77,20 @@ class Context:
             return
         assert self._saved is not None
         for array in arrays:
-            owner = None
-            for tensor in self._inputs:
-                if tensor is not None and tensor.is_parameter and tensor.data is array:
-                    owner = tensor  # its storage may be elsewhere by then: ask it again
-            if owner is not None:
-                self._saved.append((_data, owner))
-                unit = getattr(owner, "unit", None)
+            # What is widened is exchanged for the 16 bits as soon as the result is there.
+            self._saved.append((None, array) if self.wide else self.entry(array))
+
+    def entry(self, array: Array) -> tuple[Any, Any]:
+        """How an array is kept for the adjoints: the function that gets it back, and from what."""
+        for tensor in self._inputs:
+            if tensor is not None and tensor.is_parameter and tensor.data is array:
+                unit = getattr(tensor, "unit", None)
                 if unit is not None:
                     self.units += (unit,)
-            elif mode.pack is not None and backend.is_array(array):
-                self._saved.append((mode.unpack, mode.pack(array)))
-            else:
-                self._saved.append((None, array))
+                return _data, tensor  # its storage may be elsewhere by then: ask it again
+        if mode.pack is not None and backend.is_array(array):
+            return mode.unpack, mode.pack(array)
+        return None, array
 
     @property
     def saved(self) -> list[Array]:
@@ -144,7 +99,11 @@ class Context:
         for i, (unpack, value) in enumerate(self._saved):
             if unpack is not None and unpack is not _data:
                 self._saved[i] = (None, contiguous(unpack(value)))
-        return [value if unpack is None else unpack(value) for unpack, value in self._saved]
+        arrays = [value if unpack is None else unpack(value) for unpack, value in self._saved]
+        if self.wide:
+            arrays = [widened(array) for array in arrays]
+            self._saved = [(None, array) for array in arrays]  # for the other adjoints
+        return arrays
 
     def empty(self, shape: tuple[int, ...], like: Array) -> Array:
         """Return an uninitialised array for the result; may be the parameter's gradient itself.
@@ -169,14 +128,16 @@ class Context:
         It may belong to others: read it, do not write it.
         """
         pending, self._pending = self._pending, None
-        return pending
+        return widened(pending) if self.wide else pending
 
     def accumulator(self, shape: tuple[int, ...], like: Array) -> Array:
         """Return an array with what this input's gradient has got so far (zeros if nothing).
 
         Add to it in place and return it: for adjoints that touch few elements.
         """
-        ours, pending = self._pending_ours, self.take_pending()
+        ours, pending, self._pending = self._pending_ours, self._pending, None
+        if pending is not None and pending.dtype in HALVES and like.dtype not in HALVES:
+            ours, pending = True, widened(pending)
         if pending is not None and ours and pending.flags.c_contiguous:
             self._handed = pending
             return pending
@@ -235,6 +196,7 @@ class Primitive:
     def __init__(self, forward: Callable[..., Array]) -> None:
         self.forward = forward
         self.name = forward.__name__
+        self.moves = False  # see `movement`
         self.adjoints: list[Callable[[Context, Array], Array]] = []
         self.__doc__ = forward.__doc__
 
@@ -256,7 +218,10 @@ class Primitive:
         ctx.shapes = tuple([getattr(a, "shape", ()) for a in arrays])
         ctx.dtypes = tuple([getattr(a, "dtype", None) for a in arrays])
         try:
-            out = self.forward(ctx, *arrays, **attributes)
+            if self.moves or HALVES.isdisjoint(ctx.dtypes):
+                out = self.forward(ctx, *arrays, **attributes)
+            else:
+                out = through_float32(ctx, arrays, attributes)
         except (ValueError, IndexError, TypeError) as error:
             raise self._explain(error, ctx.shapes) from error
         if True not in needs:
@@ -285,3 +250,13 @@ def primitive(forward: Callable[..., Array]) -> Primitive:
     Inputs beyond the adjoints (indices, targets) get no gradient.
     """
     return Primitive(forward)
+
+
+def movement(forward: Callable[..., Array]) -> Primitive:
+    """Make a primitive that only moves elements: it and its adjoints get 16-bit floats as they are.
+
+    An adjoint that adds elements up widens its gradient first (`autograd.halves.widened`).
+    """
+    made = primitive(forward)
+    made.moves = True
+    return made

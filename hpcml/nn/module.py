@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from hpcml.autograd import Context, Handle, Tensor, primitive
+from hpcml.autograd import Context, Handle, Tensor, movement
 from hpcml.backend import Array
 from hpcml.errors import UserError
 from hpcml.nn.parameter import Parameter
@@ -229,7 +229,7 @@ def _array(value: Any) -> Array:
     return np.asarray(value.detach() if hasattr(value, "detach") else value)
 
 
-@primitive
+@movement
 def boundary(ctx: Context, x: Array, *, on_gradient: Callable[[Array], Array | None]) -> Array:
     """x itself; backward passes the gradient through `on_gradient`, which may replace it."""
     ctx.attributes = on_gradient

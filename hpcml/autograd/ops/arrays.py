@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hpcml.backend import Array
+
+if TYPE_CHECKING:
+    from hpcml.autograd.record import Context
 
 _FLOAT_VALUED = ("true_divide", "exp", "log", "sqrt", "tanh")
 
@@ -42,11 +45,15 @@ def check_indices(index: Array, count: int, what: str) -> None:
             raise IndexError(f"{what} {least if least < 0 else most} is outside 0..{count - 1}")
 
 
-def same_type(name: str, **arrays: Array | None) -> None:
-    """Raise a TypeError unless all arrays of `name` have one dtype, as compiled loops ask."""
-    if len({array.dtype for array in arrays.values() if array is not None}) > 1:
-        said = ", ".join(f"{key} of {a.dtype}" for key, a in arrays.items() if a is not None)
-        raise TypeError(f"{name}({said}): convert them to one type")
+def same_type(ctx: Context, *names: str) -> None:
+    """Raise a TypeError unless all inputs, called `names`, have one dtype, as compiled loops ask.
+
+    float32 and 16 bits together would do, but what follows would silently take twice the memory.
+    """
+    if len({dtype for dtype in ctx.dtypes if dtype is not None}) > 1:
+        pairs = zip(names, ctx.dtypes, strict=True)
+        said = ", ".join(f"{name} of {dtype}" for name, dtype in pairs if dtype is not None)
+        raise TypeError(f"{ctx.primitive.name}({said}): convert them to one type")
 
 
 def promoted(name: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:

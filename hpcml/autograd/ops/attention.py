@@ -74,7 +74,7 @@ def attention(
         )
     if q.size and not k.size:
         raise ValueError(f"q {q.shape}, k {k.shape}: queries need at least one key")
-    same_type("attention", q=q, k=k, v=v)
+    same_type(ctx, "q", "k", "v")
     q, k, v = _row_major(q), _row_major(k), _row_major(v)
     _prepare(ctx, q, scale, causal, p, name)
     out, lse = ctx.empty(q.shape, q), empty(q.shape[:3], q)

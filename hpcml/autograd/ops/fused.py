@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from hpcml import kernels, rng
+from hpcml.autograd.halves import HALVES, narrowed, widened
 from hpcml.autograd.ops.arrays import check_indices, contiguous, floats, integers, same_type
-from hpcml.autograd.record import Context, empty, primitive
+from hpcml.autograd.record import Context, empty, movement, primitive
 from hpcml.backend import Array, xp
 
 
@@ -68,7 +69,7 @@ def layer_norm(
     for name, array in (("weight", weight), ("bias", bias)):
         if array is not None and array.size != size:
             raise ValueError(f"{name} {array.shape} must have {size} elements")
-    same_type("layer_norm", x=x, weight=weight, bias=bias)
+    same_type(ctx, "x", "weight", "bias")
     x = floats(x)
     rows = x.size // size if size else 0
     none = x.reshape(-1)[:0]
@@ -158,7 +159,7 @@ def cross_entropy_logits(ctx: Context, g: Array) -> Array:
     return out
 
 
-@primitive
+@movement
 def embedding(ctx: Context, weight: Array, index: Array) -> Array:
     """weight[index]: weight (count, width), index (...) of integers -> (..., width)."""
     index = integers(index, "index")
@@ -175,8 +176,21 @@ def embedding(ctx: Context, weight: Array, index: Array) -> Array:
 def embedding_weight(ctx: Context, g: Array) -> Array:
     index = ctx.attributes.reshape(-1)
     out = ctx.accumulator(ctx.shapes[0], g)
+    if g.dtype in HALVES:
+        _add_rows(out, index, widened(g).reshape(index.size, out.shape[1]))
+        return out
     kernels.of(g).embedding_backward(contiguous(g).reshape(index.size, out.shape[1]), index, out)
     return out
+
+
+def _add_rows(out: Array, index: Array, rows: Array) -> None:
+    """out[index] += rows, for 16-bit `out`: each of its rows is rounded once."""
+    m = xp(out)
+    used, place = m.unique(index, return_inverse=True)
+    total = empty((used.size, out.shape[1]), rows)
+    total[...] = widened(out[used])
+    kernels.of(rows).embedding_backward(rows, place.reshape(-1), total)
+    out[used] = narrowed(total, out.dtype)
 
 
 def threshold(p: float) -> int:

@@ -23,7 +23,7 @@ def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
             f"linear(x {x.shape}, weight {weight.shape}): the last size of x must be the second of "
             "weight"
         )
-    same_type("linear", x=x, weight=weight, bias=bias)
+    same_type(ctx, "x", "weight", "bias")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear(weight {weight.shape}, bias {bias.shape}): bias must be (out,)")
     ctx.save(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
@@ -62,7 +62,7 @@ def matmul(ctx: Context, a: Array, b: Array) -> Array:
     """Matrix product over the last two dimensions, the others broadcast (NumPy's rules)."""
     if a.ndim == 0 or b.ndim == 0:
         raise ValueError("needs at least one dimension on both sides")
-    same_type("matmul", a=a, b=b)
+    same_type(ctx, "a", "b")
     ctx.save(a if ctx.needs[1] else None, b if ctx.needs[0] else None)
     m = xp(a)
     if a.ndim == 1 or b.ndim == 1 or a.shape[-1] != b.shape[-2]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpcml.autograd.halves import HALVES, narrowed, widened
 from hpcml.autograd.ops.arrays import promoted
-from hpcml.autograd.record import Context, primitive
+from hpcml.autograd.record import Context, movement, primitive
 from hpcml.backend import Array, xp
 
 
@@ -258,10 +259,12 @@ def where_b(ctx: Context, g: Array) -> Array:
     return ctx.fit(xp(g).where(ctx.attributes, 0, g), 1)
 
 
-@primitive
+@movement
 def cast(ctx: Context, x: Array, *, dtype: Any) -> Array:
     """x with elements of another float type; the gradient is cast back, as every gradient is."""
-    return x.astype(dtype, copy=False)
+    if x.dtype != dtype and dtype in HALVES:
+        return narrowed(x, dtype)
+    return x if x.dtype == dtype else widened(x).astype(dtype, copy=False)
 
 
 @cast.adjoint

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.autograd.record import Context, primitive, unbroadcast
+from hpcml.autograd.halves import widened
+from hpcml.autograd.record import Context, movement, primitive, unbroadcast
 from hpcml.backend import Array, xp
 
 Axes = int | tuple[int, ...] | list[int] | None
@@ -62,7 +63,7 @@ def mean_x(ctx: Context, g: Array) -> Array:
     return _spread(ctx, g / count, dim)
 
 
-@primitive
+@movement
 def reshape(ctx: Context, x: Array, *, shape: tuple[int, ...]) -> Array:
     """The same elements in another shape; one size may be -1."""
     return x.reshape(shape)
@@ -73,7 +74,7 @@ def reshape_x(ctx: Context, g: Array) -> Array:
     return g.reshape(ctx.shapes[0])
 
 
-@primitive
+@movement
 def permute(ctx: Context, x: Array, *, dims: tuple[int, ...]) -> Array:
     """Reorder the dimensions: dimension i of the result is dimension dims[i]."""
     ctx.attributes = tuple(int(i) for i in np.argsort([d % x.ndim for d in dims]))
@@ -85,7 +86,7 @@ def permute_x(ctx: Context, g: Array) -> Array:
     return g.transpose(ctx.attributes)
 
 
-@primitive
+@movement
 def expand(ctx: Context, x: Array, *, shape: tuple[int, ...]) -> Array:
     """Repeat along dimensions of size 1, without a copy; -1 keeps a size."""
     lead = len(shape) - x.ndim
@@ -97,10 +98,10 @@ def expand(ctx: Context, x: Array, *, shape: tuple[int, ...]) -> Array:
 
 @expand.adjoint
 def expand_x(ctx: Context, g: Array) -> Array:
-    return unbroadcast(g, ctx.shapes[0])
+    return unbroadcast(widened(g), ctx.shapes[0])
 
 
-@primitive
+@movement
 def getitem(ctx: Context, x: Array, *, index: Any) -> Array:
     """x[index]: slices, integers, None, masks and integer arrays, as in NumPy."""
     ctx.attributes = index
@@ -109,17 +110,19 @@ def getitem(ctx: Context, x: Array, *, index: Any) -> Array:
 
 @getitem.adjoint
 def getitem_x(ctx: Context, g: Array) -> Array:
-    out = ctx.accumulator(ctx.shapes[0], g)
     index = ctx.attributes
     parts = index if isinstance(index, tuple) else (index,)
-    if any(hasattr(p, "dtype") for p in parts):
-        xp(g).add.at(out, index, g)  # an element may be chosen several times
+    several = any(hasattr(p, "dtype") for p in parts)  # an element may be chosen several times
+    g = widened(g) if several else g
+    out = ctx.accumulator(ctx.shapes[0], g)
+    if several:
+        xp(g).add.at(out, index, g)
     else:
         out[index] += g
     return out
 
 
-@primitive
+@movement
 def take_along_dim(ctx: Context, x: Array, *, index: Array, dim: int) -> Array:
     """out[..., i, ...] = x[..., index[..., i, ...], ...] along `dim` (PyTorch's gather)."""
     ctx.attributes = index, dim
@@ -129,6 +132,7 @@ def take_along_dim(ctx: Context, x: Array, *, index: Array, dim: int) -> Array:
 @take_along_dim.adjoint
 def take_along_dim_x(ctx: Context, g: Array) -> Array:
     index, dim = ctx.attributes
+    g = widened(g)
     out = ctx.accumulator(ctx.shapes[0], g)
     grid = list(xp(g).ogrid[tuple(slice(n) for n in out.shape)])
     grid[dim] = index
@@ -163,14 +167,14 @@ def _concatenation(count: int) -> Any:
 
         return part
 
-    made = primitive(cat)
+    made = movement(cat)
     for which in range(count):
         made.adjoint(adjoint(which))
     _CONCATENATIONS[count] = made
     return made
 
 
-@primitive
+@movement
 def pad(
     ctx: Context, x: Array, *, widths: tuple[tuple[int, int], ...], value: float = 0.0
 ) -> Array:
@@ -184,7 +188,7 @@ def pad_x(ctx: Context, g: Array) -> Array:
     return g[ctx.attributes]
 
 
-@primitive
+@movement
 def windows(
     ctx: Context, x: Array, *,
     size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...],
@@ -206,7 +210,7 @@ def windows(
 @windows.adjoint
 def windows_x(ctx: Context, g: Array) -> Array:
     size, stride, dilation = ctx.attributes
-    d = len(size)
+    d, g = len(size), widened(g)
     out = ctx.accumulator(ctx.shapes[0], g)
     positions = g.shape[-2 * d : -d]
     for offset in np.ndindex(*size):  # each place in the window is a strided slice of the input

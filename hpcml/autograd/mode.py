@@ -1,0 +1,59 @@
+"""How operations are recorded for now: whether at all, and through what their saved arrays pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hpcml.backend import Array
+
+
+class _Mode(threading.local):
+    def __init__(self) -> None:
+        self.recording = True
+        self.pack: Callable[[Array], Any] | None = None
+        self.unpack: Callable[[Any], Array] | None = None
+
+
+mode = _Mode()
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Compute without recording: results need no gradient and nothing is saved."""
+    before, mode.recording = mode.recording, False
+    try:
+        yield
+    finally:
+        mode.recording = before
+
+
+@contextmanager
+def enable_grad() -> Iterator[None]:
+    """Record inside the block even where a surrounding `no_grad` does not."""
+    before, mode.recording = mode.recording, True
+    try:
+        yield
+    finally:
+        mode.recording = before
+
+
+@contextmanager
+def saved_tensors_hooks(
+    pack: Callable[[Array], Any], unpack: Callable[[Any], Array]
+) -> Iterator[None]:
+    """Pass each array saved for backward through `pack` when saved and `unpack` when needed.
+
+    `pack(array)` may return anything; `unpack` must return an array of the same shape and dtype. It
+    is called once for each array, when the first adjoint of that use asks. Parameters are saved by
+    reference and do not pass through. Checkpointing, offloading and compression of activations are
+    built on this seam.
+    """
+    before = (mode.pack, mode.unpack)
+    mode.pack, mode.unpack = pack, unpack
+    try:
+        yield
+    finally:
+        mode.pack, mode.unpack = before
