@@ -10,6 +10,9 @@ from hpcml.parallel.states import model_states
 
 Record = dict[str, dict[str, float]]
 
+_AT_PEAK = {"activations_peak": "activations (peak)", "buffers": "buffers (peak)",
+            "total_peak": "total (peak)"}  # fmt: skip
+
 
 def memory_record(axis: Axis) -> Record:
     """Bytes by category over the ranks of `axis`: min, mean, max, and the rank of the max."""
@@ -43,7 +46,7 @@ def memory_table(
     for name, entry in record.items():
         most = entry["max"]
         expected = formula.get(name, 0.0) * (params if name == "params" else trainable)
-        rows[name.replace("_peak", " (peak)")] = (
+        rows[_AT_PEAK.get(name, name)] = (
             f"{most:,.0f}",
             f"{most / params:.2f}",
             f"{expected / params:.2f}" if expected else "",

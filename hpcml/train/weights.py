@@ -43,7 +43,7 @@ def entries(model: Module) -> Iterator[tuple[str, Values]]:
     Values are float64 where the parameter is, and float32 otherwise.
     """
     for name, parameter in model.named_parameters():
-        yield name, np.ascontiguousarray(parameter.numpy(), _stored(parameter.dtype))
+        yield name, np.asarray(parameter.numpy(), _stored(parameter.dtype), order="C")
 
 
 def entries_of(step: Step) -> Iterator[tuple[str, Values]]:
