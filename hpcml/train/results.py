@@ -81,8 +81,8 @@ def _write(run: Run, ending: Ending) -> None:
     """Write the files of the end; the other ranks help to gather what goes into them."""
     step = run.step
     digest = None
-    if ending.together or run.config.zero.stage == 0 or run.mesh.size == 1:
-        entries = weights.entries_of(step)
+    if ending.together or step.groups.sharding.stage == 0 or run.mesh.size == 1:
+        entries = step.gathered()
         if run.mesh.rank > 0:
             for _ in entries:
                 pass
@@ -106,14 +106,14 @@ def _write(run: Run, ending: Ending) -> None:
 
 
 def _memory_table(run: Run, used: usage.Record) -> str:
-    config, model = run.config, run.step.model
+    model, sharding = run.step.model, run.step.groups.sharding
     return usage.memory_table(
         used,
         params=count(model),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        stage=config.zero.stage,
-        ranks=config.zero.shard_ranks or run.mesh["dp"].size,
-        precision=config.train.precision,
+        stage=sharding.stage,
+        ranks=run.step.groups.shard.size,
+        precision=run.config.train.precision,
         states=len(run.step.optimizer.states),
     )
 

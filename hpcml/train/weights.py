@@ -1,9 +1,9 @@
 """Parameters on disk and their fingerprint, one parameter at a time.
 
 The file is safetensors: the length of a header (8 bytes, little-endian), the header in JSON, and
-the values one after the other. A model's own parameters may be spread over ranks, so what is
-written comes as pairs (name, values) that are gathered as they are asked for; what is read becomes
-a rule of first values, from which each rank takes the slices that it owns.
+the values one after the other. A model's parameters may be spread over ranks, so what is written
+comes from `Step.gathered`, as pairs (name, values) that are gathered as they are asked for; what is
+read becomes a rule of first values, from which each rank takes the slices that it owns.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import numpy as np
 
 from hpcml.errors import UserError
 from hpcml.nn import Module
-from hpcml.parallel import Step
 
 Values = np.ndarray[Any, Any]
 Entries = Iterable[tuple[str, Values]]
+"""Name and values of each parameter of a model, a shared one once, in the order of definition."""
 
 _TYPES = {
     "F64": np.dtype(np.float64),
@@ -37,37 +37,25 @@ _TYPES = {
 }
 
 
-def entries(model: Module) -> Iterator[tuple[str, Values]]:
-    """Name and values of each parameter, a shared one once, in the order of definition.
+def save(model: Module, entries: Entries, path: Path) -> str:
+    """Write the entries of a model as safetensors, and return their fingerprint.
 
-    Values are float64 where the parameter is, and float32 otherwise.
-    """
-    for name, parameter in model.named_parameters():
-        yield name, np.asarray(parameter.numpy(), _stored(parameter.dtype), order="C")
-
-
-def entries_of(step: Step) -> Iterator[tuple[str, Values]]:
-    """The `entries` of a step's model. Collective: all ranks go through them together."""
-    return entries(step.model)
-
-
-def save(model: Module, values: Entries, path: Path) -> str:
-    """Write the `entries` of a model as safetensors, and return their fingerprint.
-
-    The file appears when it is complete. Raises UserError where it cannot be written, having gone
-    through all entries: others may gather them together with this rank.
+    Values are float64 in the file where the parameter is, and float32 otherwise. The file appears
+    when it is complete. Raises UserError where it cannot be written, having gone through all
+    entries: other ranks gather them together with this one.
     """
     temporary = path.with_suffix(".tmp")
-    remaining, digest, failure = iter(values), hashlib.sha256(), None
+    remaining, digest, failure = iter(entries), hashlib.sha256(), None
     try:
         with temporary.open("wb") as file:
             _write_header(model, file)
             for name, parameter in model.named_parameters():
                 given, array = next(remaining)
                 assert (name, parameter.shape) == (given, array.shape)
-                file.write(_bytes(array))
-                digest.update(_bytes(array))
-                del array  # before the next one is gathered
+                stored = _bytes(array)
+                file.write(stored)
+                digest.update(stored)
+                del array, stored  # before the next one is gathered
         temporary.replace(path)
     except OSError as error:
         failure = error
@@ -82,10 +70,10 @@ def save(model: Module, values: Entries, path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(values: Entries) -> str:
-    """SHA-256 over the values of `entries`, in logical C order."""
+def fingerprint(entries: Entries) -> str:
+    """SHA-256 over the values of the entries, as `save` writes them."""
     digest = hashlib.sha256()
-    for _, array in values:
+    for _, array in entries:
         digest.update(_bytes(array))
         del array  # before the next one is gathered
     return digest.hexdigest()
@@ -193,5 +181,5 @@ def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _bytes(array: Values) -> memoryview:
-    """The memory of an array, in logical C order."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    """The values as they are stored: in logical C order, 16-bit types widened."""
+    return np.ascontiguousarray(array, _stored(array.dtype)).reshape(-1).view(np.uint8).data

@@ -39,8 +39,14 @@ def values(model: Module) -> dict[str, np.ndarray]:
     return {name: parameter.numpy() for name, parameter in model.named_parameters()}
 
 
+def entries(model: Module) -> Iterator[tuple[str, np.ndarray]]:
+    """What `Step.gathered` gives where nothing is spread over ranks."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.numpy()
+
+
 def save(model: Module, path: Path) -> str:
-    return weights.save(model, weights.entries(model), path)
+    return weights.save(model, entries(model), path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", ml_dtypes.bfloat16])
@@ -56,7 +62,7 @@ def test_the_file_is_safetensors_with_each_parameter_once(tmp_path: Path, dtype:
         np.testing.assert_array_equal(stored[name], array.astype(kind))
     written = b"".join(stored[name].tobytes() for name in SHAPES)
     assert digest == hashlib.sha256(written).hexdigest()
-    assert digest == weights.fingerprint(weights.entries(model))
+    assert digest == weights.fingerprint(entries(model))
     assert path.read_bytes()[-len(written) :] == written
     (length,) = struct.unpack("<Q", path.read_bytes()[:8])
     assert length % 8 == 0 and [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -96,8 +102,8 @@ def test_a_file_that_cannot_be_written_is_one_line_after_all_entries(
     """Full at once, within the header, within the values: the other ranks gather all the same."""
     model, seen = Bag(a=(100,), b=(200,), c=(300,)), []
 
-    def entries() -> Iterator[tuple[str, np.ndarray]]:
-        for name, array in weights.entries(model):
+    def noted() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in entries(model):
             seen.append(name)
             yield name, array
 
@@ -105,7 +111,7 @@ def test_a_file_that_cannot_be_written_is_one_line_after_all_entries(
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
         with pytest.raises(UserError) as caught:
-            weights.save(model, entries(), tmp_path / "model.safetensors")
+            weights.save(model, noted(), tmp_path / "model.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     message = str(caught.value)
