@@ -30,7 +30,7 @@ from hpcml.autograd.halves import HALVES, through_float32, widened
 from hpcml.autograd.mode import mode
 from hpcml.autograd.ops.arrays import contiguous
 from hpcml.backend import Array
-from hpcml.errors import UserError
+from hpcml.errors import MemoryLimitError, UserError
 
 if TYPE_CHECKING:
     from hpcml.autograd.tensor import Tensor
@@ -222,6 +222,8 @@ class Primitive:
                 out = self.forward(ctx, *arrays, **attributes)
             else:
                 out = through_float32(ctx, arrays, attributes)
+        except MemoryLimitError:
+            raise  # it is not about the arguments
         except (ValueError, IndexError, TypeError) as error:
             raise self._explain(error, ctx.shapes) from error
         if True not in needs:
