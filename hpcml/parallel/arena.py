@@ -27,11 +27,15 @@ class Arena:
     def take(self, size: int) -> Array:
         """A flat array of `size` elements with any values."""
         for chunk in self._chunks:
-            start = chunk.find(size)
+            # Not in a much larger one: something small that stays would keep all of it.
+            start = chunk.find(size) if 2 * size >= chunk.array.size else None
             if start is not None:
                 return self._lend(chunk, start, size)
-        # A new chunk takes the place of smaller ones that nobody uses.
-        self._chunks = [chunk for chunk in self._chunks if chunk.taken]
+        # A new chunk takes the place of a slightly smaller one that nobody uses.
+        self._chunks = [
+            chunk for chunk in self._chunks
+            if chunk.taken or not chunk.array.size < size <= 2 * chunk.array.size
+        ]  # fmt: skip
         self._chunks.append(_Chunk(self._allocate(size)))
         return self._lend(self._chunks[-1], 0, size)
 
