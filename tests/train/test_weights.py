@@ -17,8 +17,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hpcml import memory, nn
+from hpcml.comm.threads import run
 from hpcml.errors import UserError
 from hpcml.nn import Constant, Module, Parameter
+from hpcml.optim import SGD
+from hpcml.parallel import parallelize
 from hpcml.train import weights
 
 SHAPES = {"scalar": (), "none": (0, 3), "vector": (5,), "matrix": (4, 6), "kernel": (2, 3, 2, 2)}
@@ -159,6 +162,32 @@ def test_the_file_may_be_gone_when_its_values_are_needed(tmp_path: Path) -> None
     weights.load(model, tmp_path / "m")
     (tmp_path / "m").unlink()
     np.testing.assert_array_equal(model.a.numpy(), np.arange(10))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_sharded_parameters_are_read_and_written_without_the_whole_model(
+    tmp_path: Path, stage: int
+) -> None:
+    """Each rank reads the blocks that it owns; what the ranks gather is the file to the bit."""
+    shapes = {f"p{i}": (300 + i, 10) for i in range(8)}
+    whole = save(Bag(**shapes), tmp_path / "m")
+    size = sum(4 * n * m for n, m in shapes.values())
+
+    def rank() -> tuple[str, int]:
+        model = Bag(**shapes)
+        weights.load(model, tmp_path / "m")
+        step = parallelize(model, optimizer=SGD, zero=stage, bucket_mb=0.01)
+        if step.mesh.rank == 0:
+            digest = weights.save(model, step.gathered(), tmp_path / "again")
+        else:
+            digest = weights.fingerprint(step.gathered())
+        peak = memory.account().peak
+        return digest, peak["params"] + peak["buffers"]
+
+    for digest, held in run(rank, ranks=2, timeout=60):
+        assert digest == whole
+        assert held < (0.5 * size + 2 * 16_000 if stage == 3 else 1.1 * size + 2 * 16_000)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "m").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
