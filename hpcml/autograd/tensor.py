@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hpcml import backend
+from hpcml.autograd.halves import widened
 from hpcml.autograd.operators import Operators
 from hpcml.autograd.record import Context, Primitive, empty
 from hpcml.backend import Array
@@ -111,7 +112,8 @@ class Tensor(Operators):
         return float(self.item())
 
     def __repr__(self) -> str:
-        text = np.array2string(self.numpy(), precision=4, separator=", ", prefix="tensor(")
+        values = widened(self.numpy())  # NumPy does not round what it does not know
+        text = np.array2string(values, precision=4, separator=", ", prefix="tensor(")
         made = f", made by {self.ctx.primitive.name}" if self.ctx else ""
         leaf = ", requires_grad=True" if self.requires_grad and not self.ctx else ""
         return f"tensor({text}, dtype={self.dtype}{leaf}{made})"

@@ -47,7 +47,7 @@ def widen(x: Array, out: Array | None = None) -> Array:
     """Return 16-bit floats `x` in float32, exactly; in `out`, C-contiguous, if that is given."""
     out = xp(x).empty(x.shape, _FLOAT32) if out is None else out
     if isinstance(x, np.ndarray):
-        words = x.view(np.uint16).reshape(-1)
+        words = np.ascontiguousarray(x).view(np.uint16).reshape(-1)
         compiled("float32").halves.widen(words, out.reshape(-1), x.dtype != np.float16)
     else:
         out[...] = x
@@ -61,7 +61,8 @@ def narrow(x: Array, out: Array) -> Array:
     """
     if isinstance(x, np.ndarray) and x.dtype == _FLOAT32 and out.flags.c_contiguous:
         words = out.view(np.uint16).reshape(-1)
-        compiled("float32").halves.narrow(x.reshape(-1), words, out.dtype != np.float16)
+        numbers = np.require(x, requirements="CW").reshape(-1)
+        compiled("float32").halves.narrow(numbers, words, out.dtype != np.float16)
     else:
         with np.errstate(over="ignore"):
             out[...] = x
