@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +36,7 @@ def train(config: Config) -> int:
     agree(mesh.world, partial(log.setup, mesh.rank))
     ranks = agree(mesh.world, partial(threads.share, mesh))
     log.logger.info("%s on %s, %d thread(s)", mesh, mesh.node.host, ranks[mesh.rank]["threads"])
+    gc.collect()  # an earlier run of this process is not this one's memory
     memory.account().reset_peak()
     memory.set_limit(config.device.memory_limit)
     try:
