@@ -61,7 +61,7 @@ def narrow(x: Array, out: Array) -> Array:
     """
     if isinstance(x, np.ndarray) and x.dtype == _FLOAT32 and out.flags.c_contiguous:
         words = out.view(np.uint16).reshape(-1)
-        numbers = np.require(x, requirements="CW").reshape(-1)
+        numbers = np.require(x, requirements=("C", "W")).reshape(-1)
         compiled("float32").halves.narrow(numbers, words, out.dtype != np.float16)
     else:
         with np.errstate(over="ignore"):
