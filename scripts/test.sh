@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All checks: style, types, the serial tests, then the tests under mpiexec with 2, 3 and 4 ranks.
+# All checks: style, types, the serial tests (some files on each core), then the tests under mpiexec
+# with 2, 3 and 4 ranks.
 # With --peer also the comparisons with PyTorch, which it installs. Every step runs even if one
 # before it has failed; the last line says which did. See _setup.sh for what can be set.
 set -uo pipefail
@@ -25,7 +26,7 @@ step() {
 step style ruff check
 step format ruff format --check
 step types mypy
-step "serial tests" python -m tests.harness -m "not mpi"
+step "serial tests" python -m tests.harness -j 0 -m "not mpi"
 for ranks in 2 3 4; do
     step "tests with $ranks ranks" python -m tests.harness -n "$ranks" -m mpi
 done

@@ -1,7 +1,8 @@
-"""The harness itself: each case is a small test file of its own, run under mpiexec."""
+"""The harness itself: each case is a small test file of its own, run as a job of its own."""
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +233,96 @@ def test_serial_hang(run):
     assert outcome.code == 1
     assert "test_s exceeded its limit of 1 s" in outcome.text
     assert "line 4 in test_s" in outcome.text
+
+
+APART = """\
+import os, pathlib, subprocess, time
+import pytest
+
+@pytest.mark.limit(50)
+def test_both_processes_have_begun():
+    here = pathlib.Path(__file__)
+    here.with_suffix(".begun").touch()
+    while len(list(here.parent.glob("*.begun"))) < 2:
+        time.sleep(0.05)
+
+"""
+
+
+@pytest.fixture
+def shared(tmp_path: Path):
+    """Write test files of these bodies and have two processes share them, one at least each."""
+
+    def run(*bodies: str):
+        for number, body in enumerate(bodies):
+            (tmp_path / f"test_{number}.py").write_text(APART + body)
+        command = [sys.executable, "-m", "tests.harness", "-j", "2", "-c", str(ROOT / "setup.cfg")]
+        command += ["--rootdir", str(tmp_path), "-p", "tests.harness.plugin", str(tmp_path)]
+        return start(command)
+
+    return run
+
+
+def test_processes_share_the_files(shared, tmp_path):
+    body = """
+@pytest.mark.parametrize("number", range(3))
+def test(number, request):
+    with pathlib.Path("{log}").open("a") as log:
+        print(request.node.nodeid, file=log)
+"""
+    log = tmp_path / "log"
+    outcome = shared(*[body.format(log=log)] * 5)
+    assert outcome.code == 0, outcome.text
+    expected = [f"test_{file}.py::test[{number}]" for file in range(5) for number in range(3)]
+    assert sorted(log.read_text().splitlines()) == expected, "each test once"
+    counts = [int(count) for count in re.findall(r"(\d+) passed", outcome.text)]
+    assert len(counts) == 2 and sum(counts) == 20 and min(counts) >= 4, outcome.text
+
+
+def test_a_failure_in_any_of_the_processes_is_told(shared):
+    body = "def test_odd():\n    assert not 'words of {}'\n"
+    outcome = shared(body.format("zero"), body.format("one"))
+    assert outcome.code == 1
+    assert outcome.text.count("1 failed") == 2
+    assert "words of zero" in outcome.text and "words of one" in outcome.text
+
+
+def test_a_hang_in_one_of_the_processes_ends_all_and_what_they_have_started(shared, tmp_path):
+    job = tmp_path / "job"
+    body = f"""
+def test_hang():
+    process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    pathlib.Path("{job}").write_text(str(process.pid))
+    time.sleep(1000)
+"""
+    outcome = shared(body, "def test_other():\n    time.sleep(1000)\n")
+    assert outcome.code == 1
+    assert re.search(r"test_\d.py::test_(hang|other) exceeded its limit of 5 s", outcome.text)
+    assert "in test_hang" in outcome.text and "in test_other" in outcome.text
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(job.read_text()), 0)
+
+
+def test_the_death_of_one_of_the_processes_ends_all(shared):
+    outcome = shared("def test_death():\n    os._exit(0)\n", "def test_b():\n    pass\n")
+    assert outcome.code == 1
+    assert "ended with status 0 in test_0.py::test_death" in outcome.text
+
+
+def test_interrupts_are_heard_by_a_run_in_the_background(run):
+    """A shell starts it deaf to them."""
+    body = """
+def test_interrupt():
+    with pytest.raises(KeyboardInterrupt):
+        _thread.interrupt_main()
+        time.sleep(1)
+"""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        outcome = run(body, ranks=0, head="import _thread, pytest, time\n", tail="")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.code == 0, outcome.text
 
 
 def test_under_mpiexec_alone(tmp_path):

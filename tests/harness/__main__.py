@@ -1,8 +1,10 @@
-"""Run pytest with a hard limit, serially or under mpiexec: `python -m tests.harness [-n RANKS] ...`
+"""Run pytest with a hard limit: `python -m tests.harness [-n RANKS | -j PROCESSES] ...`
 
-Whatever follows the options of this command goes to pytest. The plugin inside the ranks handles
-failures and hangs, the parent of each rank its death; this process handles what is left: a launcher
-that hangs, a run that is too long as a whole. It ends with no process of the run left.
+Under mpiexec every rank runs all tests together with the others; of several processes without MPI
+each runs other test files. Whatever follows the options of this command goes to pytest. The plugin
+inside the ranks handles failures and hangs, the parent of each rank its death; this process handles
+what is left: a launcher that hangs, a run that is too long as a whole. It ends with no process of
+the run left.
 """
 
 from __future__ import annotations
@@ -18,28 +20,42 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
+from tests.harness import orphans
 from tests.harness.board import VARIABLE, Board
+from tests.harness.workers import VARIABLE as WORKER
 
 _LAUNCHER = ("PMI", "MPI_", "HYDI_", "HYDRA_", "OMPI_", "PRTE_", "SLURM_", "PBS_", "FLUX_", "JSM_")
 """Variables of an outer job, which would be mistaken for those of ours."""
 
 _AFTER_REPORT = 20.0
 """Seconds a launcher has to end a run that has failed; now and then one never does."""
+_MOST = 4
+"""Processes that share tests on a machine with many cores: tests start several ranks themselves."""
 
 
 def main(arguments: list[str]) -> int:
     """Run pytest; its exit status, or 1 for a run that was ended."""
     parser = argparse.ArgumentParser(prog="python -m tests.harness", allow_abbrev=False)
     parser.add_argument("-n", dest="ranks", type=int, default=0, help="ranks (0: no MPI)")
+    parser.add_argument(
+        "-j", dest="processes", type=int, default=1,
+        help="processes that share tests without MPI (0: one a core, 4 at most)",
+    )  # fmt: skip
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for the whole run")
     options, rest = parser.parse_known_args(arguments)
+    if options.ranks and options.processes != 1:
+        parser.error(f"-n {options.ranks} -j {options.processes}: ranks run all tests together")
+    processes = options.processes or min(os.cpu_count() or 1, _MOST)
     command = [sys.executable, "-m", "tests.harness.rank"]
+    if options.ranks or processes > 1:
+        # Processes that share a cache folder would race, and nobody reads what they leave there.
+        command += ["-p", "no:cacheprovider"]
     if options.ranks:
-        # Ranks that share a cache folder would race, and nobody reads what they leave there.
-        command = [*_mpiexec(options.ranks), *command, "--with-mpi", "-p", "no:cacheprovider"]
+        command = [*_mpiexec(options.ranks), *command, "--with-mpi"]
     with tempfile.TemporaryDirectory(prefix="hpcml-test-") as folder:
-        return _run([*command, *rest], Board(Path(folder)), options.limit)
+        return _run([*command, *rest], processes, Board(Path(folder)), options.limit)
 
 
 def _mpiexec(ranks: int) -> list[str]:
@@ -63,28 +79,55 @@ def _environment(board: Board) -> dict[str, str]:
     return mine
 
 
-def _run(command: list[str], board: Board, limit: float) -> int:
+def _run(command: list[str], processes: int, board: Board, limit: float) -> int:
+    """Run so many processes of this command; what all but the first print comes in the end."""
     signal.signal(signal.SIGTERM, _interrupt)
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, env=_environment(board), start_new_session=True
-    )
+    orphans.adopt()
+    environment = _environment(board)
+    started: list[subprocess.Popen[bytes]] = []
     try:
-        code = _wait(process, board, limit)
+        if processes == 1:
+            started.append(_start(command, environment))
+        for worker in range(processes if processes > 1 else 0):
+            environment[WORKER] = str(worker)
+            with open(_output(board, worker), "wb") as output:
+                started.append(_start(command, environment, output if worker else None))
+        code = _wait(started, board, limit)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         board.kill()
-        process.wait()
+        for process in started:
+            process.wait()
+        orphans.end()
+    for worker in range(1, processes):
+        print(_output(board, worker).read_text(encoding="utf-8", errors="replace"), flush=True)
     return code if 0 <= code < 128 else 1
 
 
-def _wait(process: subprocess.Popen[bytes], board: Board, limit: float) -> int:
+def _start(
+    command: list[str], environment: dict[str, str], output: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, env=environment, start_new_session=True
+    )
+
+
+def _output(board: Board, worker: int) -> Path:
+    return board.folder / f"{worker}.output"
+
+
+def _wait(started: list[subprocess.Popen[bytes]], board: Board, limit: float) -> int:
     """The exit status of the run; 1 if it does not end by itself, in time or after its report."""
     end = time.monotonic() + limit
     reported = False
     while time.monotonic() < end:
+        running = [process for process in started if process.poll() is None]
+        if not running:
+            return next((code for process in started if (code := process.returncode)), 0)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(1)
+            running[0].wait(1)
         if board.claimed() and not reported:
             reported, end = True, time.monotonic() + _AFTER_REPORT
     if not reported:

@@ -79,8 +79,12 @@ class Board:
 
     def claim(self) -> bool:
         """Whether this caller is the first, who reports for all."""
+        return self.take("claim")
+
+    def take(self, name: str) -> bool:
+        """Whether this caller is the first of all processes to take what has this name."""
         try:
-            (self.folder / "claim").touch(exist_ok=False)
+            (self.folder / name).touch(exist_ok=False)
         except FileExistsError:
             return False
         return True

@@ -17,6 +17,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -27,6 +28,8 @@ import pytest
 
 from tests.harness.board import FINISHED, VARIABLE, Board, write
 from tests.harness.ranks import Alone, LostStep, Ranks, Verdict
+from tests.harness.workers import VARIABLE as WORKER
+from tests.harness.workers import Sharing
 
 _COLLECTION_LIMIT = 300.0
 """Seconds for importing the test modules."""
@@ -44,6 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Join the other ranks."""
     config.addinivalue_line("markers", "limit(seconds): how long this test may take")
+    # A shell without job control starts what is to run beside it deaf to interrupts, and its
+    # children inherit that: tests of what an interrupt does would wait for one for ever.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Safety(config), "hpcml-safety")
 
 
@@ -60,7 +67,11 @@ class Safety:
         given = os.environ.pop(VARIABLE, None)  # not for the runs that a test may start
         self.own = None if given else self.ranks.share(_folder)
         self.board = Board(Path(given or str(self.own)))
-        self.board.join(self.ranks.rank)
+        # Not for the runs that a test may start, like the folder.
+        worker = os.environ.pop(WORKER, None)
+        self.board.join(int(worker or self.ranks.rank))
+        if worker:
+            config.pluginmanager.register(Sharing(self.board), "hpcml-sharing")
         self.timer: threading.Timer | None = None
         self.collection_failures: list[str] = []
         if self.ranks.rank:

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests.harness import orphans
 from tests.harness.board import FINISHED, VARIABLE, Board, write
 
 _PR_SET_PDEATHSIG = 1
@@ -22,13 +23,14 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Run pytest with this command's arguments; its exit status, or 1 if it was cut short."""
     board = Board(Path(os.environ[VARIABLE]))
+    orphans.adopt()
     pid = os.fork()
     if pid == 0:
         _end_with_parent()
         import pytest
 
         return int(pytest.main())
-    _, status = os.waitpid(pid, 0)
+    status = _await(pid)
     code = os.waitstatus_to_exitcode(status)
     for position in board.positions():
         if position.pid == pid and position.test != FINISHED:
@@ -39,6 +41,14 @@ def main() -> int:
                 board.kill()  # not all launchers do, and not always
             return 1
     return code if code >= 0 else 1
+
+
+def _await(pid: int) -> int:
+    """The status with which a child ends; what loses its parent meanwhile is not left a zombie."""
+    while True:
+        ended, status = os.waitpid(-1, 0)
+        if ended == pid:
+            return status
 
 
 def _end_with_parent() -> None:
