@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -105,13 +106,53 @@ def test_one_rank(
     assert (job.parent / "used" / "metrics.jsonl").read_text() == "precious"
 
 
-@pytest.mark.parametrize(("override", "code", "words"), CASES)
+# One of each way to a refusal: file, mesh, data, model, folder, loss, environment.
+WAYS = ("model.heds=4", "mesh.dp=7", "data.path=missing.txt", "model.heads=3", "run.dir=used",
+        "loss.kind=user:Diverges", "HPCML_LOG=loud")  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "code", "words"), [c for c in CASES if c[0] in WAYS])
 def test_four_ranks(job: Path, override: str, code: int, words: list[str]) -> None:
     options, environment = _split(override)
     done = hpcml("train", job, *options, ranks=4, cwd=job.parent, **environment)
     assert done.returncode == code
     assert done.stderr.startswith("hpcml: error: ") and done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in words), done.stderr
+
+
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from hpcml.cli.train import _train
+from hpcml.comm import Mesh
+from hpcml.errors import UserError
+job, *overrides = sys.argv[1:]
+world = Mesh().world
+for number, override in enumerate(overrides):
+    refusal = None
+    try:
+        _train([job, f"run.dir={number}", override])
+    except UserError as error:
+        refusal = error.exit_code, error.report()
+    refusals = world.allgather_object(refusal)
+    if world.rank == 0:
+        print(json.dumps(refusals), flush=True)
+"""
+
+
+def test_four_ranks_refuse_alike(job: Path) -> None:
+    """All cases in one job: every rank gets to the same words, and can go on."""
+    cases = [case for case in CASES if not _split(case[0])[1]]
+    command = [mpiexec(), "-n", "4", sys.executable, "-c", ONE_AFTER_THE_OTHER, str(job)]
+    done = subprocess.run(
+        [*command, *(override for override, _, _ in cases)],
+        cwd=job.parent, env=child_environment(), capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for (override, code, words), line in zip(cases, done.stdout.splitlines(), strict=True):
+        refusals = json.loads(line)
+        assert refusals == [refusals[0]] * 4 and refusals[0][0] == code, (override, line)
+        said = refusals[0][1]
+        assert "\n" not in said and all(word in said for word in words), said
 
 
 def test_overwriting_is_asked_for_and_happens_last(
