@@ -89,6 +89,22 @@ def show(sizes: Mapping[str, int]) -> str:
     return " * ".join(f"{name}({n})" for name, n in large.items())
 
 
+def split(name: str, size: int, rank: int, inner: int) -> tuple[range, range]:
+    """The ranks with which `rank` of an axis is joined if groups of `inner` are cut from it.
+
+    First those of equal place in the other groups, then those of its own group.
+    Raises `UserError` if the size of the axis is no multiple of `inner`.
+    """
+    divisors = [count for count in range(1, size + 1) if size % count == 0]
+    if inner not in divisors:
+        fits = f"{', '.join(map(str, divisors[:-1]))} or " if size > 1 else ""
+        raise UserError(
+            f"{name}({size}) cannot be cut into groups of {inner} ranks: use {fits}{size}"
+        )
+    first = rank - rank % inner
+    return range(rank % inner, size, inner), range(first, first + inner)
+
+
 def usual(sizes: Mapping[str, int]) -> dict[str, int]:
     """Complete sizes given by keyword: usual names only, `dp` fills up, all others 1.
 

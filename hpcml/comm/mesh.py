@@ -105,6 +105,33 @@ class Mesh:
         large = tuple(name for name in self.grid.ordered(chosen) if self.sizes[name] > 1)
         return self._axes[large] if large else self._axis(chosen[0], Alone())
 
+    def split(
+        self,
+        name: str | tuple[str, ...],
+        inner: int,
+        names: tuple[str, str] = ("between", "within"),
+    ) -> tuple[Axis, Axis]:
+        """Cut an axis (or a product) into groups of `inner` consecutive ranks. Collective over it.
+
+        Returns two axes: that *between* the groups, which joins the ranks of equal place in theirs,
+        and that *within* the group of this rank. An all-reduce within and then between is one over
+        the whole axis; one of the two has size 1 for `inner` = 1 or the whole size. The ledger
+        knows them by the axis and `names`: `split("dp", 2, ("replica", "shard"))` gives
+        "dp.replica" and "dp.shard".
+
+        Consecutive ranks share a node where inner axes do, so frequent traffic belongs within.
+
+        Raises `UserError` if the size of the axis is no multiple of `inner`.
+        """
+        axis = self[name]
+        groups = grid.split(axis.name, axis.size, axis.rank, inner)
+        labels = [f"{axis.name}.{suffix}" for suffix in names]
+        between, within = (
+            self._axis(label, axis.transport.subset(ranks, label))
+            for label, ranks in zip(labels, groups, strict=True)
+        )
+        return between, within
+
     def __repr__(self) -> str:
         return f"Mesh({self.grid}, rank={self.rank})"
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+import hpcml
 from hpcml.comm import Axis, Mesh
 from hpcml.comm.alone import Alone
 from hpcml.comm.mesh import placement
@@ -127,6 +128,68 @@ def test_a_product_may_be_used_by_some_ranks_alone() -> None:
         ranks = mesh["replica", "rest"].allgather_object(mesh.rank)
         assert ranks == list(range(mesh.size // 2, mesh.size))
     mesh.world.barrier()
+
+
+def check_split(mesh: Mesh, inner: int) -> None:
+    dp = mesh["dp"]
+    between, within = mesh.split("dp", inner, ("replica", "shard"))
+    assert (between.name, within.name) == ("dp.replica", "dp.shard")
+    assert (between.size, within.size) == (dp.size // inner, inner)
+    assert dp.rank == between.rank * inner + within.rank
+    group = dp.rank // inner
+    ranks = [group * inner + place for place in range(inner)]
+    assert within.allgather_object(dp.rank) == ranks
+    assert between.allgather_object(dp.rank) == list(range(within.rank, dp.size, inner))
+    x = within.empty(100)
+    x[...] = dp.rank
+    within.allreduce(x, out=x)
+    assert (x == sum(ranks)).all()
+    before = mesh.ledger.snapshot()
+    between.allreduce(x, out=x)
+    assert (x == sum(range(dp.size))).all()
+    if between.size > 1:
+        counted = (mesh.ledger.snapshot() - before)["dp.replica"]
+        assert counted["all_reduce"].bytes == x.nbytes
+    if within.size > 1:  # communicators are few
+        assert mesh.split("dp", inner, ("replica", "shard"))[1].transport is within.transport
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("inner", [1, 2, 0])
+def test_an_axis_is_cut_into_groups(inner: int) -> None:
+    mesh = Mesh()
+    check_split(mesh, 1 if mesh.size % 2 and inner == 2 else inner or mesh.size)
+
+
+@pytest.mark.parametrize(("ranks", "inner"), [(1, 1), (2, 2), (4, 2), (6, 2), (6, 3), (8, 4)])
+def test_an_axis_of_threads_is_cut_into_groups(ranks: int, inner: int) -> None:
+    hpcml.run(lambda: check_split(Mesh(), inner), ranks=ranks)
+
+
+def test_a_product_is_cut_into_groups_of_neighbours() -> None:
+    def program() -> None:
+        mesh = Mesh(dp=2, cp=2, tp=2)
+        between, within = mesh.split(("cp", "dp"), 2)
+        tp = mesh.coords["tp"]
+        first = 4 * mesh.coords["dp"] + tp
+        assert within.name == "dp*cp.within" and between.name == "dp*cp.between"
+        assert within.allgather_object(mesh.rank) == [first, first + 2]
+        first = 2 * mesh.coords["cp"] + tp
+        assert between.allgather_object(mesh.rank) == [first, first + 4]
+
+    hpcml.run(program, ranks=8)
+
+
+def test_groups_that_do_not_divide_an_axis_are_refused() -> None:
+    def refused(inner: int) -> str:
+        with pytest.raises(UserError) as caught:
+            Mesh().split("dp", inner)
+        return str(caught.value)
+
+    assert set(hpcml.run(refused, 4, ranks=6)) == {
+        "dp(6) cannot be cut into groups of 4 ranks: use 1, 2, 3 or 6"
+    }
+    assert refused(0) == "dp(1) cannot be cut into groups of 0 ranks: use 1"
 
 
 def mesh_size() -> int:
