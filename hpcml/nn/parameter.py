@@ -101,6 +101,7 @@ class Parameter(Tensor):
             raise ValueError("Parameter needs either data, or a shape and a rule for first values")
         self.unit: Unit | None = None
         self.home: Home | None = None
+        self._place: Array | None
         super().__init__(np.empty(0, np.float32) if data is None else data, requires_grad)
         self._shape: tuple[int, ...]
         self._dtype: np.dtype[Any]
@@ -140,7 +141,7 @@ class Parameter(Tensor):
 
     @gradient_buffer.setter
     def gradient_buffer(self, array: Array | None) -> None:
-        self._place: Array | None = array
+        self._place = array
 
     def forget(self) -> None:
         """Let the values go; when they are needed again, they are fetched or made anew."""

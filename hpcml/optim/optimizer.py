@@ -65,7 +65,8 @@ class Optimizer:
     @property
     def state(self) -> dict[str, Array]:
         """The arrays named in `states`: what this rank owns, bucket after bucket."""
-        assert self.storage
+        if self._storage is None:
+            self.place()
         return self._state
 
     def place(self, **how: Any) -> None:
@@ -111,6 +112,7 @@ class Optimizer:
         self, group: dict[str, Any], piece: Piece, state: dict[str, Array], scale: float
     ) -> None:
         """Update the float32 masters of 16-bit parameters, so many at once as the cache holds."""
+        assert piece.values is not None
         for start in range(0, piece.grad.size, _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, piece.grad.size))
             mine = {name: array[part] for name, array in state.items()}

@@ -15,7 +15,6 @@ of backward, or for buckets on the way in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from hpcml.backend import Array
@@ -190,17 +189,17 @@ class Gradients:
         lent = source if self.on_way else None
         request: Request | None = None
         if sharding.layers:
-            request = self._to_owner(bucket, source)
+            self._to_owner(bucket, source)
         elif sharding.stage == 0 and not self.on_way:
             request = shard.iallreduce(source, out=source)
         elif self.on_way and self.ordered and self.groups.replica.size > 1:
             self._in_turn(bucket, source)
         else:
-            own = self._own[bucket]
-            more = self.on_way and not self._first
-            call = shard.ireduce_scatter if background else shard.reduce_scatter
-            made = call(source, out=own, accumulate=more)
-            request = made if background else None
+            own, more = self._own[bucket], self.on_way and not self._first
+            if background:
+                request = shard.ireduce_scatter(source, out=own, accumulate=more)
+            else:
+                shard.reduce_scatter(source, out=own, accumulate=more)
         if request is not None:
             self._pending.append((request, lent))
         elif lent is not None:
