@@ -21,6 +21,8 @@ from hpcml.train.config import Config
 from hpcml.train.log import logger
 from hpcml.train.run_dir import RunDir
 
+OVERLAP = {"auto": None, "always": True, "never": False}
+
 
 @dataclass
 class Run:
@@ -56,6 +58,9 @@ def build(config: Config, mesh: Mesh) -> Run:
     step = parallelize(
         model, loss=loss, optimizer=optimizer, mesh=mesh, microbatch=config.train.microbatch,
         grad_clip=config.optim.grad_clip, seed=config.run.seed, groups=decay_matrices,
+        zero=config.zero.stage, bucket_mb=config.zero.bucket_mb,
+        shard_ranks=config.zero.shard_ranks, zero_split=config.zero.split,
+        overlap=OVERLAP[config.data_parallel.overlap],
     )  # fmt: skip
     agree(mesh.world, partial(_try_sample, step, data))
     logger.info("%s, loss and data fit", type(model).__name__)

@@ -112,9 +112,11 @@ def _check_value(name: str, value: Any, rules: Mapping[str, Any], default: Any) 
         near = values.suggest(value, rules["choices"])
         hint = f" ({near})" if near.startswith("did") else ""
         raise UserError(f"{shown} is unknown: use one of {known}{hint}")
-    low, above, now = rules["low"], rules["above"], rules["now"]
+    low, high, above, now = (rules[name] for name in ("low", "high", "above", "now"))
     if low is not None and value < low:
         raise UserError(f"{shown} must be at least {low} (default {values.show(default)})")
+    if high is not None and value > high:
+        raise UserError(f"{shown} must be at most {high} (default {values.show(default)})")
     if above is not None and value <= above:
         raise UserError(f"{shown} must be above {above} (default {values.show(default)})")
     if now is not None and value not in now:

@@ -16,7 +16,6 @@ from hpcml.comm.guard import StopFlag, agree
 from hpcml.data import Batches
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.optim import learning_rate
-from hpcml.parallel.replicas import check_replicas
 from hpcml.train import log, results, threads, usage
 from hpcml.train.build import Run, build
 from hpcml.train.config import Config
@@ -32,7 +31,7 @@ def train(config: Config) -> int:
 
     Raises UserError on all ranks alike for bad input, NonFiniteError for a loss that is no number.
     """
-    mesh = Mesh(**asdict(config.mesh))
+    mesh = Mesh(deterministic=config.run.deterministic, **asdict(config.mesh))
     agree(mesh.world, partial(log.setup, mesh.rank))
     ranks = agree(mesh.world, partial(threads.share, mesh))
     log.logger.info("%s on %s, %d thread(s)", mesh, mesh.node.host, ranks[mesh.rank]["threads"])
@@ -144,7 +143,7 @@ class _Loop:
                 self._validate(record)
             checks = config.run.check_replicas
             if checks and done % checks == 0:
-                check_replicas(run.step.model.named_parameters(), run.mesh["dp"])
+                run.step.check_replicas()
         finally:  # the step was made, whatever becomes of its validation
             if self.metrics is not None:
                 self.metrics.write(record)

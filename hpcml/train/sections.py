@@ -14,13 +14,21 @@ def key(
     *,
     choices: tuple[str, ...] = (),
     low: float | None = None,
+    high: float | None = None,
     above: float | None = None,
     now: tuple[Any, ...] | None = None,
 ) -> Any:
-    """Declare a key with `low` <= value and `above` < value; `now` lists what is available yet."""
+    """Declare a key: `low` <= value <= `high`, `above` < value, in `now` what is available yet."""
     return field(
         default=default,
-        metadata={"help": help, "choices": choices, "low": low, "above": above, "now": now},
+        metadata={
+            "help": help,
+            "choices": choices,
+            "low": low,
+            "high": high,
+            "above": above,
+            "now": now,
+        },
     )
 
 
@@ -39,7 +47,9 @@ class Run:
     check_replicas: int = key(
         0, "steps between checks that data-parallel copies are the same bits (0: none)", low=0
     )
-    deterministic: bool = key(False, "the same bits on any number of ranks", now=(False,))
+    deterministic: bool = key(
+        False, "the same bits on any number of ranks, for the same train.microbatch"
+    )
     overwrite: bool = key(False, "replace the results in run.dir, if there are any")
     resume: bool = key(False, "go on from the last checkpoint in run.dir", now=(False,))
 
@@ -100,9 +110,9 @@ class Train:
     microbatch: int = key(0, "samples a rank computes at once (0: its whole share)", low=0)
     precision: str = key(
         "fp32",
-        "number type of parameters and activations (fp64 for checks)",
+        "number type of parameters and activations (fp64 for checks); with 16 bits the optimizer "
+        "keeps parameters in fp32",
         choices=("fp32", "bf16", "fp16", "fp64"),
-        now=("fp32", "fp64"),
     )
 
 
@@ -130,6 +140,11 @@ class DataParallel:
         now=("sync",),
     )
     period: int = key(1, "steps between averages (mode local)", low=1, now=(1,))
+    overlap: str = key(
+        "auto",
+        "reduce and gather in the background, beside compute (auto: where that gains)",
+        choices=("auto", "always", "never"),
+    )
     staleness: int = key(0, "steps a gradient may be late (mode async)", low=0, now=(0,))
 
 
@@ -137,9 +152,14 @@ class DataParallel:
 class Zero:
     """What data-parallel ranks hold in parts instead of copies."""
 
-    stage: int = key(0, "0: nothing, 1: optimizer state, 2: gradients too, 3: all", low=0, now=(0,))
-    bucket_mb: float = key(25.0, "MiB reduced at once", above=0, now=(25.0,))
-    shard_ranks: int = key(0, "ranks that share one copy (0: all)", low=0, now=(0,))
+    stage: int = key(0, "0: nothing, 1: optimizer state, 2: gradients too, 3: all", low=0, high=3)
+    bucket_mb: float = key(25.0, "MiB reduced or gathered at once", above=0)
+    shard_ranks: int = key(0, "ranks that share one copy, the others have more (0: all)", low=0)
+    split: str = key(
+        "blocks",
+        "what a rank owns: blocks of all layers, or whole layers, which it broadcasts (naive)",
+        choices=("blocks", "layers"),
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +184,7 @@ class Device:
     """Where ranks compute."""
 
     kind: str = key("cpu", "cpu or cuda", choices=("cpu", "cuda"))
-    memory_limit: int = key(0, "bytes per rank (0: no limit)", low=0, now=(0,))
+    memory_limit: int = key(0, "bytes per rank (0: no limit)", low=0)
 
 
 @dataclass(frozen=True)
