@@ -11,6 +11,7 @@ from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
 from hpcml.parallel import data, groups, units
+from hpcml.parallel.limits import advised
 from hpcml.parallel.step import LossFunction, Step
 
 GroupsOf = Callable[[Module], Iterable[Any]]
@@ -77,7 +78,8 @@ def parallelize(
                 f"optimizer made a {type(made).__name__}: it must derive from hpcml.optim.Optimizer"
             )
         data.broadcast_parameters(model, mesh["dp"])
-        place(model, made, divided, bucket_mb)
+        with advised(made, divided.sharding):
+            place(model, made, divided, bucket_mb)
     return Step(
         model, loss, made, mesh, divided,
         microbatch=microbatch, grad_clip=grad_clip, seed=seed, overlap=overlap,

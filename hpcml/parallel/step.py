@@ -22,6 +22,7 @@ from hpcml.parallel.arena import Arena
 from hpcml.parallel.data import Microbatch
 from hpcml.parallel.gradients import Gradients
 from hpcml.parallel.groups import Groups
+from hpcml.parallel.limits import advised
 from hpcml.parallel.precision import LossScaler
 from hpcml.parallel.replicas import check_replicas
 from hpcml.parallel.shards import Shards, gather, gathered
@@ -73,7 +74,9 @@ class Step:
         (then a rank loads only its own). Raises NonFiniteError, before the update, on all ranks.
         """
         size, first = _count(batch), getattr(batch, "first", self.samples)
-        losses = self._accumulate(batch, size, first)
+        at_once = min(size, self.microbatch or -(-size // self.axis.size))
+        with advised(self.optimizer, self.groups.sharding, at_once):
+            losses = self._accumulate(batch, size, first)
         self.samples, self._held = first + size, self._held + size
         if not np.isfinite(losses).all():
             raise self._failure(batch, first, losses)
