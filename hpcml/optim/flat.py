@@ -297,8 +297,7 @@ class FlatStorage:
         sums = np.zeros(sum(bucket.grains for bucket in self.trained))
         start = 0
         for bucket in self.trained:
-            mine = self.sharding.owned("optim", bucket)
-            grad = _part(bucket.grad, self.sharding.owned("grads", bucket), mine.start, mine.stop)
+            mine, (grad, _) = self.sharding.owned("optim", bucket), self.sums(bucket)
             first = mine.start // bucket.grain
             last = min(mine.stop // bucket.grain, bucket.grains)
             if first < last:
@@ -312,6 +311,11 @@ class FlatStorage:
         if bucket.master is not None:
             return bucket.master, self.sharding.whole("optim")
         return bucket.data, self.sharding.whole("params")
+
+    def sums(self, bucket: Bucket) -> tuple[Array, bool]:
+        """The sums of gradients of a bucket that this rank has, and whether those are all."""
+        mine, held = (self.sharding.owned(kind, bucket) for kind in ("optim", "grads"))
+        return _part(bucket.grad, held, mine.start, mine.stop), self.sharding.whole("optim")
 
 
 def _one_type(parameters: Sequence[Parameter]) -> np.dtype[Any]:

@@ -43,18 +43,23 @@ def microbatches(
     lockstep: every rank gets as many; one that has none left computes the batch's first sample,
     which counts nothing. So it joins in what ranks do together during forward and backward.
     """
-    part = _samples(size, microbatch, axis.size)
-    total = -(-size // part)
+    total = count(size, microbatch, axis.size)
     mine = len(range(axis.rank, total, axis.size))
     rounds = -(-total // axis.size) if lockstep else mine
     for number in range(rounds):
         j = number * axis.size + axis.rank
         last = number + 1 == rounds
         if j < total:
-            samples = slice(j * part, min((j + 1) * part, size))
+            samples = part(j, size, microbatch, axis.size)
             yield Microbatch(j, samples, (samples.stop - samples.start) / size, last)
         else:
             yield Microbatch(j, slice(0, 1), 0.0, last)
+
+
+def part(number: int, size: int, microbatch: int, ranks: int) -> slice:
+    """The samples of microbatch `number` of a batch."""
+    length = _samples(size, microbatch, ranks)
+    return slice(number * length, min((number + 1) * length, size))
 
 
 def _samples(size: int, microbatch: int, ranks: int) -> int:

@@ -8,7 +8,7 @@ until another is fetched: backward begins with the one with which forward ended.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from hpcml import memory
 from hpcml.backend import Array
@@ -194,11 +194,16 @@ def gather(
 
 
 def gathered(
-    parameters: Iterable[tuple[str, Parameter]], storage: FlatStorage, axis: Axis
+    parameters: Iterable[tuple[str, Parameter]],
+    storage: FlatStorage,
+    axis: Axis,
+    held_of: Callable[[Bucket], tuple[Array, bool]],
 ) -> Iterator[tuple[str, Array]]:
-    """Each parameter with its most exact values, of one bucket at a time. Collective.
+    """Each parameter by name with its part of an array, of one bucket at a time. Collective.
 
-    The values are valid until the next is asked for.
+    held_of: what this rank holds of the array of a bucket, and whether that is all. Frozen
+    parameters of which all ranks hold all give their values. An array is valid until the next is
+    asked for.
     """
     current: Bucket | None = None
     whole: Array = None
@@ -208,7 +213,7 @@ def gathered(
             yield name, parameter.data
             continue
         if bucket is not current:
-            held, complete = storage.masters(bucket)
+            held, complete = held_of(bucket)
             current, whole = bucket, held
             if not complete:
                 whole = None  # before there is another

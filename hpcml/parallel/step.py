@@ -20,6 +20,7 @@ from hpcml.optim import Optimizer, clip_scale
 from hpcml.parallel import data
 from hpcml.parallel.arena import Arena
 from hpcml.parallel.data import Microbatch
+from hpcml.parallel.finite import describe
 from hpcml.parallel.gradients import Gradients
 from hpcml.parallel.groups import Groups
 from hpcml.parallel.limits import advised
@@ -79,6 +80,7 @@ class Step:
             losses = self._accumulate(batch, size, first)
         self.samples, self._held = first + size, self._held + size
         if not np.isfinite(losses).all():
+            self.grad_norm = math.nan
             raise self._failure(batch, first, losses)
         if not self._holding:
             self._finish(batch, first, losses)
@@ -202,7 +204,9 @@ class Step:
         No rank holds more than one bucket beyond what it holds anyway; values are valid until the
         next are asked for. Collective: all ranks go through all of it.
         """
-        return gathered(self.model.named_parameters(), self.optimizer.storage, self.groups.shard)
+        storage = self.optimizer.storage
+        named = self.model.named_parameters()
+        return gathered(named, storage, self.groups.shard, storage.masters)
 
     def check_replicas(self) -> None:
         """Raise `ReplicaError` unless what several ranks hold is the same to the bit."""
@@ -230,9 +234,23 @@ class Step:
         return self.axis.allreduce(values, out=values)
 
     def _failure(self, batch: Any, first: int, losses: Array) -> NonFiniteError:
+        """The error of a loss or gradient that is not finite, with where that began. Collective."""
+        bad = int(np.argmin(np.isfinite(losses)))  # all ranks look at the same microbatch
+        part = data.part(bad, _count(batch), self.microbatch, self.axis.size)
+
+        def run() -> Tensor:
+            with rng.samples(self.seed, first + part.start):
+                return self._loss(_fields(batch, part))
+
+        storage = self.optimizer.storage
+        trained = [(n, p) for n, p in self.model.named_parameters() if id(p) in storage.home]
+        gradients = gathered(trained, storage, self.groups.shard, storage.sums)
+        where = describe(self.gathered(), self.model, run, gradients)
+        self._end_pass(whole=False)
         return NonFiniteError(
             f"step {self.optimizer.steps}: loss {losses.sum()}, gradient norm {self.grad_norm}: "
-            "training cannot go on; lower the learning rate or clip the gradient"
+            f"training cannot go on; {where or 'nothing is left of where it began'}; lower the "
+            "learning rate, clip the gradient or look at the data"
         )
 
 
