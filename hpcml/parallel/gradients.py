@@ -59,6 +59,11 @@ class Gradients:
 
     def begin(self, rounds: int) -> None:
         """A step of so many microbatches a rank begins."""
+        self._wait(0)
+        while self._slots:  # of a backward that raised
+            self.arena.give_back(self._slots.popitem()[1])
+        self._ready.clear()
+        self._reduced = 0
         if self.sharding.whole("grads"):
             self._let_lie(at_home=not (self.ordered and rounds > 1))
         self._first = True

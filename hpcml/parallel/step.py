@@ -78,10 +78,10 @@ class Step:
         at_once = min(size, self.microbatch or -(-size // self.axis.size))
         with advised(self.optimizer, self.groups.sharding, at_once):
             losses = self._accumulate(batch, size, first)
-        self.samples, self._held = first + size, self._held + size
         if not np.isfinite(losses).all():
             self.grad_norm = math.nan
             raise self._failure(batch, first, losses)
+        self.samples, self._held = first + size, self._held + size
         if not self._holding:
             self._finish(batch, first, losses)
         return math.fsum(losses)
@@ -235,6 +235,7 @@ class Step:
 
     def _failure(self, batch: Any, first: int, losses: Array) -> NonFiniteError:
         """The error of a loss or gradient that is not finite, with where that began. Collective."""
+        self._held = 0  # the gradients are of no use
         bad = int(np.argmin(np.isfinite(losses)))  # all ranks look at the same microbatch
         part = data.part(bad, _count(batch), self.microbatch, self.axis.size)
 

@@ -179,27 +179,35 @@ def test_not_finite_gradients_stay_visible_in_the_update(dtype: str) -> None:
     assert np.isfinite(np.delete(p, [2, 5])).all()
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 63, 64, 65, 300, 4095, 4096, 4097, 10_001])
-def test_sum_of_squares(size: int, dtype: str) -> None:
-    (x,) = randoms(dtype, (size,))
-    exact = math.fsum(float(number) ** 2 for number in x)
-    assert cpu.sum_of_squares(x) == pytest.approx(exact, rel=1e-13, abs=0)
-    assert generic.sum_of_squares(x) == pytest.approx(exact, rel=1e-13, abs=0)
+@pytest.mark.parametrize("block", [1, 16, 48, 64, 300, 4096])
+def test_block_squares(block: int, dtype: str) -> None:
+    (x,) = randoms(dtype, (3 * block,))
+    found, plain = np.empty(4), np.empty(4)
+    cpu.block_squares(x, block, found)
+    generic.block_squares(x, block, plain)
+    for k in range(3):
+        exact = math.fsum(float(number) ** 2 for number in x[k * block : (k + 1) * block])
+        assert found[k] == pytest.approx(exact, rel=1e-13, abs=0)
+        assert plain[k] == pytest.approx(exact, rel=1e-13, abs=0)
 
 
-def test_sum_of_squares_is_the_sum_of_its_blocks_in_order(dtype: str) -> None:
-    (x,) = randoms(dtype, (5 * cpu.NORM_BLOCK + 77,))
-    total = 0.0
-    for start in range(0, x.size, cpu.NORM_BLOCK):
-        total += cpu.sum_of_squares(x[start : start + cpu.NORM_BLOCK].copy())
-    assert total == cpu.sum_of_squares(x)
+def test_block_squares_do_not_depend_on_where_a_slice_starts(dtype: str) -> None:
+    (x,) = randoms(dtype, (5 * 48,))
+    whole, part = np.empty(5), np.empty(5)
+    cpu.block_squares(x, 48, whole)
+    for k in range(5):
+        cpu.block_squares(x[k * 48 :], 48, part[k:])
+    np.testing.assert_array_equal(part, whole)
 
 
-def test_sum_of_squares_does_not_overflow_and_shows_nan(dtype: str) -> None:
-    assert cpu.sum_of_squares(np.full(3, 1e30, dtype)) == pytest.approx(3e60, rel=1e-6)
+def test_block_squares_do_not_overflow_and_show_nan(dtype: str) -> None:
+    out = np.empty(1)
+    cpu.block_squares(np.full(3, 1e30, dtype), 3, out)
+    assert out[0] == pytest.approx(3e60, rel=1e-6)
     x = np.ones(300, dtype)
     x[200] = np.nan
-    assert math.isnan(cpu.sum_of_squares(x))
+    cpu.block_squares(x, 300, out)
+    assert math.isnan(out[0])
 
 
 @pytest.mark.parametrize(("first", "last"), OFFSETS)
@@ -241,7 +249,9 @@ def test_inputs_may_be_read_only(dtype: str) -> None:
         getattr(cpu, name + "_backward")(flat, flat, out.reshape(-1))
     cpu.add_bias(out, row)
     cpu.column_sums(x, out[0])
-    assert cpu.sum_of_squares(flat) == 15
+    total = np.empty(1)
+    cpu.block_squares(flat, 15, total)
+    assert total[0] == 15
     cpu.adam_update(out[0], row, out[1], out[2], *[number] * 8, True)
     cpu.sgd_update(out[0], row, out[1], *[number] * 5, True)
     cpu.layer_norm(x, row, row, number, out, some, other)

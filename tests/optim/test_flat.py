@@ -13,7 +13,7 @@ import hpcml
 from hpcml import nn
 from hpcml.autograd import Tensor
 from hpcml.optim import SGD, AdamW, FlatStorage
-from hpcml.optim.flat import ALIGNMENT
+from hpcml.optim.flat import ALIGNMENT, Sharding
 
 SHAPES = [(3, 5), (7,), (), (17, 3), (16,), (0, 4), (1,)]
 
@@ -23,10 +23,19 @@ def parameters(dtype: Any = np.float32) -> list[nn.Parameter]:
     return [nn.Parameter(np.asarray(random.normal(size=shape), dtype)) for shape in SHAPES]
 
 
+def slices(storage: FlatStorage) -> list[slice]:
+    """Where each parameter lies in the arrays of all buckets, in the order of the storage."""
+    found, start = [], 0
+    for bucket in storage.buckets:
+        found += [slice(start + part.start, start + part.stop) for part in bucket.slices]
+        start += bucket.size
+    return found
+
+
 def gaps(storage: FlatStorage) -> np.ndarray:
     """Which elements of the buffers belong to no parameter."""
-    outside = np.ones(storage.size, bool)
-    for part in storage.slices:
+    outside = np.ones(storage.data.size, bool)
+    for part in slices(storage):
         outside[part] = False
     return outside
 
@@ -34,8 +43,8 @@ def gaps(storage: FlatStorage) -> np.ndarray:
 def test_parameters_and_gradients_are_views() -> None:
     made = parameters()
     before = [p.numpy().copy() for p in made]
-    storage = FlatStorage(made)
-    for p, values, part in zip(made, before, storage.slices, strict=True):
+    storage = FlatStorage([made])
+    for p, values, part in zip(made, before, slices(storage), strict=True):
         np.testing.assert_array_equal(p.numpy(), values)
         assert p.shape == values.shape
         storage.data[part] = 7
@@ -47,22 +56,51 @@ def test_parameters_and_gradients_are_views() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_parameter_starts_on_a_cache_line_of_the_buffer(dtype: Any) -> None:
-    storage = FlatStorage(parameters(dtype))
+    storage = FlatStorage([parameters(dtype)], bucket_bytes=100)
     line = ALIGNMENT // storage.dtype.itemsize
-    assert all(part.start % line == 0 for part in storage.slices)
-    assert storage.size % line == 0
+    assert len(storage.buckets) > 1
+    assert all(part.start % line == 0 for part in slices(storage))
+    assert storage.data.size % line == 0
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.data())
-def test_slices_are_disjoint_in_order_and_groups_are_spans(sizes: list[int], draw: Any) -> None:
-    made = [nn.Parameter(np.full(n, i + 1.0)) for i, n in enumerate(sizes)]
-    storage = FlatStorage(made)
-    for left, right in zip(storage.slices, storage.slices[1:], strict=False):
-        assert left.stop <= right.start
-    cut = draw.draw(st.integers(1, len(made)))
-    first, rest = made[:cut], made[cut:]
-    assert storage.span(first) == slice(0, storage.span(rest).start if rest else storage.size)
-    assert storage.data.sum() == sum((i + 1) * n for i, n in enumerate(sizes))
+sizes_and_groups = st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 2)), min_size=1,
+                            max_size=8)  # fmt: skip
+
+
+@given(sizes_and_groups, st.integers(1, 5), st.integers(0, 3), st.integers(1, 40_000))
+def test_every_element_has_one_owner_whatever_the_layout(
+    wanted: list[tuple[int, int]], ranks: int, stage: int, limit: int
+) -> None:
+    """Pieces of the optimizer cover each parameter once, in its group; norms add up."""
+    total, counted, norm = sum(n for n, _ in wanted), 0, 0.0
+    for rank in range(ranks):
+        made = [nn.Parameter(np.full(n, i + 1.0)) for i, (n, _) in enumerate(wanted)]
+        groups = [[p for p, (_, g) in zip(made, wanted, strict=True) if g == k] for k in range(3)]
+        storage = FlatStorage(
+            groups, units=[made[:3], made[3:]] if made[3:] else [made], bucket_bytes=limit,
+            sharding=Sharding(stage, ranks, rank),
+        )  # fmt: skip
+        value_of = {id(p): i + 1.0 for i, p in enumerate(made)}
+        group_of = {i + 1.0: g for i, (_, g) in enumerate(wanted)}
+        for bucket in storage.buckets:
+            assert bucket.size % (ranks * bucket.grain) == 0
+            assert len(bucket.parameters) == 1 or bucket.content * 8 <= limit + 64 * 8
+            for left, right in zip(bucket.slices, bucket.slices[1:], strict=False):
+                assert left.stop <= right.start
+        storage.grad[...] = 0
+        for piece in storage.pieces:
+            values = set(np.unique(piece.data)) - {0.0}
+            assert {group_of[value] for value in values} <= {piece.group}
+            piece.grad[...] = piece.data
+            counted += int((piece.data != 0).sum())
+            assert piece.state.stop - piece.state.start == piece.data.size
+        norm += storage.squares().sum()
+        assert set(value_of.values()) == set(group_of)
+    copies = ranks if stage == 0 else 1
+    assert counted == copies * total
+    assert norm == pytest.approx(
+        copies * sum(n * (i + 1.0) ** 2 for i, (n, _) in enumerate(wanted))
+    )
 
 
 def test_gaps_stay_zero() -> None:
@@ -125,16 +163,16 @@ def test_what_gets_no_gradient_gets_zero_not_that_of_the_step_before() -> None:
 def test_gradients_that_were_there_before_are_kept() -> None:
     early, late = nn.Parameter(np.ones(3)), nn.Parameter(np.ones(2))
     (early * 5.0).sum().backward()
-    storage = FlatStorage([early, late])
+    storage = FlatStorage([[early, late]])
     (early * 2.0).sum().backward()
     storage.finish_gradients()
-    np.testing.assert_array_equal(storage.grad[storage.slices[0]], [7, 7, 7])
-    np.testing.assert_array_equal(storage.grad[storage.slices[1]], [0, 0])
+    np.testing.assert_array_equal(storage.grad[slices(storage)[0]], [7, 7, 7])
+    np.testing.assert_array_equal(storage.grad[slices(storage)[1]], [0, 0])
 
 
 def test_types_must_not_be_mixed() -> None:
     with pytest.raises(ValueError, match=r"float32.*float64"):
-        FlatStorage([nn.Parameter(np.ones(1, np.float32)), nn.Parameter(np.ones(1))])
+        FlatStorage([[nn.Parameter(np.ones(1, np.float32)), nn.Parameter(np.ones(1))]])
 
 
 def test_first_values_do_not_depend_on_flat_storage() -> None:
@@ -143,29 +181,9 @@ def test_first_values_do_not_depend_on_flat_storage() -> None:
 
     hpcml.manual_seed(11)
     alone, flat = model(), model()
-    FlatStorage(list(flat.parameters()))
+    FlatStorage([list(flat.parameters())])
     for (name, one), other in zip(alone.named_parameters(), flat.parameters(), strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=name)
-
-
-def test_gradients_move_to_other_memory() -> None:
-    """What they hold comes along, and what follows lands there."""
-    a, b = nn.Parameter(np.ones(3)), nn.Parameter(np.ones(2))
-    optimizer = SGD([a, b], lr=1.0)
-    (a * Tensor(np.array([1.0, 2.0, 3.0]))).sum().backward()
-    own = np.full((16,), np.nan)
-
-    def allocate(shape: tuple[int, ...], dtype: Any, category: str) -> Any:
-        assert (shape, np.dtype(dtype), category) == ((16,), np.float64, "grads")
-        return own
-
-    optimizer.storage.move_gradients(allocate)
-    np.testing.assert_array_equal(own[:3], [1, 2, 3])
-    (b * 5.0).sum().backward()
-    np.testing.assert_array_equal(own[8:10], [5, 5])
-    optimizer.step()
-    np.testing.assert_array_equal(a.numpy(), [0, -1, -2])
-    np.testing.assert_array_equal(b.numpy(), [-4, -4])
 
 
 @pytest.mark.parametrize("leave", ["another type", "another array", "another optimizer"])
