@@ -183,11 +183,18 @@ class Module:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Qualified name -> values (not copied); a shared parameter under each of its names."""
-        return {
-            name: Tensor(parameter.data)
-            for name, parameter in self.named_parameters(remove_duplicate=False)
-        }
+        """Qualified name -> values; a shared parameter under each of its names.
+
+        Not copied, unless they are sharded: then all ranks gather them here, one unit at a time.
+        """
+        state = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            values = parameter.data
+            if parameter.unit is not None:
+                values = values.copy()
+                parameter.unit.done()
+            state[name] = Tensor(values)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Copy values in by name: arrays, tensors of ours or of PyTorch.

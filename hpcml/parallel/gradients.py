@@ -60,8 +60,8 @@ class Gradients:
     def begin(self, rounds: int) -> None:
         """A step of so many microbatches a rank begins."""
         self._wait(0)
-        while self._slots:  # of a backward that raised
-            self.arena.give_back(self._slots.popitem()[1])
+        for bucket in list(self._slots):  # of a backward that raised
+            self.arena.give_back(self._forget(bucket))
         self._ready.clear()
         self._reduced = 0
         if self.sharding.whole("grads"):
@@ -138,6 +138,12 @@ class Gradients:
                 parameter.gradient_buffer = bucket.view(slot, number)
         return self._slots[bucket]
 
+    def _forget(self, bucket: Bucket) -> Array:
+        """Gradients of the bucket that come from now on go elsewhere; where they went."""
+        for parameter in bucket.parameters:
+            parameter.gradient = parameter.gradient_buffer = None
+        return self._slots.pop(bucket)
+
     def _arrived(self, parameter: Any) -> None:
         if not self._active:
             return
@@ -174,9 +180,7 @@ class Gradients:
             self._fill(bucket)
         else:
             slot[...] = -0.0
-        del self._slots[bucket]
-        for parameter in bucket.parameters:
-            parameter.gradient = parameter.gradient_buffer = None
+        self._forget(bucket)
         self._start(bucket, slot, background=self.overlap)
 
     def _fill(self, bucket: Bucket) -> None:
