@@ -244,7 +244,8 @@ class SomeTimes(Odd):
 @cases("microbatch", [1, 2])
 def test_odd_models(mesh: Mesh, way: str, microbatch: int) -> None:
     options = WAYS.get(way, {})
-    kind = SomeTimes if options.get("zero", 0) < 3 else Odd
+    # Gradients on the way lie in the same place on all ranks: they must use the same layers.
+    kind = SomeTimes if options.get("zero", 0) < 2 else Odd
     found, expected = (
         trained(kind, where, microbatch=microbatch, **more)
         for where, more in ((mesh, options), (serial_mesh(), {}))
@@ -362,8 +363,8 @@ def test_the_place_where_numbers_stop_being_finite(mesh: Mesh, stage: int) -> No
 def test_sixteen_bits_in_every_stage(mesh: Mesh, stage: int, dtype: str) -> None:
     """Near the run in float32, and masters are float32."""
     kind = hpcml.backend.dtype(dtype)
-    step = make("gpt", mesh, dtype=kind, optimizer="adamw", zero=stage, microbatch=2)
-    exact = make("gpt", serial_mesh(), dtype="float32", optimizer="adamw")
+    step = make("gpt", mesh, dtype=kind, zero=stage, microbatch=2)
+    exact = make("gpt", serial_mesh(), dtype="float32")
     for number in range(4):
         batch = KINDS["gpt"].batch(8, number)
         assert step(batch) == pytest.approx(exact(batch), rel=0.02)
