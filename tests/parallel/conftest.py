@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from hpcml.comm import Mesh
+from tests.comm.conftest import job
 from tests.parallel.cases import serial_mesh
+
+__all__ = ["job", "mesh"]
 
 
 @pytest.fixture(params=["alone", pytest.param("ranks", marks=pytest.mark.mpi)])
