@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -19,6 +20,7 @@ import numpy as np
 from hpcml.comm.axis import Axis
 from hpcml.comm.crash import CrashHook, installed
 from hpcml.comm.launch import read
+from hpcml.comm.request import Request
 from hpcml.comm.world import world
 from hpcml.errors import UserError
 
@@ -99,6 +101,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, object] = {}
+        self._asked: deque[Request] = deque()
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is threading.main_thread():
@@ -111,9 +114,16 @@ class StopFlag:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before.clear()
 
-    def agreed(self, axis: Axis) -> bool:
-        """Whether any rank of the axis was asked to stop. One small all-reduce."""
-        return bool(axis.allreduce(np.array([self.signal is not None], np.uint8), "max")[0])
+    def agreed(self, axis: Axis, late: int = 0) -> bool:
+        """Whether any rank of the axis was asked to stop. One small all-reduce.
+
+        `late`: as it was so many calls ago, so that ranks which may run apart do not wait here.
+        """
+        mine = np.array([self.signal is not None], np.uint8)
+        if late == 0:
+            return bool(axis.allreduce(mine, "max")[0])
+        self._asked.append(axis.iallreduce(mine, "max"))
+        return len(self._asked) > late and bool(self._asked.popleft().wait()[0])
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

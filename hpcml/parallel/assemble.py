@@ -10,7 +10,7 @@ from hpcml.comm import Mesh
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
-from hpcml.parallel import data, groups, units
+from hpcml.parallel import data, groups, modes, units
 from hpcml.parallel.limits import advised
 from hpcml.parallel.step import LossFunction, Step
 
@@ -32,6 +32,11 @@ def parallelize(
     shard_ranks: int = 0,
     zero_split: str = "blocks",
     overlap: bool | None = None,
+    mode: str = "sync",
+    period: int = 1,
+    staleness: int = 0,
+    sync_steps: int = 0,
+    elastic: float = 0.0,
     **settings: Any,
 ) -> Step:
     """Make a training step of a serially written model: `loss_value = step(batch)`.
@@ -54,6 +59,11 @@ def parallelize(
     zero_split: "blocks", or "layers" for whole layers with an owner each that broadcasts them, the
         naive way, to count against.
     overlap: communicate in the background during backward; by default where that gains.
+    mode: "sync"; "local": every rank updates by itself, and parameters are averaged every `period`
+        steps, after `sync_steps` synchronous ones; or "async": gradients are summed in the
+        background and may miss `staleness` updates. After training, call `step.settle()`.
+    elastic: with "async", ranks train by themselves and are drawn to a common centre by this
+        factor every `period` steps; `staleness` then counts such rounds.
 
     Raises UserError for what this version cannot do.
     """
@@ -67,7 +77,13 @@ def parallelize(
         raise UserError(f"grad_clip={grad_clip} must be 0 (no limit) or more")
     if not bucket_mb > 0:
         raise UserError(f"zero.bucket_mb={bucket_mb} must be more than 0")
-    divided = groups_of(mesh, zero, shard_ranks, zero_split)
+    make = modes.choose(
+        mesh, mode, period=period, staleness=staleness, sync_steps=sync_steps, elastic=elastic
+    )
+    if mode == "sync":
+        divided = groups_of(mesh, zero, shard_ranks, zero_split)
+    else:
+        divided = modes.groups_of(mesh, mode, model, zero)
     seed = rng.seed() if seed is None else seed
     model.name_parts()
     given = groups(model) if groups else list(model.parameters())
@@ -80,7 +96,7 @@ def parallelize(
         data.broadcast_parameters(model, mesh["dp"])
         with advised(made, divided.sharding):
             place(model, made, divided, bucket_mb)
-    return Step(
+    return make(
         model, loss, made, mesh, divided,
         microbatch=microbatch, grad_clip=grad_clip, seed=seed, overlap=overlap,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,14 @@ class Groups:
     shard: Axis
     replica: Axis
     sharding: Sharding
+    shared: Mapping[str, Axis] = field(default_factory=dict)
+    """Kinds of state on which collectives of an axis work in place, all of it at once."""
 
     def allocate(self, shape: tuple[int, ...], dtype: Any, kind: str) -> Array:
-        """Memory for a kind of state: shared where a collective works on all of it in place."""
-        in_place = {"grads": (0, 1), "params": (1, 2), "optim": ()}[kind]
-        if self.sharding.stage in in_place and self.shard.size > 1:
-            return self.shard.empty(shape, dtype, kind)
+        """Memory for a kind of state: shared where a collective works in place."""
+        axis = self.shared.get(kind)
+        if axis is not None and axis.size > 1:
+            return axis.empty(shape, dtype, kind)
         return memory.empty(shape, np.dtype(dtype), kind)
 
 
@@ -49,4 +52,12 @@ def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Grou
     shard, replica = axis, Axis("dp.replica", ledger=mesh.ledger)
     if stage and ranks not in (0, axis.size):
         replica, shard = mesh.split("dp", ranks)
-    return Groups(axis, shard, replica, Sharding(stage, shard.size, shard.rank, layers))
+    in_place = {0: ["grads"], 1: ["grads", "params"], 2: ["params"], 3: []}[stage]
+    sharding = Sharding(stage, shard.size, shard.rank, layers)
+    return Groups(axis, shard, replica, sharding, dict.fromkeys(in_place, shard))
+
+
+def apart(mesh: Mesh, shared: Iterable[str]) -> Groups:
+    """Every rank for itself; the kinds in `shared` lie where all dp ranks can reduce them."""
+    alone = Axis("dp.own", ledger=mesh.ledger)
+    return Groups(alone, alone, alone, Sharding(), dict.fromkeys(shared, mesh["dp"]))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from hpcml.nn.evaluation import evaluating
 from hpcml.optim import Optimizer, clip_scale
 from hpcml.parallel import data
 from hpcml.parallel.arena import Arena
+from hpcml.parallel.background import Staleness
+from hpcml.parallel.batch import as_tensor, samples_of, size_of
 from hpcml.parallel.data import Microbatch
 from hpcml.parallel.finite import describe
 from hpcml.parallel.gradients import Gradients
@@ -40,6 +42,11 @@ class Step:
     After a call `grad_norm` holds the norm of the whole gradient before clipping; with float16 it
     is infinite or not-a-number where the step was skipped because its gradient overflowed.
     """
+
+    apart = False
+    """Whether the ranks' parameters may differ between calls."""
+    staleness: Staleness | None = None
+    """How late gradients were, where they may be."""
 
     def __init__(
         self, model: Module, loss: LossFunction | None, optimizer: Optimizer, mesh: Mesh,
@@ -63,6 +70,7 @@ class Step:
         self._holding = False
         self._held = 0  # samples whose gradients wait for more
         self._unit = 0  # samples that the gradients are divided by
+        self._weight = 1.0  # by which this rank's gradient counts
 
     # --- training -------------------------------------------------------------------------------
 
@@ -74,20 +82,14 @@ class Step:
         along dimension 0, or something that gives such a tuple for a slice and knows its `len`
         (then a rank loads only its own). Raises NonFiniteError, before the update, on all ranks.
         """
-        size, first = _count(batch), getattr(batch, "first", self.samples)
+        size, first = size_of(batch), getattr(batch, "first", self.samples)
         at_once = min(size, self.microbatch or -(-size // self.axis.size))
         with advised(self.optimizer, self.groups.sharding, at_once):
             losses = self._accumulate(batch, size, first)
-        if not np.isfinite(losses).all():
-            self.grad_norm = math.nan
-            raise self._failure(batch, first, losses)
         self.samples, self._held = first + size, self._held + size
-        if not self._holding:
-            self._finish(batch, first, losses)
-        return math.fsum(losses)
+        return self._conclude(batch, first, losses)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Steps inside add to the gradient only; the next one outside updates from all of them.
 
         The update is that of one large batch. For stages 0 and 1, which reduce gradients once.
@@ -98,6 +100,10 @@ class Step:
                 f"no_sync() with zero={stage}: gradients are sharded after every microbatch, so "
                 "nothing is saved; use zero=0 or 1, or one batch with a smaller microbatch"
             )
+        return self._hold()
+
+    @contextmanager
+    def _hold(self) -> Iterator[None]:
         self._holding = True
         try:
             yield
@@ -105,7 +111,7 @@ class Step:
             self._holding = False
 
     def _accumulate(self, batch: Any, size: int, first: int) -> Array:
-        """Add the gradients of a batch; the share of every microbatch in its mean loss."""
+        """Add the gradients of a batch; the share of each own microbatch in its mean loss."""
         total = data.count(size, self.microbatch, self.axis.size)
         if self._held == 0:
             self._unit = size
@@ -113,25 +119,40 @@ class Step:
             rounds = -(-total // self.axis.size)
             self.gradients.begin(2 if self._holding else rounds)
         losses = np.zeros(total)
-        factor = size / self._unit * (self.scaler.scale if self.scaler else 1.0)
+        factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
         for part in self._microbatches(size, self.gradients.lockstep):
             self.gradients.before_backward(
                 real=part.weight > 0, last=part.last and not self._holding
             )
             with rng.samples(self.seed, first + part.samples.start):
-                loss = self._loss(_fields(batch, part.samples))
+                loss = self._loss(samples_of(batch, part.samples))
                 if part.weight:
                     losses[part.number] = loss.item() * part.weight
                 loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
             self.gradients.after_backward()
             self._end_pass(whole=True)
-        return self._sum(losses)
+        return losses
 
-    def _finish(self, batch: Any, first: int, losses: Array) -> None:
-        """Reduce the gradients, and update unless they overflowed."""
+    def _conclude(self, batch: Any, first: int, losses: Array) -> float:
+        """Bring the ranks together and update; the loss, given this rank's shares in it."""
+        losses = self._sum(losses)
+        if not np.isfinite(losses).all():
+            self.grad_norm = math.nan
+            raise self._failure(batch, first, losses)
+        if not self._holding:
+            self._finish(batch, first, losses)
+        return math.fsum(losses)
+
+    def _complete(self) -> float:
+        """Complete the gradient; the factor by which it counts."""
         self.gradients.finish()
         factor = self._unit / self._held / (self.scaler.scale if self.scaler else 1.0)
         self._held = 0
+        return factor
+
+    def _finish(self, batch: Any, first: int, losses: Array) -> None:
+        """Reduce the gradients, and update unless they overflowed."""
+        factor = self._complete()
         self.grad_norm = self._norm() * factor
         good = math.isfinite(self.grad_norm)
         if not good and (self.scaler is None or self.scaler.exhausted):
@@ -168,7 +189,21 @@ class Step:
         if self.shards is not None:
             self.shards.end(whole)
 
+    def settle(self) -> None:
+        """Bring the ranks together after the last step, where they may be apart. Collective."""
+
     # --- evaluation and results -----------------------------------------------------------------
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Within, the parameters are those that training would end with here. Collective."""
+        self.settle()
+        yield
+
+    @property
+    def collective(self) -> bool:
+        """Whether it takes all ranks to know the parameters."""
+        return self.axis.size > 1 and (self.apart or self.groups.sharding.stage > 0)
 
     @_quiet
     def evaluate(self, batches: Iterable[Any]) -> float:
@@ -177,11 +212,11 @@ class Step:
         Raises NonFiniteError, on all ranks.
         """
         total, count = 0.0, 0
-        with evaluating(self.model):
+        with self.settled(), evaluating(self.model):
             for batch in batches:
-                size = _count(batch)
+                size = size_of(batch)
                 for part in self._microbatches(size, lockstep=False):
-                    loss = self._loss(_fields(batch, part.samples))
+                    loss = self._loss(samples_of(batch, part.samples))
                     if part.weight:
                         total += loss.item() * (part.samples.stop - part.samples.start)
                     self._end_pass(whole=False)
@@ -208,19 +243,21 @@ class Step:
         """
         storage = self.optimizer.storage
         named = self.model.named_parameters()
-        return gathered(named, storage, self.groups.shard, storage.masters)
+        with self.settled():
+            yield from gathered(named, storage, self.groups.shard, storage.masters)
 
     def check_replicas(self) -> None:
         """Raise `ReplicaError` unless what several ranks hold is the same to the bit."""
         if self.shards is None:
-            check_replicas(self.model.named_parameters(), self.axis)
+            with self.settled():
+                check_replicas(self.model.named_parameters(), self.axis)
         else:
             buckets = self.optimizer.storage.buckets
             mine = ((bucket.parameters[0].name, Tensor(bucket.data)) for bucket in buckets)
             check_replicas(mine, self.groups.replica)
 
     def _loss(self, fields: Sequence[Any]) -> Tensor:
-        arrays = [_tensor(field, self._dtype) for field in fields]
+        arrays = [as_tensor(field, self._dtype) for field in fields]
         if self.loss is None:
             loss = self.model(*arrays)
         else:
@@ -239,11 +276,11 @@ class Step:
         """The error of a loss or gradient that is not finite, with where that began. Collective."""
         self._held = 0  # the gradients are of no use
         bad = int(np.argmin(np.isfinite(losses)))  # all ranks look at the same microbatch
-        part = data.part(bad, _count(batch), self.microbatch, self.axis.size)
+        part = data.part(bad, size_of(batch), self.microbatch, self.axis.size)
 
         def run() -> Tensor:
             with rng.samples(self.seed, first + part.start):
-                return self._loss(_fields(batch, part))
+                return self._loss(samples_of(batch, part))
 
         storage = self.optimizer.storage
         trained = [(n, p) for n, p in self.model.named_parameters() if id(p) in storage.home]
@@ -255,33 +292,3 @@ class Step:
             f"training cannot go on; {where or 'nothing is left of where it began'}; lower the "
             "learning rate, clip the gradient or look at the data"
         )
-
-
-def _count(batch: Any) -> int:
-    """Number of samples of all ranks in a batch."""
-    if isinstance(batch, Mapping):
-        raise UserError("a batch is a tuple of arrays, not a mapping: pass tuple(batch.values())")
-    if isinstance(batch, tuple | list):
-        sizes = {len(field) for field in batch}
-        if len(sizes) != 1:
-            raise UserError(f"batch with fields of {sorted(sizes)} samples: all must have as many")
-        size = sizes.pop()
-    else:
-        size = len(batch)
-    if size == 0:
-        raise UserError("a batch of 0 samples: leave it out")
-    return size
-
-
-def _fields(batch: Any, part: slice) -> Sequence[Any]:
-    """The samples `part` of a batch, field by field."""
-    if isinstance(batch, tuple | list):
-        return [field[part] for field in batch]
-    found = batch[part]
-    return found if isinstance(found, tuple | list) else [found]
-
-
-def _tensor(field: Any, dtype: np.dtype[Any]) -> Tensor:
-    """A field of a batch as a tensor; what is no integer or boolean in the model's type."""
-    array = np.asarray(field)
-    return Tensor(array if array.dtype.kind in "biu" else array.astype(dtype, copy=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -55,12 +55,13 @@ def build(config: Config, mesh: Mesh) -> Run:
     def optimizer(parameters: Any) -> Optimizer:
         return kinds.build(config.optim, {}, parameters)  # type: ignore[no-any-return]
 
+    together = config.data_parallel
     step = parallelize(
         model, loss=loss, optimizer=optimizer, mesh=mesh, microbatch=config.train.microbatch,
         grad_clip=config.optim.grad_clip, seed=config.run.seed, groups=decay_matrices,
         zero=config.zero.stage, bucket_mb=config.zero.bucket_mb,
         shard_ranks=config.zero.shard_ranks, zero_split=config.zero.split,
-        overlap=OVERLAP[config.data_parallel.overlap],
+        **{**asdict(together), "overlap": OVERLAP[together.overlap]},
     )  # fmt: skip
     agree(mesh.world, partial(_try_sample, step, data))
     logger.info("%s, loss and data fit", type(model).__name__)

@@ -86,6 +86,7 @@ class _Loop:
                     break
             else:
                 exit_ = "completed"
+            self.of.step.settle()
             together = True
         except NonFiniteError:  # raised on all ranks
             exit_, together = "non-finite", True
@@ -113,7 +114,8 @@ class _Loop:
                 results.end(self.of, self.progress, ending)
 
     def _asked_to_stop(self) -> bool:
-        self.stopped = self.stopped or self.stop.agreed(self.of.mesh.world)
+        late = self.of.config.data_parallel.staleness  # ranks may be as far apart
+        self.stopped = self.stopped or self.stop.agreed(self.of.mesh.world, late)
         return self.stopped
 
     def _step(self, number: int, batch: Any) -> None:
@@ -130,10 +132,14 @@ class _Loop:
         seconds = time.perf_counter() - start
         sent = (run.mesh.ledger.snapshot() - before).plain()
         per_second = len(batch) / seconds
-        record = {"step": number, "loss": self.loss, "lr": rate, "grad_norm": run.step.grad_norm,
-                  "seconds": seconds, "samples_per_second": per_second}  # fmt: skip
+        record: dict[str, Any] = {
+            "step": number, "loss": self.loss, "lr": rate, "grad_norm": run.step.grad_norm,
+            "seconds": seconds, "samples_per_second": per_second,
+        }  # fmt: skip
         if run.data.tokenizer is not None:
             record["tokens_per_second"] = per_second * run.data.info["sequence_length"]
+        if run.step.staleness is not None:
+            record["staleness"] = run.step.staleness.record()
         done, every = number + 1, config.run.eval_every
         last = done == config.run.steps
         try:

@@ -65,7 +65,8 @@ def end(run: Run, progress: Progress, ending: Ending) -> None:
         used = usage.memory_record(run.mesh.world)  # before the work of the ending itself
         agree(run.mesh.world, lambda: _write(run, ending))
         progress.say(_memory_table(run, used))
-        _show_sample(run, progress, ending)
+        with run.step.settled():
+            _show_sample(run, progress, ending)
     else:
         _write(run, ending)
     losses = [f"loss {ending.loss:.4f}"] if ending.loss is not None else []
@@ -81,7 +82,7 @@ def _write(run: Run, ending: Ending) -> None:
     """Write the files of the end; the other ranks help to gather what goes into them."""
     step = run.step
     digest = None
-    if ending.together or step.groups.sharding.stage == 0 or run.mesh.size == 1:
+    if ending.together or not step.collective:
         entries = step.gathered()
         if run.mesh.rank > 0:
             for _ in entries:

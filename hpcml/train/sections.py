@@ -135,17 +135,21 @@ class DataParallel:
 
     mode: str = key(
         "sync",
-        "gradients are averaged every step (sync)",
+        "gradients are averaged every step (sync), parameters every few (local), or gradients "
+        "when they come (async)",
         choices=("sync", "local", "async"),
-        now=("sync",),
     )
-    period: int = key(1, "steps between averages (mode local)", low=1, now=(1,))
+    period: int = key(1, "steps between averages (mode local, or elastic)", low=1)
+    staleness: int = key(0, "updates a gradient may miss (mode async)", low=0)
+    sync_steps: int = key(0, "synchronous steps at the beginning (mode local)", low=0)
+    elastic: float = key(
+        0.0, "pull to a common centre every period, at most 1 / ranks (mode async; 0: none)", low=0
+    )
     overlap: str = key(
         "auto",
         "reduce and gather in the background, beside compute (auto: where that gains)",
         choices=("auto", "always", "never"),
     )
-    staleness: int = key(0, "steps a gradient may be late (mode async)", low=0, now=(0,))
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_all_ranks_gather_what_the_first_writes(
 def test_a_signal_that_all_have_heard_of_leaves_weights(
     config: Config, folder: Path, walks: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StopFlag, "agreed", lambda self, axis: True)
+    monkeypatch.setattr(StopFlag, "agreed", lambda self, axis, late: True)
     assert run(train, config, ranks=2, timeout=60) == [130, 130]
     count = parameters(folder)
     assert sorted(walks) == [(0, count), (1, count)]
@@ -129,7 +129,7 @@ def test_all_ranks_refuse_where_the_first_cannot_write(
 ) -> None:
     """They do not go on to the sample and wait there for the first."""
     path = folder / "model.tmp"
-    monkeypatch.setattr(StopFlag, "agreed", lambda self, axis: path.mkdir(exist_ok=True))
+    monkeypatch.setattr(StopFlag, "agreed", lambda self, axis, late: path.mkdir(exist_ok=True))
     errors = []
 
     def refused() -> None:

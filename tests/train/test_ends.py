@@ -22,7 +22,7 @@ def test_a_signal_cuts_validation_short(tmp_path: Path, monkeypatch: pytest.Monk
     """It used to be obeyed only when the whole validation part was through."""
     asked = []
 
-    def agreed(self: StopFlag, axis: object) -> bool:
+    def agreed(self: StopFlag, axis: object, late: int) -> bool:
         asked.append(axis)
         return len(asked) == 3  # the third batch of the first validation
 

@@ -1,0 +1,59 @@
+"""Elastic averaging: ranks train by themselves, tied to a centre by a spring.
+
+Zhang, Choromanska, LeCun 2015, "Deep learning with elastic averaging SGD", algorithm 1. Every rank
+holds a copy of the centre instead of a server: the sum of the differences, by which the centre
+moves, is an all-reduce in the background.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hpcml import memory
+from hpcml.parallel.background import Staleness, Sums
+from hpcml.parallel.local import LocalStep
+
+
+class ElasticStep(LocalStep):
+    """Every `period` steps a rank moves by alpha (centre - own), the centre by the opposites' sum.
+
+    Rounds count for `bound` what steps count for `StaleStep`: a rank begins a round as soon as the
+    centre has the sums of all rounds but the last `bound`; `staleness` holds how many it lacked.
+    Results are those of the centre.
+    """
+
+    staleness: Staleness
+
+    def __init__(self, *args: Any, alpha: float, bound: int, **options: Any) -> None:
+        """As for `LocalStep`; alpha times the number of ranks is at most 1."""
+        super().__init__(*args, **options)
+        self.alpha, self.bound, self.staleness = alpha, bound, Staleness()
+        own = self.optimizer.storage.data
+        self.center = memory.empty(own.shape, own.dtype, "optim")
+        self.center[...] = own
+        self._sums = Sums(self.axis, own.size, own.dtype, bound)
+
+    def _meet(self) -> None:
+        """One round."""
+        self._catch_up(self.bound)
+        self.staleness.add(len(self._sums))
+        own, difference = self.optimizer.storage.data, self._sums.slot()
+        np.subtract(own, self.center, out=difference)
+        difference *= self.alpha
+        own -= difference
+        self._sums.start()
+        self._catch_up(self.bound)
+
+    def _catch_up(self, most: int) -> None:
+        """Move the centre by the sums that have come; wait while more than `most` have not."""
+        while len(self._sums) > most or self._sums.ready():
+            self.center += self._sums.first()[0]
+            self._sums.drop()
+
+    def settle(self) -> None:
+        """Let every rank have the centre, all rounds included."""
+        self._catch_up(0)
+        self.optimizer.storage.data[...] = self.center
+        self._differ = False
