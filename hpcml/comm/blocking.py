@@ -20,7 +20,6 @@ from hpcml.comm.buffers import (
     stacked,
     unchanged,
 )
-from hpcml.comm.known import Key
 from hpcml.comm.reduction import reduction
 from hpcml.comm.staging import stage
 from hpcml.comm.stream import Stream
@@ -49,8 +48,7 @@ class Blocking(Stream):
         `accumulate` combines the result with what `out` (the same on all ranks) holds already:
         ((out op x of rank 0) op x of rank 1) ... in deterministic mode.
         """
-        plain = not accumulate and algorithm is None
-        key: Key | None = ("allreduce", id(x), id(out), op) if plain else None
+        key = ("allreduce", id(x), id(out), op, accumulate) if algorithm is None else None
         if key and self._again(key, x, out):
             return out
         if accumulate and (out is None or out is x):
@@ -77,8 +75,8 @@ class Blocking(Stream):
         be this rank's rows of `x`: then nothing else of it changes.
         Raises `ValueError` if the rows cannot be cut so.
         """
-        plain = not accumulate and algorithm is None and counts is None
-        key: Key | None = ("reduce_scatter", id(x), id(out), op) if plain else None
+        plain = algorithm is None and counts is None
+        key = ("reduce_scatter", id(x), id(out), op, accumulate) if plain else None
         if key and self._again(key, x, out):
             return out
         if accumulate and out is None:
@@ -122,7 +120,7 @@ class Blocking(Stream):
         then nothing is copied.
         """
         plain = algorithm is None and counts is None
-        key: Key | None = ("allgather", id(x), id(out), "") if plain else None
+        key = ("allgather", id(x), id(out), "", False) if plain else None
         if key and self._again(key, x, out):
             return out
         rule = stacked("allgather", self.size, counts, self.rank)

@@ -18,6 +18,11 @@ def adds_floats(reduction: Reduction, dtype: np.dtype[Any]) -> bool:
     return reduction.op == "sum" and dtype.name in ("float32", "float64")
 
 
+def adds_halves(reduction: Reduction, dtype: np.dtype[Any]) -> bool:
+    """Whether a compiled sum of 16-bit floats is what is asked for."""
+    return reduction.op == "sum" and is_half(dtype)
+
+
 def fold_of(reduction: Reduction, dtype: np.dtype[Any]) -> Callable[..., None]:
     """The function (rows, results, own, first, last, shift) that combines columns of all rows.
 
@@ -30,7 +35,7 @@ def fold_of(reduction: Reduction, dtype: np.dtype[Any]) -> Callable[..., None]:
         alone = rows.shape[0] == 1  # of its node
         if adds_floats(reduction, dtype) and not alone:
             kernels.compiled(dtype.name).shared.sum_rows(rows, results, *bounds)
-        elif reduction.op == "sum" and is_half(dtype) and not alone:
+        elif adds_halves(reduction, dtype) and not alone:
             add = kernels.compiled("float32").shared.sum_half_rows
             add(rows, results, *bounds, dtype.name == "bfloat16", reduction.stepwise)
         elif last > first:

@@ -11,8 +11,8 @@ import numpy as np
 
 from hpcml.comm.buffers import Operands
 
-Key = tuple[str, int, int, str]
-"""Operation, `id` of input and result, op."""
+Key = tuple[str, int, int, str, bool]
+"""Operation, `id` of input and result, op, whether it adds to the result."""
 
 
 @dataclass(slots=True)
@@ -39,10 +39,18 @@ class Known:
             return None
         return found[2] if found[3] == _forms(x, out) else None
 
-    def keep(self, key: Key | None, x: Any, out: Any, arrays: Operands, call: Settled) -> None:
+    def keep(
+        self, key: Key | None, x: Any, out: Any, arrays: Operands, call: Settled | None
+    ) -> None:
         """Remember a call, if its arrays are the caller's own NumPy arrays, until one dies."""
         own = arrays.copy_to is None and (arrays.source is x or arrays.source is arrays.target)
-        if key is None or not own or type(x) is not np.ndarray or type(out) is not np.ndarray:
+        if (
+            key is None
+            or call is None
+            or not own
+            or type(x) is not np.ndarray
+            or type(out) is not np.ndarray
+        ):
             return
         known: Key = key
 

@@ -10,6 +10,8 @@ import functools
 import mmap
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +19,9 @@ import numpy as np
 
 from hpcml import kernels
 from hpcml.comm.buffers import DTYPES
+from hpcml.comm.fold import adds_floats, adds_halves
 from hpcml.comm.link import Link
-from hpcml.comm.reduction import OPS
+from hpcml.comm.reduction import OPS, Reduction
 from hpcml.comm.transport import Array
 
 _SPINS, _YIELDS = 2000, 500
@@ -80,9 +83,21 @@ class Meeting:
         while self._meet(self.flags, *self.ranks, self.epoch, *self.patience) >= 0:
             time.sleep(_NAP)
 
-    def sum(self, call: Place, rows: Array, results: Array, *bounds: Any) -> None:
-        """`begin`, the sum of floats that `sum_rows` of the kernels makes, and `meet`."""
-        self._together(_shared(rows.dtype).sum_together, call, rows, results, *bounds)
+    def adder(self, reduction: Reduction, dtype: np.dtype[Any]) -> Callable[..., None] | None:
+        """`begin`, a sum as that of `fold_of`, and `meet` in one compiled call, if there is one.
+
+        The function takes the place of the call and the arguments of the fold.
+        """
+        onto = (reduction.onto,)
+        if adds_floats(reduction, dtype):
+            return partial(self._add, _shared(dtype).sum_together, onto)
+        if adds_halves(reduction, dtype):
+            kernel = _shared(np.dtype(np.float32)).sum_half_together
+            return partial(self._add, kernel, (*onto, dtype.name == "bfloat16", reduction.stepwise))
+        return None
+
+    def _add(self, kernel: Any, how: tuple[bool, ...], call: Place, *arguments: Any) -> None:
+        self._together(kernel, call, *arguments, *how)
 
     def store(self, call: Place, rows: Array, first: int, x: Array, home: bool) -> None:
         """`begin`, the storing of bytes that `store_together` of the kernels does, and `meet`."""

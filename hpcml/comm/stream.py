@@ -13,6 +13,7 @@ from hpcml.comm.algorithms import Algorithm
 from hpcml.comm.algorithms.choosing import Chooser, Table
 from hpcml.comm.board import Group
 from hpcml.comm.choice import default
+from hpcml.comm.inplace import InPlace, Plan
 from hpcml.comm.known import Key, Known, Settled
 from hpcml.comm.ledger import Ledger
 from hpcml.comm.link import Link
@@ -20,7 +21,6 @@ from hpcml.comm.reduction import reduction
 from hpcml.comm.request import Worker
 from hpcml.comm.sanitizer import Sanitizer
 from hpcml.comm.transport import Array, Transport
-from hpcml.comm.window import Plan, Windows
 
 LEDGER_NAMES = {
     "allreduce": "all_reduce",
@@ -66,7 +66,7 @@ class Stream:
         self._link = Link(self.transport, self.table)
         self._chooser = Chooser(self._link, deterministic)
         self._sequence = 0
-        self._windows = Windows(self._link, self._group, deterministic)
+        self._windows = InPlace(self._link, self._group, deterministic)
         self._known = Known()
         self._link.scratch = self._windows.scratch
         self._to_self: dict[int, deque[Array]] = defaultdict(deque)
@@ -87,8 +87,8 @@ class Stream:
         algorithm: str | None,
         *cut: tuple[int, ...],
         even: bool = True,
-    ) -> Settled:
-        """A reduction whose result all ranks get, or a part of it; how it was done."""
+    ) -> Settled | None:
+        """A reduction whose result all ranks get, or a part of it; how, if it was one call."""
         how = reduction(op, self.deterministic, accumulate)
         payload = source.nbytes
         arguments = source, target, *cut, how
@@ -98,7 +98,7 @@ class Stream:
                 result = np.empty_like(target)
                 self._combine(operation, source, result, op, False, algorithm, *cut, even=even)
                 how.into(target, result)
-                return Settled(chosen, payload, (*cut, how))
+                return None
         return self._run(operation, source, payload, algorithm, *arguments, even=even)
 
     def _run(
@@ -167,7 +167,7 @@ class Stream:
         board, call = self.transport.board, self._sequence + 1
         board.enter(operation, self._group, call, buffer.size, buffer.dtype)
         try:
-            inside = any(self._windows.holds(given) for given in arguments[:2])
+            inside = any(self._windows.window_of(given) for given in arguments[:2])
             how = algorithm or ("shared memory" if inside else "")
             self._sanitizer.agree(operation, call, payload, buffer.dtype, how, arguments)
         finally:

@@ -365,3 +365,21 @@ def test_abort_ends_the_job():
 def test_impossible_options(options, message):
     with pytest.raises(ValueError, match=message):
         hpcml.run(int, **options)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_adding_again_to_the_same_array(deterministic: bool):
+    """Without order the sum comes first, then the addition: it is not one call to be repeated."""
+
+    def program() -> None:
+        axis = Mesh(deterministic=deterministic)["dp"]
+        x, out, whole = np.ones(axis.size), np.zeros(1), np.zeros(axis.size)
+        for turn in range(1, 4):
+            axis.reduce_scatter(x, out=out, accumulate=True)
+            axis.allreduce(x, out=whole, accumulate=True)
+            assert out == turn * axis.size and (whole == turn * axis.size).all()
+        axis.reduce_scatter(x, out=out)
+        axis.allreduce(x, out=whole)
+        assert out == axis.size and (whole == axis.size).all()
+
+    hpcml.run(program, ranks=3)

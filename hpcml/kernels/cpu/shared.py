@@ -297,3 +297,23 @@ def sum_half_rows(
             row = results[k, place : place + n]
             for j in range(n):
                 row[j] = words[j]
+
+
+@kernel(
+    "int64(int64[::1], int64, int64, int64, int64, int64, int64, int64, int64, int64, boolean,"
+    "uint16[:, ::1], uint16[:, ::1], int64, int64, int64, int64, boolean, boolean, boolean)"
+)
+def sum_half_together(
+    flags: Any, ranks: int, rank: int, value: int, spins: int, yields: int,
+    place: int, column: int, count: int, code: int, summed: bool,
+    rows: Any, results: Any, own: int, first: int, last: int, shift: int, onto: bool,
+    brain: bool, stepwise: bool,
+) -> Any:  # fmt: skip
+    """`sum_together` with `sum_half_rows` between the meetings."""
+    if not summed:
+        late = begin(flags, ranks, rank, value, spins, yields, place, column, count, code)
+        if late != -1:
+            return late
+        sum_half_rows(rows, results, own, first, last, shift, onto, brain, stepwise)
+    late = meet(flags, ranks, rank, value + 1, spins, yields)
+    return late if late == -1 else ranks + late
