@@ -10,9 +10,9 @@ from hpcml.comm import Mesh
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
-from hpcml.parallel import data, groups, modes, units
-from hpcml.parallel.limits import advised
+from hpcml.parallel import groups, modes
 from hpcml.parallel.step import LossFunction, Step
+from hpcml.parallel.zero import Zero
 
 GroupsOf = Callable[[Module], Iterable[Any]]
 
@@ -93,13 +93,11 @@ def parallelize(
             raise UserError(
                 f"optimizer made a {type(made).__name__}: it must derive from hpcml.optim.Optimizer"
             )
-        data.broadcast_parameters(model, mesh["dp"])
-        with advised(made, divided.sharding):
-            place(model, made, divided, bucket_mb)
-    return make(
-        model, loss, made, mesh, divided,
-        microbatch=microbatch, grad_clip=grad_clip, seed=seed, overlap=overlap,
-    )  # fmt: skip
+        states = Zero(
+            model, made, divided,
+            bucket_mb=bucket_mb, overlap=overlap, deterministic=mesh.deterministic,
+        )  # fmt: skip
+    return make(model, loss, mesh, states, microbatch=microbatch, grad_clip=grad_clip, seed=seed)
 
 
 def groups_of(mesh: Mesh, zero: int, shard_ranks: int, split: str) -> groups.Groups:
@@ -112,22 +110,3 @@ def groups_of(mesh: Mesh, zero: int, shard_ranks: int, split: str) -> groups.Gro
             "run.deterministic=true"
         )
     return groups.divide(mesh, zero, shard_ranks, split == "layers")
-
-
-def place(model: Module, optimizer: Optimizer, how: groups.Groups, bucket_mb: float) -> None:
-    """Lay out the model states, each rank its part."""
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    known = {id(p) for p in trained}
-    others = [p for p in model.parameters() if id(p) not in known]
-    chosen = trained
-    if how.sharding.whole("params"):
-        for parameter in others:
-            assert parameter.data is not None  # made now, with the seed of the run
-    else:  # frozen ones are divided too
-        chosen = trained + others
-    optimizer.place(
-        units=units.divide(model, chosen),
-        bucket_bytes=int(bucket_mb * (1 << 20)),
-        sharding=how.sharding,
-        allocate=how.allocate,
-    )

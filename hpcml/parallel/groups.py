@@ -19,10 +19,13 @@ from hpcml.optim.flat import Sharding
 class Groups:
     """Axes of data parallelism, and how the states are divided among them.
 
-    all: every data-parallel rank. shard: the ranks that divide one copy of the states; at stage 0
-    all of them (they divide the work of a reduction). replica: the ranks that hold the same part.
+    dp: every data-parallel rank. all: those whose gradients are summed; the same, unless the mode
+    of data parallelism keeps ranks apart. shard: the ranks that divide one copy of the states; at
+    stage 0 all of them (they divide the work of a reduction). replica: the ranks that hold the same
+    part.
     """
 
+    dp: Axis
     all: Axis
     shard: Axis
     replica: Axis
@@ -54,10 +57,10 @@ def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Grou
         replica, shard = mesh.split("dp", ranks)
     in_place = {0: ["grads"], 1: ["grads", "params"], 2: ["params"], 3: []}[stage]
     sharding = Sharding(stage, shard.size, shard.rank, layers)
-    return Groups(axis, shard, replica, sharding, dict.fromkeys(in_place, shard))
+    return Groups(axis, axis, shard, replica, sharding, dict.fromkeys(in_place, shard))
 
 
 def apart(mesh: Mesh, shared: Iterable[str]) -> Groups:
     """Every rank for itself; the kinds in `shared` lie where all dp ranks can reduce them."""
     alone = Axis("dp.own", ledger=mesh.ledger)
-    return Groups(alone, alone, alone, Sharding(), dict.fromkeys(shared, mesh["dp"]))
+    return Groups(mesh["dp"], alone, alone, alone, Sharding(), dict.fromkeys(shared, mesh["dp"]))

@@ -55,7 +55,7 @@ class LocalStep(Step):
         norms = np.zeros(self.axis.size)
         if updates:
             factor = self._complete()
-            own = norms[self.axis.rank] = self._norm() * factor
+            own = norms[self.axis.rank] = self.zero.norm() * factor
         known = self._sum(np.concatenate([losses, norms]))
         losses, norms = known[: losses.size], known[losses.size :]
         if updates:
@@ -64,7 +64,7 @@ class LocalStep(Step):
             raise self._failure(batch, first, losses)
         if updates:
             apart = not self._joint
-            self._update(clip_scale(own, self.grad_clip) * factor)
+            self.zero.update(clip_scale(own, self.grad_clip) * factor)
             if apart:
                 self._differ = True
                 if (self.optimizer.steps - self.sync_steps) % self.period == 0:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.autograd import Tensor
+from hpcml.backend import Array
 from hpcml.comm import Axis
 from hpcml.comm.staging import stage
 
@@ -25,17 +25,17 @@ class ReplicaError(RuntimeError):
     """The replicas of the parameters differ; raised on all ranks of the axis."""
 
 
-def check_replicas(parameters: Iterable[tuple[str, Tensor]], axis: Axis) -> None:
+def check_replicas(parameters: Iterable[tuple[str, Array]], axis: Axis) -> None:
     """Raise `ReplicaError` unless the named parameters have the same bits on all ranks of `axis`.
 
-    parameters: as `Module.named_parameters` gives them, replicated along `axis`. The error names
+    parameters: names and values, replicated along `axis`. The error names
     the first that differs, and which ranks differ from the rest. Compares hashes (BLAKE2b), 16
     bytes for each parameter. Collective.
     """
     names, digests = [], bytearray()
     for name, parameter in parameters:
         names.append(name)
-        values = np.ascontiguousarray(stage(parameter.data).host)
+        values = np.ascontiguousarray(stage(parameter).host)
         digests += hashlib.blake2b(
             values.reshape(-1).view(np.uint8).data, digest_size=_DIGEST
         ).digest()

@@ -96,7 +96,7 @@ class StaleStep(Step):
             if math.isfinite(norm) and math.isfinite(losses.sum()):
                 self.grad_norm, self._latest = norm, math.fsum(losses)
                 with self._as_of(made):
-                    self._update(clip_scale(norm, self.grad_clip) * made.factor)
+                    self.zero.update(clip_scale(norm, self.grad_clip) * made.factor)
                 self._sums.drop()
             elif len(self._sums) > most:  # every rank is here, with the same ones under way
                 self.grad_norm = norm
@@ -111,7 +111,7 @@ class StaleStep(Step):
         storage.grad[...] = total
         for parameter in storage.parameters:
             parameter.gradient = parameter.gradient_buffer
-        return self._norm()
+        return self.zero.norm()
 
     @contextmanager
     def _as_of(self, made: _Made) -> Iterator[None]:

@@ -16,19 +16,15 @@ from hpcml.comm import Mesh
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.nn import Module
 from hpcml.nn.evaluation import evaluating
-from hpcml.optim import Optimizer, clip_scale
+from hpcml.optim import clip_scale
 from hpcml.parallel import data
-from hpcml.parallel.arena import Arena
 from hpcml.parallel.background import Staleness
 from hpcml.parallel.batch import as_tensor, samples_of, size_of
-from hpcml.parallel.data import Microbatch
 from hpcml.parallel.finite import describe
-from hpcml.parallel.gradients import Gradients
-from hpcml.parallel.groups import Groups
 from hpcml.parallel.limits import advised
 from hpcml.parallel.precision import LossScaler
 from hpcml.parallel.replicas import check_replicas
-from hpcml.parallel.shards import Shards, gather, gathered
+from hpcml.parallel.zero import Zero
 
 LossFunction = Callable[..., Tensor]
 
@@ -49,24 +45,17 @@ class Step:
     """How late gradients were, where they may be."""
 
     def __init__(
-        self, model: Module, loss: LossFunction | None, optimizer: Optimizer, mesh: Mesh,
-        groups: Groups, *, microbatch: int, grad_clip: float, seed: int, overlap: bool | None,
+        self, model: Module, loss: LossFunction | None, mesh: Mesh, zero: Zero, *,
+        microbatch: int, grad_clip: float, seed: int,
     ) -> None:  # fmt: skip
-        """`overlap`: communicate in the background; None: where that gains."""
-        self.model, self.loss, self.optimizer, self.mesh = model, loss, optimizer, mesh
+        self.model, self.loss, self.mesh, self.zero = model, loss, mesh, zero
+        self.optimizer, self.groups = zero.optimizer, zero.groups
         self.microbatch, self.grad_clip, self.seed = microbatch, grad_clip, seed
-        self.axis, self.groups = mesh["dp"], groups
+        self.axis = mesh["dp"]
         self.samples = 0  # samples of all steps so far, over all ranks
         self.grad_norm = math.nan
-        storage = optimizer.storage
-        self._dtype = storage.dtype
-        self.scaler = LossScaler() if storage.dtype == np.float16 else None
-        overlap = groups.all.overlaps if overlap is None else overlap
-        arena = Arena(lambda size: groups.shard.empty(size, storage.dtype))
-        self.gradients = Gradients(storage, groups, arena, overlap, mesh.deterministic)
-        self.shards: Shards | None = None
-        if not groups.sharding.whole("params"):
-            self.shards = Shards(model, storage, groups.shard, arena, overlap)
+        self._dtype = zero.storage.dtype
+        self.scaler = LossScaler() if self._dtype == np.float16 else None
         self._holding = False
         self._held = 0  # samples whose gradients wait for more
         self._unit = 0  # samples that the gradients are divided by
@@ -115,22 +104,18 @@ class Step:
         total = data.count(size, self.microbatch, self.axis.size)
         if self._held == 0:
             self._unit = size
-            self.model.zero_grad()  # what the optimizer leaves out would add up for ever
             rounds = -(-total // self.axis.size)
-            self.gradients.begin(2 if self._holding else rounds)
+            self.zero.begin(2 if self._holding else rounds)
         losses = np.zeros(total)
         factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
-        for part in self._microbatches(size, self.gradients.lockstep):
-            self.gradients.before_backward(
-                real=part.weight > 0, last=part.last and not self._holding
-            )
+        for part in data.microbatches(size, self.microbatch, self.axis, self.zero.lockstep):
+            self.zero.before_backward(real=part.weight > 0, last=part.last and not self._holding)
             with rng.samples(self.seed, first + part.samples.start):
                 loss = self._loss(samples_of(batch, part.samples))
                 if part.weight:
                     losses[part.number] = loss.item() * part.weight
                 loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
-            self.gradients.after_backward()
-            self._end_pass(whole=True)
+            self.zero.after_backward()
         return losses
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
@@ -145,7 +130,7 @@ class Step:
 
     def _complete(self) -> float:
         """Complete the gradient; the factor by which it counts."""
-        self.gradients.finish()
+        self.zero.finish()
         factor = self._unit / self._held / (self.scaler.scale if self.scaler else 1.0)
         self._held = 0
         return factor
@@ -153,41 +138,14 @@ class Step:
     def _finish(self, batch: Any, first: int, losses: Array) -> None:
         """Reduce the gradients, and update unless they overflowed."""
         factor = self._complete()
-        self.grad_norm = self._norm() * factor
+        self.grad_norm = self.zero.norm() * factor
         good = math.isfinite(self.grad_norm)
         if not good and (self.scaler is None or self.scaler.exhausted):
             raise self._failure(batch, first, losses)
         if good:
-            self._update(clip_scale(self.grad_norm, self.grad_clip) * factor)
+            self.zero.update(clip_scale(self.grad_norm, self.grad_clip) * factor)
         if self.scaler is not None:
             self.scaler.update(overflow=not good)
-
-    def _norm(self) -> float:
-        """Norm of the gradient as it lies in memory."""
-        squares = self.optimizer.storage.squares()
-        if self.groups.sharding.stage > 0:
-            if not self.mesh.deterministic:  # there, additions have one order in every layout
-                squares = squares.sum(keepdims=True)
-            self.groups.shard.allreduce(squares, out=squares)
-        return math.sqrt(squares.sum())
-
-    def _update(self, scale: float) -> None:
-        """Update what this rank owns; bring the parameters together if all ranks hold them."""
-        self.optimizer.step(scale)
-        sharding = self.groups.sharding
-        if sharding.whole("params") and not sharding.whole("optim"):
-            for bucket in self.optimizer.storage.trained:
-                own = bucket.data[sharding.block(bucket)]
-                gather(bucket, own, bucket.data, self.groups.shard, sharding)
-
-    def _microbatches(self, size: int, lockstep: bool) -> Iterator[Microbatch]:
-        return data.microbatches(
-            size, self.microbatch, self.axis, lockstep or self.shards is not None
-        )
-
-    def _end_pass(self, whole: bool) -> None:
-        if self.shards is not None:
-            self.shards.end(whole)
 
     def settle(self) -> None:
         """Bring the ranks together after the last step, where they may be apart. Collective."""
@@ -215,11 +173,11 @@ class Step:
         with self.settled(), evaluating(self.model):
             for batch in batches:
                 size = size_of(batch)
-                for part in self._microbatches(size, lockstep=False):
+                for part in data.microbatches(size, self.microbatch, self.axis, self.zero.gathers):
                     loss = self._loss(samples_of(batch, part.samples))
                     if part.weight:
                         total += loss.item() * (part.samples.stop - part.samples.start)
-                    self._end_pass(whole=False)
+                    self.zero.end_pass()
                 count += size
         if count == 0:
             raise UserError("evaluate() got no samples: give it at least one batch")
@@ -233,7 +191,7 @@ class Step:
         """Evaluate the loss of a batch's fields and forget it: raises what a step would raise."""
         with evaluating(self.model):
             self._loss(fields)
-        self._end_pass(whole=False)
+        self.zero.end_pass()
 
     def gathered(self) -> Iterator[tuple[str, Array]]:
         """Each parameter once, by name, with its most exact values (float32 for 16-bit types).
@@ -241,20 +199,14 @@ class Step:
         No rank holds more than one bucket beyond what it holds anyway; values are valid until the
         next are asked for. Collective: all ranks go through all of it.
         """
-        storage = self.optimizer.storage
-        named = self.model.named_parameters()
         with self.settled():
-            yield from gathered(named, storage, self.groups.shard, storage.masters)
+            yield from self.zero.gathered()
 
     def check_replicas(self) -> None:
         """Raise `ReplicaError` unless what several ranks hold is the same to the bit."""
-        if self.shards is None:
-            with self.settled():
-                check_replicas(self.model.named_parameters(), self.axis)
-        else:
-            buckets = self.optimizer.storage.buckets
-            mine = ((bucket.parameters[0].name, Tensor(bucket.data)) for bucket in buckets)
-            check_replicas(mine, self.groups.replica)
+        axis = self.groups.replica if self.zero.gathers else self.axis
+        with self.settled():
+            check_replicas(self.zero.replicas(), axis)
 
     def _loss(self, fields: Sequence[Any]) -> Tensor:
         arrays = [as_tensor(field, self._dtype) for field in fields]
@@ -282,11 +234,8 @@ class Step:
             with rng.samples(self.seed, first + part.start):
                 return self._loss(samples_of(batch, part))
 
-        storage = self.optimizer.storage
-        trained = [(n, p) for n, p in self.model.named_parameters() if id(p) in storage.home]
-        gradients = gathered(trained, storage, self.groups.shard, storage.sums)
-        where = describe(self.gathered(), self.model, run, gradients)
-        self._end_pass(whole=False)
+        where = describe(self.gathered(), self.model, run, self.zero.gathered_gradients())
+        self.zero.end_pass()
         return NonFiniteError(
             f"step {self.optimizer.steps}: loss {losses.sum()}, gradient norm {self.grad_norm}: "
             f"training cannot go on; {where or 'nothing is left of where it began'}; lower the "

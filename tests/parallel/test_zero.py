@@ -13,11 +13,13 @@ from hpcml import nn
 from hpcml.autograd import Tensor
 from hpcml.comm import Mesh
 from hpcml.errors import NonFiniteError, UserError
-from hpcml.optim import AdamW
-from hpcml.parallel import Step
+from hpcml.optim import SGD, AdamW
+from hpcml.parallel import Step, groups
 from hpcml.parallel.units import divide
+from hpcml.parallel.zero import Zero
 from tests.parallel.cases import (
     KINDS,
+    OPTIMIZERS,
     Trace,
     decay_matrices,
     make,
@@ -353,6 +355,32 @@ def test_the_place_where_numbers_stop_being_finite(mesh: Mesh, stage: int) -> No
     weight.data[...] = np.nan
     with pytest.raises(NonFiniteError, match=r"parameter \S+ is not finite"):
         step(batch)
+
+
+@cases("stage", [0, 1, 2, 3])
+def test_in_a_loop_of_ones_own(mesh: Mesh, stage: int) -> None:
+    """The states by themselves, without `parallelize`."""
+    expected = make("mlp", serial_mesh(), microbatch=4)
+    model = KINDS["mlp"].model().double().name_parts()
+    hpcml.manual_seed(3)
+    states = Zero(
+        model, SGD(model.parameters(), **OPTIMIZERS["sgd"][1]), groups.divide(mesh, stage)
+    )
+    axis = mesh["dp"]
+    for number in range(3):
+        x, y = KINDS["mlp"].batch(4 * axis.size, number)
+        expected((x, y))
+        states.begin()
+        states.before_backward()
+        mine = slice(4 * axis.rank, 4 * axis.rank + 4)
+        loss = KINDS["mlp"].loss(model(Tensor(x[mine])), Tensor(y[mine]))
+        loss.backward(np.array(1 / axis.size))
+        states.after_backward()
+        states.finish()
+        assert states.norm() == pytest.approx(expected.grad_norm, rel=1e-12)
+        states.update()
+    for name, array in states.gathered():
+        np.testing.assert_allclose(array, values(expected)[name], rtol=0, atol=1e-12, err_msg=name)
 
 
 # --- 16 bits ------------------------------------------------------------------------------------

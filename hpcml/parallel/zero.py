@@ -1,0 +1,166 @@
+"""The model states of data-parallel ranks: copied (stage 0) or divided among them (ZeRO 1 to 3).
+
+Rajbhandari et al. 2019, "ZeRO: memory optimizations toward training trillion parameter models",
+section 5. Stage 1 divides the optimizer's state, stage 2 the gradients too, stage 3 the parameters
+too: each rank owns a block of every bucket of parameters, sums the gradients of that block, updates
+it, and the others get the result from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from hpcml.backend import Array
+from hpcml.nn import Module
+from hpcml.optim import Optimizer
+from hpcml.parallel import units
+from hpcml.parallel.arena import Arena
+from hpcml.parallel.data import broadcast_parameters
+from hpcml.parallel.gradients import Gradients
+from hpcml.parallel.groups import Groups
+from hpcml.parallel.limits import advised
+from hpcml.parallel.shards import Shards, gather, gathered
+
+
+class Zero:
+    """Lays out parameters, gradients and optimizer state, and keeps them right from step to step.
+
+    What a training step does with it, in a loop of one's own too:
+
+        zero = Zero(model, optimizer, groups.divide(mesh, stage=2))
+        zero.begin()
+        zero.before_backward()
+        loss.backward()  # of this rank's share of the batch's mean loss
+        zero.after_backward()
+        zero.finish()
+        zero.update(clip_scale(zero.norm(), 1.0))
+
+    With several microbatches the three lines in the middle repeat. All ranks do so equally often;
+    in stages 0 and 1, unless `lockstep`, a rank may do it fewer times.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        optimizer: Optimizer,
+        groups: Groups,
+        *,
+        bucket_mb: float = 25.0,
+        overlap: bool | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        """Collective; all ranks get the parameters of the first, where they have values.
+
+        bucket_mb: MiB reduced or gathered at once. overlap: communicate in the background; None:
+        where that gains. deterministic: microbatches are added in their order over all ranks.
+        """
+        self.model, self.optimizer, self.groups = model, optimizer, groups
+        self.deterministic = deterministic
+        broadcast_parameters(model, groups.dp)
+        with advised(optimizer, groups.sharding):
+            self._place(int(bucket_mb * (1 << 20)))
+        storage = self.storage = optimizer.storage
+        overlap = groups.all.overlaps if overlap is None else overlap
+        arena = Arena(lambda size: groups.shard.empty(size, storage.dtype))
+        self._gradients = Gradients(storage, groups, arena, overlap, deterministic)
+        self._shards: Shards | None = None
+        if not groups.sharding.whole("params"):
+            self._shards = Shards(model, storage, groups.shard, arena, overlap)
+
+    def _place(self, bucket_bytes: int) -> None:
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        known = {id(p) for p in trained}
+        others = [p for p in self.model.parameters() if id(p) not in known]
+        chosen = trained
+        if self.groups.sharding.whole("params"):
+            for parameter in others:
+                assert parameter.data is not None  # made now, with the seed of the run
+        else:  # frozen ones are divided too
+            chosen = trained + others
+        self.optimizer.place(
+            units=units.divide(self.model, chosen),
+            bucket_bytes=bucket_bytes,
+            sharding=self.groups.sharding,
+            allocate=self.groups.allocate,
+        )
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether each rank must go through forward and backward as often as the others."""
+        return self._gradients.lockstep or self.gathers
+
+    @property
+    def gathers(self) -> bool:
+        """Whether forward needs all ranks: they gather parameters."""
+        return self._shards is not None
+
+    def begin(self, rounds: int = 1) -> None:
+        """A step begins; `rounds`: the most microbatches that a rank has in it."""
+        self.model.zero_grad()  # what the optimizer leaves out would add up for ever
+        self._gradients.begin(rounds)
+
+    def before_backward(self, *, real: bool = True, last: bool = True) -> None:
+        """A microbatch comes; not `real`: only for company; `last`: of this rank in the step."""
+        self._gradients.before_backward(real=real, last=last)
+
+    def after_backward(self) -> None:
+        """Its gradients are complete."""
+        self._gradients.after_backward()
+        self.end_pass(whole=True)
+
+    def end_pass(self, whole: bool = False) -> None:
+        """Forward is over, and backward if `whole`: nobody needs gathered parameters now."""
+        if self._shards is not None:
+            self._shards.end(whole)
+
+    def finish(self) -> None:
+        """Complete the sums over microbatches and ranks: each rank has those of what it owns."""
+        self._gradients.finish()
+
+    def norm(self) -> float:
+        """Euclidean norm of the whole gradient."""
+        squares = self.storage.squares()
+        if self.groups.sharding.stage > 0:
+            if not self.deterministic:  # there, additions have one order in every layout
+                squares = squares.sum(keepdims=True)
+            self.groups.shard.allreduce(squares, out=squares)
+        return math.sqrt(squares.sum())
+
+    def update(self, scale: float = 1.0) -> None:
+        """Update what this rank owns, and get from the others what it holds beside.
+
+        scale: by which the gradients count.
+        """
+        self.optimizer.step(scale)
+        sharding = self.groups.sharding
+        if sharding.whole("params") and not sharding.whole("optim"):
+            for bucket in self.storage.trained:
+                own = bucket.data[sharding.block(bucket)]
+                gather(bucket, own, bucket.data, self.groups.shard, sharding)
+
+    # --- results --------------------------------------------------------------------------------
+
+    def gathered(self) -> Iterator[tuple[str, Array]]:
+        """Each parameter once, by name, with its most exact values (float32 for 16-bit types).
+
+        No rank holds more than one bucket beyond what it holds anyway; values are valid until the
+        next are asked for. Collective: all ranks go through all of it.
+        """
+        named = self.model.named_parameters()
+        return gathered(named, self.storage, self.groups.shard, self.storage.masters)
+
+    def gathered_gradients(self) -> Iterator[tuple[str, Array]]:
+        """Likewise the complete gradients of the parameters that are trained."""
+        home = self.storage.home
+        named = ((name, p) for name, p in self.model.named_parameters() if id(p) in home)
+        trained = ((name, p) for name, p in named if home[id(p)].trained)
+        return gathered(trained, self.storage, self.groups.shard, self.storage.sums)
+
+    def replicas(self) -> Iterator[tuple[str, Array]]:
+        """What this rank holds and the replicas of its shard should hold alike, by name."""
+        if self._shards is None:
+            return ((name, p.data) for name, p in self.model.named_parameters())
+        return ((bucket.parameters[0].name, bucket.data) for bucket in self.storage.buckets)
