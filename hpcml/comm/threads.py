@@ -98,6 +98,8 @@ class _Job:
             )
             for rank in range(len(places))
         ]
+        # Not by joining: an interrupt of `Thread.join` marks a thread that runs on as ended (3.11).
+        self._ended = [threading.Event() for _ in places]
         self.boards: Sequence[ThreadBoard] = [
             ThreadBoard(thread, partial(self._begin_call, rank))
             for rank, thread in enumerate(self._threads)
@@ -148,13 +150,16 @@ class _Job:
         here.rank = Rank(ThreadTransport(self, range(len(self.boards)), rank))
         # What is to be done at the end is only known then, and is to be done whatever happens.
         first: list[Callable[[], None]] = [partial(be, rank)]
-        for act in itertools.chain(first, here.rank.at_end):
-            try:
-                act()
-            except BaseException as error:  # noqa: BLE001 (`run` raises it, whatever it is)
-                board.end = f"has raised {type(error).__name__}"
-                self._fail(f"rank {rank}", error)
-        board.end = board.end or "has ended"
+        try:
+            for act in itertools.chain(first, here.rank.at_end):
+                try:
+                    act()
+                except BaseException as error:  # noqa: BLE001 (`run` raises it, whatever it is)
+                    board.end = f"has raised {type(error).__name__}"
+                    self._fail(f"rank {rank}", error)
+            board.end = board.end or "has ended"
+        finally:
+            self._ended[rank].set()
 
     def _fail(self, origin: str, error: BaseException) -> None:
         """Note the failure, unless there has been one: the others are its consequence."""
@@ -203,9 +208,9 @@ class _Job:
     def _join(self) -> None:
         """Wait for all ranks; once the job has failed, no longer than it takes to end them."""
         try:
-            for thread in self._threads:
-                while thread.is_alive() and self._failure is None:
-                    thread.join(_LOOK)
+            for ended in self._ended:
+                while self._failure is None and not ended.wait(_LOOK):
+                    pass
         except KeyboardInterrupt as error:
             self._fail("the caller", error)
         if self._all_end_within(_GRACE):
@@ -218,9 +223,7 @@ class _Job:
 
     def _all_end_within(self, seconds: float) -> bool:
         end = time.monotonic() + seconds
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return all(ended.wait(max(0.0, end - time.monotonic())) for ended in self._ended)
 
 
 def _raise_in(thread: threading.Thread, error: type[BaseException]) -> None:

@@ -332,20 +332,26 @@ def test_the_limit_comes_from_the_environment(monkeypatch):
         hpcml.run(int, ranks=2)
 
 
-def test_an_interrupt_ends_ranks_that_wait_and_ranks_that_compute():
+@pytest.mark.parametrize("computes", [0, 2])
+def test_an_interrupt_ends_ranks_that_wait_and_ranks_that_compute(computes: int):
+    ended = []
+
     def program() -> None:
         base = world()
-        if base.rank == 0:
+        try:
+            if base.rank == 1:
+                time.sleep(0.1)
+                _thread.interrupt_main()
+            while base.rank == computes:
+                pass
             base.barrier()
-        elif base.rank == 1:
-            time.sleep(0.1)
-            _thread.interrupt_main()
-        while True:
-            pass
+        finally:
+            ended.append(base.rank)
 
     with pytest.raises(KeyboardInterrupt) as caught:
         hpcml.run(program, ranks=3)
-    assert "rank 0: in no call" in caught.value.__notes__[0]
+    assert f"rank {computes}: in no call" in caught.value.__notes__[0]
+    assert sorted(ended) == [0, 1, 2]
 
 
 def test_abort_ends_the_job():
