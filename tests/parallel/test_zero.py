@@ -46,7 +46,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "3 layers": {"zero": 3, "zero_split": "layers"},
     "3 layers overlap": {"zero": 3, "zero_split": "layers", "overlap": True},
 }
-BATCHES = [(8, 0), (8, 3), (1, 1), (5, 2)]  # size, microbatch
+RUNS = [  # kind, optimizer, size, microbatch
+    ("gpt", "adamw", 8, 0), ("gpt", "adamw", 1, 1), ("gpt", "adamw", 5, 2), ("own", "adamw", 8, 3),
+    ("mlp", "sgd", 8, 3),
+]  # fmt: skip
 
 
 def compare(found: Trace, expected: Trace) -> None:
@@ -60,8 +63,7 @@ def compare(found: Trace, expected: Trace) -> None:
             )  # fmt: skip
 
 
-@cases(("size", "microbatch"), BATCHES)
-@cases(("kind", "optimizer"), [("own", "adamw"), ("mlp", "sgd"), ("gpt", "adamw")])
+@cases(("kind", "optimizer", "size", "microbatch"), RUNS)
 @cases("way", WAYS)
 @pytest.mark.mpi
 def test_parameters_in_float64(
