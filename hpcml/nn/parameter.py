@@ -28,6 +28,16 @@ class Unit(Protocol):
     def done(self) -> None:
         """Take note that nobody needs the values for now."""
 
+    def drop(self) -> None:
+        """Forget values that have changed."""
+
+
+class Keeper(Protocol):
+    """What keeps the values of parameters: in parts, or in another type."""
+
+    def store(self, parameter: Parameter, values: Array) -> None:
+        """Take new values of a parameter."""
+
 
 class Home(Protocol):
     """Where gradients are collected."""
@@ -85,7 +95,8 @@ class Parameter(Tensor):
     place of its gradient when the first contribution comes.
     """
 
-    __slots__ = ("_dtype", "_place", "_shape", "home", "init", "layout", "name", "unit")
+    __slots__ = ("_dtype", "_place", "_shape", "home", "init", "keeper", "layout", "name",
+                 "unit")  # fmt: skip
     is_parameter = True
 
     def __init__(
@@ -101,6 +112,7 @@ class Parameter(Tensor):
             raise ValueError("Parameter needs either data, or a shape and a rule for first values")
         self.unit: Unit | None = None
         self.home: Home | None = None
+        self.keeper: Keeper | None = None
         self._place: Array | None
         super().__init__(np.empty(0, np.float32) if data is None else data, requires_grad)
         self._shape: tuple[int, ...]
@@ -148,7 +160,13 @@ class Parameter(Tensor):
         self._array = None
 
     def assign(self, values: Array) -> None:
-        """Copy values in; first values that have not been made are not made for it."""
+        """Copy values in; first values that have not been made are not made for it.
+
+        On all ranks alike, where an optimizer keeps the values in a form of its own.
+        """
+        if self.keeper is not None:
+            self.keeper.store(self, values)
+            return
         if self._array is None:
             self._array = memory.empty(self._shape, self._dtype, "params")
         self._array[...] = values
@@ -165,8 +183,8 @@ class Parameter(Tensor):
 
     @property
     def has_values(self) -> bool:
-        """Whether the values exist: given, loaded or made."""
-        return self._array is not None
+        """Whether the values exist: given, loaded, made, or in parts on the ranks."""
+        return self._array is not None or self.unit is not None
 
     def fill(self, out: np.ndarray[Any, Any], start: int, seed: int) -> None:
         """Write first values start .. start + out.size - 1 (logical C order) into flat `out`.
@@ -182,7 +200,7 @@ class Parameter(Tensor):
     def to_dtype(self, dtype: Any) -> None:
         """Change the type of the elements in place; the gradient, of the old type, is forgotten."""
         self._dtype = np.dtype(dtype)
-        self.gradient = None
+        self.gradient = self.keeper = None
         if self._array is not None and self._array.dtype != self._dtype:
             values, self._array = self._array, None
             self.assign(values)

@@ -20,7 +20,8 @@ from typing import Any
 from hpcml.backend import Array
 from hpcml.comm.request import Request
 from hpcml.nn import Parameter
-from hpcml.optim.flat import Bucket, FlatStorage
+from hpcml.optim.buckets import Bucket
+from hpcml.optim.flat import FlatStorage
 from hpcml.parallel.arena import Arena
 from hpcml.parallel.groups import Groups
 

@@ -12,7 +12,7 @@ from hpcml import memory
 from hpcml.backend import Array
 from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
-from hpcml.optim.flat import Sharding
+from hpcml.optim.buckets import Sharding
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Grou
         )
     shard, replica = axis, Axis("dp.replica", ledger=mesh.ledger)
     if stage and ranks not in (0, axis.size):
-        replica, shard = mesh.split("dp", ranks)
+        replica, shard = mesh.split("dp", ranks, ("replica", "shard"))
     in_place = {0: ["grads"], 1: ["grads", "params"], 2: ["params"], 3: []}[stage]
     sharding = Sharding(stage, shard.size, shard.rank, layers)
     return Groups(axis, axis, shard, replica, sharding, dict.fromkeys(in_place, shard))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from hpcml.backend import PRECISIONS
 from hpcml.errors import MemoryLimitError
 from hpcml.optim import Optimizer
-from hpcml.optim.flat import Sharding
+from hpcml.optim.buckets import Sharding
 from hpcml.parallel.states import advice
 
 

@@ -15,7 +15,8 @@ from hpcml.backend import Array
 from hpcml.comm import Axis
 from hpcml.comm.request import Request
 from hpcml.nn import Module, Parameter
-from hpcml.optim.flat import Bucket, FlatStorage, Sharding
+from hpcml.optim.buckets import Bucket, Sharding
+from hpcml.optim.flat import FlatStorage
 from hpcml.parallel import units
 from hpcml.parallel.arena import Arena
 
@@ -67,12 +68,19 @@ class Shards:
             unit.hide()
             self._parked.append(unit)
 
+    def forget(self, unit: Unit) -> None:
+        """Fetch a unit anew when it is needed next."""
+        self.park(unit)
+        if unit in self._parked:
+            self._parked.remove(unit)
+            unit.give_back()
+
     def end(self, whole: bool = True) -> None:
         """A pass is over; `whole`: with its backward, so that the next one will be like it."""
         for unit in self.units:
             if unit.coming:  # guessed wrong
                 unit.wait()
-                unit.drop()
+                unit.give_back()
             else:
                 self.park(unit)
         if whole:
@@ -81,7 +89,7 @@ class Shards:
 
     def _drop_parked(self) -> None:
         for unit in self._parked:
-            unit.drop()
+            unit.give_back()
         self._parked = []
 
     def _start_next(self) -> None:
@@ -158,10 +166,26 @@ class Unit:
                 parameter.forget()
 
     def drop(self) -> None:
+        """Forget the values: they have changed."""
+        self.shards.forget(self)
+
+    def give_back(self) -> None:
         """Give the memory back."""
         for slot in self.slots:
             self.shards.arena.give_back(slot)
         self.slots = []
+
+
+def detach(parameters: Iterable[Parameter]) -> None:
+    """Give parameters that lie in parts their whole values, to be laid out anew. Collective."""
+    wholes = []
+    for parameter in parameters:
+        if parameter.unit is not None:
+            wholes.append((parameter, parameter.data.copy()))
+            parameter.unit.done()
+    for parameter, values in wholes:
+        parameter.unit = parameter.keeper = None
+        parameter.data = values
 
 
 def gather(

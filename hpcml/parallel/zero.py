@@ -20,7 +20,7 @@ from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.gradients import Gradients
 from hpcml.parallel.groups import Groups
 from hpcml.parallel.limits import advised
-from hpcml.parallel.shards import Shards, gather, gathered
+from hpcml.parallel.shards import Shards, detach, gather, gathered
 
 
 class Zero:
@@ -57,6 +57,7 @@ class Zero:
         """
         self.model, self.optimizer, self.groups = model, optimizer, groups
         self.deterministic = deterministic
+        detach(model.parameters())
         broadcast_parameters(model, groups.dp)
         with advised(optimizer, groups.sharding):
             self._place(int(bucket_mb * (1 << 20)))

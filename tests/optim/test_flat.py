@@ -13,7 +13,7 @@ import hpcml
 from hpcml import nn
 from hpcml.autograd import Tensor
 from hpcml.optim import SGD, AdamW, FlatStorage
-from hpcml.optim.flat import ALIGNMENT, Sharding
+from hpcml.optim.buckets import ALIGNMENT, Sharding
 
 SHAPES = [(3, 5), (7,), (), (17, 3), (16,), (0, 4), (1,)]
 
