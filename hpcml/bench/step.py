@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import hpcml
-from hpcml import kernels
+from hpcml import backend, kernels
 from hpcml.errors import UserError
 from hpcml.models import GPT, NextTokenLoss
 from hpcml.parallel import Step
@@ -61,12 +61,12 @@ def batch_of(size: Size) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
 
-def our_step(size: Size) -> Step:
-    """The step under test, with clipping and AdamW."""
+def our_step(size: Size, precision: str = "fp32", **options: Any) -> Step:
+    """The step under test, with clipping and AdamW; `options` are those of `parallelize`."""
     model = GPT(VOCAB, size.block, size.layers, size.heads, size.width, bias=False)
     return hpcml.parallelize(
-        model, loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW, lr=1e-3, weight_decay=0.1,
-        betas=(0.9, 0.99), grad_clip=1.0,
+        model.to(backend.dtype(precision)), loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW,
+        lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99), grad_clip=1.0, **options,
     )  # fmt: skip
 
 
@@ -141,7 +141,6 @@ def rounds_for(size: Size) -> int:
 
 def run(peer: str = "") -> dict[str, Any]:
     """Measure all sizes on one thread; the report as plain values."""
-    from hpcml import backend
     from hpcml.train.environment import blas, cpu, gemm_library, versions
 
     backend.set_threads(1)

@@ -1,4 +1,4 @@
-"""`hpcml bench step|collectives|halo|overlap`: see `hpcml bench NAME --help`."""
+"""`hpcml bench step|collectives|halo|overlap|zero`: see `hpcml bench NAME --help`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hpcml.comm import launch
 from hpcml.comm.algorithms import OPERATIONS
 from hpcml.errors import UserError
 
+ZERO_PARTS = ("states", "time", "models", "batches")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
 
 
@@ -64,6 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     overlap = add("overlap", _overlap, _show_overlap, text)
     for command in (some, halo, overlap):
         command.add_argument("--ranks", type=int, default=2, help="ranks, if started alone (2)")
+    text = "ZeRO by stage: memory, traffic, time, and what fits, beside the paper's formulas"
+    zero = add("zero", _zero, _show_zero, text)
+    text = "if started alone: a job of each so many ranks (1 2 4 8)"
+    zero.add_argument("--ranks", dest="jobs", nargs="+", type=int, default=[1, 2, 4, 8], help=text)
+    zero.add_argument("--part", nargs="+", choices=ZERO_PARTS, default=ZERO_PARTS)
+    zero.add_argument("--layers", type=int, default=4, help="of the GPT of states and time (4)")
+    zero.add_argument("--width", type=int, default=384, help="of the same (384)")
+    for command in (some, halo, overlap, zero):
         command.add_argument("--rounds", type=int, default=0, help="repetitions (a second's)")
     return parser
 
@@ -75,10 +84,14 @@ def _bytes(text: str) -> int:
 
 def _in_a_job(ranks: int, args: list[str]) -> int:
     """Run the same command with several ranks under mpiexec; its exit code."""
-    from hpcml.cli.doctor.mpi import PERMISSIVE, find_mpiexec
-
     if ranks < 2:
         raise UserError(f"--ranks {ranks}: communication needs 2 ranks or more")
+    return _job(ranks, args).returncode
+
+
+def _job(ranks: int, args: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+    from hpcml.cli.doctor.mpi import PERMISSIVE, find_mpiexec
+
     mpiexec = find_mpiexec()
     if not mpiexec:
         raise UserError("no mpiexec in PATH: install an MPI library: pip install 'hpcml[mpich]'")
@@ -87,8 +100,8 @@ def _in_a_job(ranks: int, args: list[str]) -> int:
     command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "hpcml", "bench", *args]
     sys.stdout.flush()
     return subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, check=False
-    ).returncode
+        command, env=environment, stdin=subprocess.DEVNULL, check=False, text=True, **how
+    )
 
 
 def _check_peer(peer: str) -> None:
@@ -171,6 +184,43 @@ def _show_overlap(report: dict[str, Any]) -> None:
     from hpcml.bench import overlap
 
     print(overlap.table(report))
+
+
+def _zero(options: argparse.Namespace) -> dict[str, Any] | None:
+    from hpcml.bench import zero
+    from hpcml.comm import Mesh
+
+    def here() -> dict[str, Any] | None:
+        mesh = Mesh()
+        found = zero.run(mesh, options.part, options.layers, options.width, options.rounds)
+        return found if mesh.rank == 0 else None
+
+    if launch.read().size > 1:
+        return here()
+    reports = []
+    for ranks in options.jobs:
+        if ranks < 1:
+            raise UserError(f"--ranks {ranks}: start at least 1")
+        reports.append(here() if ranks == 1 else _zero_job(ranks, options))
+    return zero.together([report for report in reports if report])
+
+
+def _zero_job(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+    numbers = {name: str(getattr(options, name)) for name in ("layers", "width", "rounds")}
+    args = ["zero", "--json", "--part", *options.part]
+    for name, number in numbers.items():
+        args += [f"--{name}", number]
+    done = _job(ranks, args, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise UserError(f"--ranks {ranks}: this job failed; what it said is above")
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def _show_zero(report: dict[str, Any]) -> None:
+    from hpcml.bench import zero_show
+
+    print(zero_show.table(report))
 
 
 def _check_writable(path: str) -> None:
