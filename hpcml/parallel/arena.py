@@ -10,6 +10,10 @@ from collections.abc import Callable
 
 from hpcml.backend import Array
 
+_LARGER = 4
+"""A chunk at most so many times as large is not too large for something: the largest bucket of a
+unit may well be more than twice as large as what is left of the unit."""
+
 
 class Arena:
     """Hands out parts of large arrays, the first that fits, and makes another where none does.
@@ -26,18 +30,16 @@ class Arena:
 
     def take(self, size: int) -> Array:
         """A flat array of `size` elements with any values."""
-        for chunk in self._chunks:
-            # Not in a much larger one: something small that stays would keep all of it.
-            start = chunk.find(size) if 2 * size >= chunk.array.size else None
-            if start is not None:
-                return self._lend(chunk, start, size)
-        # A new chunk takes the place of a slightly smaller one that nobody uses.
-        self._chunks = [
-            chunk for chunk in self._chunks
-            if chunk.taken or not chunk.array.size < size <= 2 * chunk.array.size
-        ]  # fmt: skip
-        self._chunks.append(_Chunk(self._allocate(size)))
-        return self._lend(self._chunks[-1], 0, size)
+        place = self._free(size)
+        if place is None:
+            # A new chunk takes the place of a somewhat smaller one that nobody uses.
+            self._chunks = [
+                chunk for chunk in self._chunks
+                if chunk.taken or not chunk.array.size < size <= _LARGER * chunk.array.size
+            ]  # fmt: skip
+            self._chunks.append(_Chunk(self._allocate(size)))
+            place = self._chunks[-1], 0
+        return self._lend(*place, size)
 
     def part(self, array: Array, place: slice) -> Array:
         """A part of an array that `take` gave, the same object each time."""
@@ -48,6 +50,15 @@ class Arena:
         """Take back what `take` gave: its values are lost."""
         chunk, start, end = self._lent.pop(id(array))
         chunk.taken.remove((start, end))
+
+    def _free(self, size: int) -> tuple[_Chunk, int] | None:
+        """The first place for `size` elements, if there is one."""
+        for chunk in self._chunks:
+            # Not in a much larger one: something small that stays would keep all of it.
+            start = chunk.find(size) if _LARGER * size >= chunk.array.size else None
+            if start is not None:
+                return chunk, start
+        return None
 
     def _lend(self, chunk: _Chunk, start: int, size: int) -> Array:
         end = start + size

@@ -231,6 +231,7 @@ def gathered(
     """
     current: Bucket | None = None
     whole: Array = None
+    room: Array = None  # one for all: the caller still holds the last array when the next is made
     for name, parameter in parameters:
         bucket = storage.home.get(id(parameter))
         if bucket is None:  # frozen, and held by every rank
@@ -240,7 +241,9 @@ def gathered(
             held, complete = held_of(bucket)
             current, whole = bucket, held
             if not complete:
-                whole = None  # before there is another
-                whole = memory.empty((bucket.size,), held.dtype, "buffers")
+                if room is None:
+                    size = max(bucket.size for bucket in storage.buckets)
+                    room = memory.empty((size,), held.dtype, "buffers")
+                whole = room[: bucket.size]
                 gather(bucket, held, whole, axis, storage.sharding)
         yield name, bucket.view(whole, bucket.number(parameter))
