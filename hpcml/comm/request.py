@@ -243,3 +243,4 @@ class Worker:
             task.run(self._failed.error if self._failed else None)
             if task.error is not None and self._failed is None:
                 self._failed = task
+            del task  # its arrays are nobody's while the thread waits for another

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ import hpcml
 from hpcml import backend, memory
 from hpcml.comm import Mesh
 from hpcml.models import GPT, NextTokenLoss
-from hpcml.nn import Parameter
 from hpcml.optim import AdamW
 from hpcml.parallel import Step
 from hpcml.parallel.states import STAGES, model_states
@@ -40,6 +38,10 @@ class Measured:
         live = memory.account().live
         return {kind: (live[kind] - self.before[kind]) / self.params for kind in KINDS}
 
+    def states(self) -> int:
+        """Bytes of them all."""
+        return sum(memory.account().live[kind] - self.before[kind] for kind in KINDS)
+
     @property
     def bucket(self) -> int:
         """Bytes of the largest."""
@@ -51,10 +53,6 @@ class Measured:
         for bucket in self.step.optimizer.storage.buckets:
             sizes[bucket.unit] = sizes.get(bucket.unit, 0) + bucket.size * self.itemsize
         return list(sizes.values())
-
-    def parameters(self) -> Iterator[Parameter]:
-        """Of the model."""
-        return self.step.model.parameters()
 
     def batch(self, microbatches: int = 1) -> tuple[Any, Any]:
         """So many microbatches of one sample on every rank."""
@@ -101,7 +99,7 @@ def made(
     return Measured(step, params, itemsize, before, account.peak_total - total)
 
 
-@cases("precision", ["fp32", "bf16", "fp16"])
+@cases("precision", ["fp32", "bf16"])
 @cases("stage", STAGES)
 def test_model_states(mesh: Mesh, stage: int, precision: str) -> None:
     found = made(mesh, stage, precision)
@@ -114,53 +112,57 @@ def test_model_states(mesh: Mesh, stage: int, precision: str) -> None:
 
 
 @cases("tied", [True, False])
-@cases("precision", ["fp32", "bf16"])
-@cases("bucket_mb", [25, 0.3])
+@cases(("precision", "bucket_mb"), [("fp32", 25), ("bf16", 0.3)])
 @cases("overlap", [False, True])
-@cases("stage", STAGES)
+@cases("stage", [2, 3])
 def test_what_is_held_for_a_moment(
-    mesh: Mesh, stage: int, overlap: bool, bucket_mb: float, precision: str, tied: bool
+    mesh: Mesh, stage: int, overlap: bool, precision: str, bucket_mb: float, tied: bool
 ) -> None:
     """A bucket of gradients, and two units of parameters: one in use and one that comes.
 
     In the background one bucket more: it is filled while the one before is reduced. What is small
-    beside the blocks, the embeddings, has memory of its own, for values and for gradients; that of
-    a tied embedding's gradient is in use from the first contribution to the last.
+    beside the blocks, the embeddings, has memory of its own for values and gradients. A tied
+    embedding is fetched at both ends, and the bucket of its gradient is in use between them.
     """
     found = made(mesh, stage, precision, tied=tied, overlap=overlap, bucket_mb=bucket_mb)
     held, units = found.buffers(), found.units()
     gradients = found.bucket * (2 if overlap else 1)
-    bound = {0: 0, 1: 0, 2: gradients, 3: gradients + 2 * max(units)}[stage]
-    small = sum(unit for unit in units if 2 * unit < max(units))
+    small = sum(unit for unit in units if 4 * unit < max(units))
     assert small < 0.1 * found.params * found.itemsize
-    assert held <= bound + (2 * small if stage >= 2 else 0)
-    if stage >= 2:
-        assert held >= found.bucket + (max(units) if stage == 3 else 0)
+    bound = gradients + (2 * max(units) if stage == 3 else 0) + (3 if tied else 2) * small
+    assert held <= 1.01 * bound  # buckets are of unlike sizes, and what is used again the largest
+    assert held >= found.bucket + (max(units) if stage == 3 else 0)
 
 
-def test_the_largest_unit_may_be_a_tied_embedding(mesh: Mesh) -> None:
-    """Its gradient's bucket is the one more."""
-    found = made(mesh, 3, vocab=4096, width=64, overlap=True)
-    embedding, block = found.units()[:2]
-    assert embedding > 4 * block
-    # Values and gradient of the embedding, and of the blocks two units and two buckets.
-    assert found.buffers() <= 2 * embedding + 4 * block + 2 * found.units()[-1]
+@cases("overlap", [False, True])
+@cases("stage", [0, 1])
+def test_nothing_is_held_for_a_moment_where_ranks_hold_all(
+    mesh: Mesh, stage: int, overlap: bool
+) -> None:
+    assert made(mesh, stage, overlap=overlap).buffers() <= 16 << 10  # messages
+
+
+@cases("overlap", [False, True])
+def test_a_tied_embedding_that_is_the_largest_unit(mesh: Mesh, overlap: bool) -> None:
+    """The bucket of its gradient is the one that is held beside."""
+    found = made(mesh, 3, vocab=4096, width=64, overlap=overlap)
+    embedding, blocks = found.units()
+    assert embedding == found.bucket > blocks > embedding / 2
+    assert 2 * embedding + blocks <= found.buffers() <= (4 if overlap else 3) * embedding
 
 
 @cases("precision", ["fp32", "bf16"])
-@cases("tied", [True, False])
 @cases("stage", STAGES)
-def test_no_rank_makes_more_than_it_holds(
-    mesh: Mesh, stage: int, tied: bool, precision: str
-) -> None:
+def test_no_rank_makes_more_than_it_holds(mesh: Mesh, stage: int, precision: str) -> None:
     """Parameters are made sharded: beside its states a rank needs a bucket at most for that.
 
-    First values of 16 bits are those of float32: up to a parameter of the states' type in between.
+    First values of 16 bits are those of float32: up to a parameter of that type in between.
     """
-    found = made(mesh, stage, precision, tied=tied)
-    states = sum(found.live().values()) * found.params
+    found = made(mesh, stage, precision)
+    states = found.states()
     assert states <= found.peak_of_making <= states + found.bucket * 4 / found.itemsize
-    assert all(parameter._array is None for parameter in found.parameters()) == (stage == 3)
+    whole = [parameter.has_values for parameter in found.step.model.parameters()]
+    assert not any(whole) if stage == 3 else all(whole)
 
 
 @cases("precision", ["fp32", "bf16"])
@@ -174,7 +176,7 @@ def test_nor_does_memory_that_is_not_counted(mesh: Mesh, precision: str) -> None
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    states = sum(found.live().values()) * found.params
+    states = found.states()
     assert 0.99 * states < peak < states + found.bucket * 4 / found.itemsize
 
 
@@ -199,8 +201,7 @@ def test_gathering_holds_one_bucket(mesh: Mesh, stage: int, precision: str) -> N
 
 
 @pytest.mark.mpi(min_size=2)
-@cases("split", ["blocks", "layers"])
-@cases("precision", ["fp32", "bf16"])
+@cases(("precision", "split"), [("fp32", "blocks"), ("bf16", "blocks"), ("fp32", "layers")])
 @cases("stage", STAGES)
 def test_what_a_step_moves(stage: int, precision: str, split: str) -> None:
     """Twice the parameters, three times at stage 3, whoever owns what; an all-reduce is two.
@@ -219,3 +220,14 @@ def test_what_a_step_moves(stage: int, precision: str, split: str) -> None:
             moved = [payload.get(name, 0) for name in names[split]]
             gathered = 2 * microbatches if stage == 3 else 1
             assert moved == pytest.approx([expected - gathered, gathered], rel=0.05)
+
+
+@cases("stage", STAGES)
+def test_a_step_that_is_gone_holds_nothing(mesh: Mesh, stage: int) -> None:
+    """Nor does the thread that did its last reduction."""
+    found = made(mesh, stage, overlap=True)
+    before = found.before
+    found.train()
+    del found
+    gc.collect()
+    assert memory.account().live == before
