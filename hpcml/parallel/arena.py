@@ -51,6 +51,10 @@ class Arena:
         chunk, start, end = self._lent.pop(id(array))
         chunk.taken.remove((start, end))
 
+    def shrink(self) -> None:
+        """Let go of the arrays of which no part is lent."""
+        self._chunks = [chunk for chunk in self._chunks if chunk.taken]
+
     def _free(self, size: int) -> tuple[_Chunk, int] | None:
         """The first place for `size` elements, if there is one."""
         for chunk in self._chunks:

@@ -169,7 +169,11 @@ class Gradients:
         for bucket in rest:  # in the order so far, once more
             self._reduce(bucket)
         self._reduced = len(self._buckets)
-        self._buckets = [self.storage.trained[number] for number in agreed]
+        learned = [self.storage.trained[number] for number in agreed]
+        if learned != self._buckets:  # buckets that were ready had to wait for their turn
+            self._wait(0)
+            self.arena.shrink()
+        self._buckets = learned
 
     def _reduce(self, bucket: Bucket) -> None:
         if not self.on_way:
