@@ -55,7 +55,8 @@ def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Grou
     shard, replica = axis, Axis("dp.replica", ledger=mesh.ledger)
     if stage and ranks not in (0, axis.size):
         replica, shard = mesh.split("dp", ranks, ("replica", "shard"))
-    in_place = {0: ["grads"], 1: ["grads", "params"], 2: ["params"], 3: []}[stage]
+    # Not the parameters: GEMM reads them all the time, and shared memory has small pages.
+    in_place = ["grads"] if stage < 2 else []
     sharding = Sharding(stage, shard.size, shard.rank, layers)
     return Groups(axis, axis, shard, replica, sharding, dict.fromkeys(in_place, shard))
 
