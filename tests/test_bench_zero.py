@@ -62,8 +62,11 @@ def test_times_where_every_rank_has_a_core(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(zero, "TIMED_BLOCK", 8)
     monkeypatch.setattr(zero_limits, "cores", lambda mesh: 2)
     rows = measured("time")["time"]
-    forms = [(row["stage"], row["split"]) for row in rows]
-    assert forms == [*((stage, "blocks") for stage in range(4)), (3, "layers")]
+    ways = [row["way"] for row in rows]
+    assert ways == [
+        *(f"stage {stage}" for stage in range(4)), "stage 3, layers", "deterministic",
+        "2 microbatches", "2 microbatches, deterministic", "alone",
+    ]  # fmt: skip
     assert rows[0]["ratio"] == 1 and all(row["seconds"] > 0 < row["ratio"] for row in rows)
     assert measured("time", ranks=3)["time"] == []
 

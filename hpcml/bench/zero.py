@@ -27,6 +27,7 @@ from hpcml.bench import zero_limits
 from hpcml.bench.rounds import Call, alternate
 from hpcml.bench.step import Size, batch_of, our_step
 from hpcml.comm import Axis, Mesh
+from hpcml.comm.alone import Alone
 from hpcml.parallel import Step
 from hpcml.parallel.states import STAGES, model_states
 
@@ -143,25 +144,34 @@ def _largest(axis: Axis, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def times(mesh: Mesh, size: Size, rounds: int) -> list[dict[str, Any]]:
-    """Seconds of a step by stage, and by those of stage 0: medians within rounds. Collective.
+    """Seconds of a step by way, and by those of stage 0: medians within rounds. Collective.
 
-    None where ranks share cores. The naive form of stage 3 beside. `size.batch`: of a rank.
+    Beside the stages: every rank "alone" with as many samples, at the same time (stage 0 beside it
+    is weak scaling), the naive form of stage 3, and deterministic mode, in which two microbatches
+    are computed like in the line before it. None where ranks share cores. `size.batch`: of a rank.
     """
     if zero_limits.cores(mesh) < mesh.size:
         return []
     batch = batch_of(replace(size, batch=size.batch * mesh.size))
-    cases = [(stage, "blocks") for stage in STAGES]
+    own = batch_of(size)
+    ordered, half = Mesh(deterministic=True), max(size.batch // 2, 1)
+    steps = {f"stage {stage}": our_step(size, mesh=mesh, zero=stage) for stage in STAGES}
     if mesh.size > 1:
-        cases.append((3, "layers"))
-    steps = [our_step(size, mesh=mesh, zero=stage, zero_split=split) for stage, split in cases]
-    calls: dict[str, Call] = {str(n): partial(step, batch) for n, step in enumerate(steps)}
+        steps["stage 3, layers"] = our_step(size, mesh=mesh, zero=3, zero_split="layers")
+    steps |= {
+        "deterministic": our_step(size, mesh=ordered),
+        "2 microbatches": our_step(size, mesh=mesh, microbatch=half),
+        "2 microbatches, deterministic": our_step(size, mesh=ordered, microbatch=half),
+    }
+    calls: dict[str, Call] = {way: partial(step, batch) for way, step in steps.items()}
+    calls["alone"] = partial(our_step(size, mesh=Mesh(Alone())), own)
     found = alternate(mesh.world, calls, rounds)
     gc.collect()
     return [
         {
-            "ranks": mesh.size, "stage": stage, "split": split,
-            "block": size.block, "batch": size.batch, "seconds": float(np.median(seconds)),
-            "ratio": float(np.median(seconds / found["0"])),
+            "ranks": mesh.size, "way": way, "block": size.block, "batch": size.batch,
+            "seconds": float(np.median(seconds)),
+            "ratio": float(np.median(seconds / found["stage 0"])),
         }
-        for (stage, split), seconds in zip(cases, found.values(), strict=True)
+        for way, seconds in found.items()
     ]  # fmt: skip

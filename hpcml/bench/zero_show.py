@@ -55,12 +55,11 @@ def _states(report: Row) -> str:
 
 def _time(report: Row) -> str:
     rows = report["time"]
-    lines = [["ranks", "stage", "form", "ms", "times stage 0"]]
+    lines = [["ranks", "", "ms", "times stage 0"]]
     lines += [
         [
             str(row["ranks"]),
-            str(row["stage"]),
-            row["split"],
+            row["way"],
             f"{row['seconds'] * 1e3:.0f}",
             f"{row['ratio']:.3f}",
         ]

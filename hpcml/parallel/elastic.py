@@ -21,8 +21,9 @@ class ElasticStep(LocalStep):
 
     Rounds count for `bound` what steps count for `StaleStep`: a rank begins a round as soon as the
     centre has the sums of all rounds but the last `bound`; `staleness` holds how many it lacked.
-    Results are those of the centre. With N ranks it moves by N / (N + 1) of what ranks by themselves
-    would, as one more that is drawn along: the learning rate may be larger by (N + 1) / N.
+    Results are those of the centre. With N ranks it moves by N / (N + 1) of what ranks by
+    themselves would, as one more that is drawn along: the learning rate may be larger by
+    (N + 1) / N.
     """
 
     staleness: Staleness
