@@ -62,7 +62,8 @@ def groups_of(mesh: Mesh, mode: str, model: Module, zero: int) -> Groups:
             f"parameters of {half} with data_parallel.mode={mode}: use train.precision=fp32, or "
             "mode=sync"
         )
-    return apart(mesh, ("params", "grads") if mode == "local" else ())
+    # Of local ones the synchronous steps reduce the gradients where they lie.
+    return apart(mesh, ("grads",) if mode == "local" else ())
 
 
 def _needs(name: str, value: float, default: float, met: object, what: str) -> None:
