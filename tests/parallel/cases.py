@@ -146,6 +146,18 @@ def reference(kind: str, dtype: str, optimizer: str, size: int, steps: int) -> T
     return run(kind, serial_mesh(), dtype, optimizer, size, 0, steps)
 
 
+def compare(found: Trace, expected: Trace) -> None:
+    """Float64 runs that must be alike, batch by batch and parameter by parameter."""
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-12)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-11)
+    for after, parameters in expected.parameters.items():
+        for name, array in parameters.items():
+            np.testing.assert_allclose(
+                found.parameters[after][name], array, rtol=0, atol=1e-12,
+                err_msg=f"{name} after {after} steps",
+            )  # fmt: skip
+
+
 class Lazy:
     """A batch that notes which of its samples were asked for."""
 

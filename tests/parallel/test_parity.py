@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from hpcml.comm import Mesh
-from tests.parallel.cases import CLIP, KINDS, OPTIMIZERS, make, reference, run, serial_mesh, values
+from tests.parallel.cases import (
+    CLIP,
+    KINDS,
+    OPTIMIZERS,
+    compare,
+    make,
+    reference,
+    run,
+    serial_mesh,
+    values,
+)
 
 cases = pytest.mark.parametrize
 SIZES = [1, 5, 8]  # ranks without a sample, shares that differ, and that do not
@@ -22,14 +32,7 @@ def test_parameters_in_float64(
 ) -> None:
     expected = reference(kind, "float64", optimizer, size, 5)
     found = run(kind, mesh, "float64", optimizer, size, microbatch, 5)
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-12)
-    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-11)
-    for after, parameters in expected.parameters.items():
-        for name, array in parameters.items():
-            np.testing.assert_allclose(
-                found.parameters[after][name], array, rtol=0, atol=1e-12,
-                err_msg=f"{name} after {after} steps",
-            )  # fmt: skip
+    compare(found, expected)
 
 
 @cases("microbatch", [0, 1, 3])

@@ -20,7 +20,7 @@ from hpcml.parallel.zero import Zero
 from tests.parallel.cases import (
     KINDS,
     OPTIMIZERS,
-    Trace,
+    compare,
     decay_matrices,
     make,
     reference,
@@ -50,17 +50,6 @@ RUNS = [  # kind, optimizer, size, microbatch
     ("gpt", "adamw", 8, 0), ("gpt", "adamw", 1, 1), ("gpt", "adamw", 5, 2), ("own", "adamw", 8, 3),
     ("mlp", "sgd", 8, 3),
 ]  # fmt: skip
-
-
-def compare(found: Trace, expected: Trace) -> None:
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-12)
-    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-11)
-    for after, parameters in expected.parameters.items():
-        for name, array in parameters.items():
-            np.testing.assert_allclose(
-                found.parameters[after][name], array, rtol=0, atol=1e-12,
-                err_msg=f"{name} after {after} steps",
-            )  # fmt: skip
 
 
 @cases(("kind", "optimizer", "size", "microbatch"), RUNS)
