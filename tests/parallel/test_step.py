@@ -15,7 +15,7 @@ from hpcml.data import Batches
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.optim import SGD
 from hpcml.parallel import Step
-from hpcml.parallel.data import microbatches
+from hpcml.parallel.data import count, microbatches
 from tests.parallel.cases import KINDS, Lazy, make, serial_mesh, values
 
 
@@ -35,7 +35,7 @@ class Pairs:
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("microbatch", [0, 1])
 def test_one_reduction_of_the_gradients_a_step(microbatch: int) -> None:
-    """And a small one of the loss, however many microbatches there are."""
+    """And a small one of the losses, one of each microbatch of all ranks."""
     mesh = Mesh()
     step = make("gpt", mesh, microbatch=microbatch)
     fields = KINDS["gpt"].batch(9, 0)
@@ -44,7 +44,8 @@ def test_one_reduction_of_the_gradients_a_step(microbatch: int) -> None:
     sent = mesh.ledger.snapshot() - before
     assert list(sent) == ["dp"] and list(sent["dp"]) == ["all_reduce"]
     assert sent["dp"]["all_reduce"].calls == 2
-    assert sent["dp"]["all_reduce"].bytes == step.optimizer.storage.grad.nbytes + 8
+    losses = 8 * count(9, microbatch, mesh.size)
+    assert sent["dp"]["all_reduce"].bytes == step.optimizer.storage.grad.nbytes + losses
 
 
 def test_gradients_are_those_of_the_mean_loss(mesh: Mesh) -> None:
