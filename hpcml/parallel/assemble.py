@@ -83,7 +83,9 @@ def parallelize(
     if mode == "sync":
         divided = groups_of(mesh, zero, shard_ranks, zero_split)
     else:
-        divided = modes.groups_of(mesh, mode, model, zero)
+        divided = modes.groups_of(
+            mesh, mode, model, {"stage": zero, "shard_ranks": shard_ranks, "split": zero_split}
+        )
     seed = rng.seed() if seed is None else seed
     model.name_parts()
     given = groups(model) if groups else list(model.parameters())

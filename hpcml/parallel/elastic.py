@@ -19,6 +19,8 @@ from hpcml.parallel.local import LocalStep
 class ElasticStep(LocalStep):
     """Every `period` steps a rank moves by alpha (centre - own), the centre by the opposites' sum.
 
+    Only the averaging is asynchronous: for the loss, a few bytes, ranks wait for each other in
+    every step, so that none is far ahead of another and sums are late only where messages are.
     Rounds count for `bound` what steps count for `StaleStep`: a rank begins a round as soon as the
     centre has the sums of all rounds but the last `bound`; `staleness` holds how many it lacked.
     Results are those of the centre. With N ranks it moves by N / (N + 1) of what ranks by

@@ -66,7 +66,8 @@ class Gradients:
         self._ready.clear()
         self._reduced = 0
         if self.sharding.whole("grads"):
-            self._let_lie(at_home=not (self.ordered and rounds > 1))
+            several = rounds > 1 or self.groups.replica.size > 1
+            self._let_lie(at_home=not (self.ordered and several))
         self._first = True
         for parameter in self.storage.parameters:
             parameter.gradient = None
@@ -164,11 +165,10 @@ class Gradients:
         self._learned = True
         order = [*self._ready, *(b for b in self._buckets if b not in self._ready)]
         numbers = {bucket: number for number, bucket in enumerate(self.storage.trained)}
-        agreed = self.groups.all.broadcast_object([numbers[bucket] for bucket in order])
-        rest = self._buckets[self._reduced :]
-        for bucket in rest:  # in the order so far, once more
+        for bucket in self._buckets[self._reduced :]:  # in the order so far, once more
             self._reduce(bucket)
         self._reduced = len(self._buckets)
+        agreed = self.groups.all.broadcast_object([numbers[bucket] for bucket in order])
         learned = [self.storage.trained[number] for number in agreed]
         if learned != self._buckets:  # buckets that were ready had to wait for their turn
             self._wait(0)

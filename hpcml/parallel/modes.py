@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from hpcml.backend import is_half
@@ -49,13 +49,17 @@ def choose(
     return partial(StaleStep, bound=staleness) if mode == "async" else Step
 
 
-def groups_of(mesh: Mesh, mode: str, model: Module, zero: int) -> Groups:
-    """The groups for a mode in which ranks are apart; refuses what only sync can do. Collective."""
-    if zero:
-        raise UserError(
-            f"zero.stage={zero} with data_parallel.mode={mode}: replicas differ, so that none can "
-            "hold a part for another: use zero.stage=0"
-        )
+def groups_of(mesh: Mesh, mode: str, model: Module, zero: Mapping[str, object]) -> Groups:
+    """The groups for a mode in which ranks are apart. Collective.
+
+    zero: the keys of that section. Raises UserError for what only sync can do.
+    """
+    for name, usual in (("stage", 0), ("shard_ranks", 0), ("split", "blocks")):
+        if zero[name] != usual:
+            raise UserError(
+                f"zero.{name}={zero[name]} with data_parallel.mode={mode}: replicas differ, "
+                f"so none can hold a part for another: use zero.{name}={usual}"
+            )
     half = next((p.dtype for p in model.parameters() if is_half(p.dtype)), None)
     if half is not None:
         raise UserError(

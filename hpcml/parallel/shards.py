@@ -68,12 +68,13 @@ class Shards:
             unit.hide()
             self._parked.append(unit)
 
-    def forget(self, unit: Unit) -> None:
-        """Fetch a unit anew when it is needed next."""
-        self.park(unit)
-        if unit in self._parked:
-            self._parked.remove(unit)
-            unit.give_back()
+    def forget(self, changed: Iterable[Unit] = ()) -> None:
+        """Fetch the units (or all of them) anew when they are needed next: they have changed."""
+        for unit in changed or self.units:
+            self.park(unit)
+            if unit in self._parked:
+                self._parked.remove(unit)
+                unit.give_back()
 
     def end(self, whole: bool = True) -> None:
         """A pass is over; `whole`: with its backward, so that the next one will be like it."""
@@ -154,10 +155,12 @@ class Unit:
         self.coming = []
 
     def show(self) -> None:
-        """Let the parameters have their values."""
+        """Let the parameters have their values, to be read: what is written here goes nowhere."""
         for bucket, slot in zip(self.buckets, self.slots, strict=True):
             for number, parameter in enumerate(bucket.parameters):
-                parameter.data = bucket.view(slot, number)
+                view = bucket.view(slot, number)
+                view.flags.writeable = False
+                parameter.data = view
 
     def hide(self) -> None:
         """Let them have none: the next access fetches them."""
@@ -167,7 +170,7 @@ class Unit:
 
     def drop(self) -> None:
         """Forget the values: they have changed."""
-        self.shards.forget(self)
+        self.shards.forget([self])
 
     def give_back(self) -> None:
         """Give the memory back."""

@@ -23,7 +23,7 @@ from hpcml.parallel.batch import as_tensor, samples_of, size_of
 from hpcml.parallel.finite import describe
 from hpcml.parallel.limits import advised
 from hpcml.parallel.precision import LossScaler
-from hpcml.parallel.replicas import check_replicas
+from hpcml.parallel.replicas import ReplicaError, check_replicas
 from hpcml.parallel.zero import Zero
 
 LossFunction = Callable[..., Tensor]
@@ -204,9 +204,16 @@ class Step:
 
     def check_replicas(self) -> None:
         """Raise `ReplicaError` unless what several ranks hold is the same to the bit."""
-        axis = self.groups.replica if self.zero.gathers else self.axis
+        axis = self.axis if self.groups.sharding.whole("params") else self.groups.replica
+        found = ""
         with self.settled():
-            check_replicas(self.zero.replicas(), axis)
+            try:
+                check_replicas(self.zero.replicas(), axis)
+            except ReplicaError as error:
+                found = str(error)
+        reports = list(filter(None, self.axis.allgather_object(found)))
+        if reports:
+            raise ReplicaError(reports[0])
 
     def _loss(self, fields: Sequence[Any]) -> Tensor:
         arrays = [as_tensor(field, self._dtype) for field in fields]

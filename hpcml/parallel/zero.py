@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from hpcml import memory
 from hpcml.backend import Array
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
@@ -63,11 +64,14 @@ class Zero:
             self._place(int(bucket_mb * (1 << 20)))
         storage = self.storage = optimizer.storage
         overlap = groups.all.overlaps if overlap is None else overlap
-        arena = Arena(lambda size: groups.shard.empty(size, storage.dtype))
-        self._gradients = Gradients(storage, groups, arena, overlap, deterministic)
+        # Gradients in memory of this rank's own: a layer that only some ranks use has its place on
+        # those alone. What is gathered has the same place on all, in memory that they share.
+        own = Arena(lambda size: memory.empty((size,), storage.dtype, "buffers"))
+        self._gradients = Gradients(storage, groups, own, overlap, deterministic)
         self._shards: Shards | None = None
         if not groups.sharding.whole("params"):
-            self._shards = Shards(model, storage, groups.shard, arena, overlap)
+            shared = Arena(lambda size: groups.shard.empty(size, storage.dtype))
+            self._shards = Shards(model, storage, groups.shard, shared, overlap)
 
     def _place(self, bucket_bytes: int) -> None:
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -136,6 +140,8 @@ class Zero:
         scale: by which the gradients count.
         """
         self.optimizer.step(scale)
+        if self._shards is not None:
+            self._shards.forget()
         sharding = self.groups.sharding
         if sharding.whole("params") and not sharding.whole("optim"):
             for bucket in self.storage.trained:
@@ -161,7 +167,14 @@ class Zero:
         return gathered(trained, self.storage, self.groups.shard, self.storage.sums)
 
     def replicas(self) -> Iterator[tuple[str, Array]]:
-        """What this rank holds and the replicas of its shard should hold alike, by name."""
-        if self._shards is None:
-            return ((name, p.data) for name, p in self.model.named_parameters())
-        return ((bucket.parameters[0].name, bucket.data) for bucket in self.storage.buckets)
+        """What this rank holds and its replicas should hold alike, by parameter."""
+        held = self.groups.sharding.owned
+        for bucket in self.storage.buckets:
+            place = held("params", bucket)
+            for parameter, part in zip(bucket.parameters, bucket.slices, strict=True):
+                low, high = max(part.start, place.start), min(part.stop, place.stop)
+                if low < high:
+                    yield parameter.name, bucket.data[low - place.start : high - place.start]
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in self.storage.home:
+                yield name, parameter.data

@@ -73,6 +73,23 @@ def test_nor_on_how_it_is_done(options: dict[str, Any]) -> None:
     assert in_threads(4, *run, **options) == alone(*run)
 
 
+@cases("stage", [1, 2, 3])
+@cases("shards", [1, 2, 4])
+def test_nor_on_groups_with_one_microbatch_a_rank(shards: int, stage: int) -> None:
+    """Where gradients might stay at home until all are there: sums of sums have another order."""
+
+    def program(**options: Any) -> tuple[str, float]:
+        mesh = Mesh(deterministic=True)
+        step = make("gpt", mesh, "float32", "adamw", microbatch=MICROBATCH, **options)
+        for number in range(STEPS):
+            step(KINDS["gpt"].batch(4 * MICROBATCH, number))
+        return outcome(step)
+
+    expected = hpcml.run(program, ranks=1)
+    found = hpcml.run(lambda: program(zero=stage, shard_ranks=shards), ranks=4)
+    assert set(found) == set(expected)
+
+
 @pytest.mark.mpi(min_size=2)
 @cases("stage", [0, 1, 2, 3])
 @cases("run", RUNS[:3], ids="-".join)

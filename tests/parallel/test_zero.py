@@ -129,16 +129,19 @@ def test_shards_within_groups(shards: int, stage: int, split: str, overlap: bool
 
 
 @pytest.mark.mpi(min_size=2)
-def test_replicas_are_checked_in_every_stage() -> None:
+@cases("stage", [0, 1, 2, 3])
+def test_replicas_are_checked_in_every_stage(stage: int) -> None:
+    """All ranks hear of it, and of the parameter."""
     mesh = Mesh()
-    for stage in (0, 1, 2, 3):
-        step = make("gpt", mesh, zero=stage, shard_ranks=1 if stage else 0)
-        step(KINDS["gpt"].batch(4, 0))
+    step = make("gpt", mesh, zero=stage, shard_ranks=1 if stage else 0)
+    step(KINDS["gpt"].batch(4, 0))
+    step.check_replicas()
+    bucket = step.optimizer.storage.buckets[-1]
+    last = bucket.parameters[-1].name
+    if mesh.rank == mesh.size - 1:
+        bucket.data[bucket.slices[-1].stop - 1] += 1
+    with pytest.raises(RuntimeError, match=f"drifted apart: parameter {last} differs"):
         step.check_replicas()
-        if mesh.rank == 1:
-            step.optimizer.storage.buckets[0].data[0] += 1
-        with pytest.raises(RuntimeError, match="drifted apart"):
-            step.check_replicas()
 
 
 # --- accumulation by hand -----------------------------------------------------------------------
@@ -233,12 +236,87 @@ class SomeTimes(Odd):
         return bool(x.numpy()[0, 0] > 0)
 
 
+class Branches(nn.Module):
+    """Each sample takes one of two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.a if x.numpy()[0, 0] > 0 else self.b
+        return self.last(chosen(self.first(x)).tanh())
+
+
+class Single(nn.Module):
+    """One unit: what backward used last is what the next forward begins with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(np.linspace(-1, 1, 6, dtype=np.float32).reshape(6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight).tanh()
+
+
+class Bypassed(nn.Module):
+    """Enters its blocks by `forward`: no hook runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block.forward(x).tanh()
+        return self.last.forward(x)
+
+
+@cases("deterministic", [False, True])
+@cases("way", ["0", "0 overlap", "1", "1 overlap", "2", "2 overlap"])
+def test_ranks_that_use_different_layers(mesh: Mesh, way: str, deterministic: bool) -> None:
+    where = Mesh(deterministic=True) if deterministic and mesh.size > 1 else mesh
+    found = trained(Branches, where, microbatch=1, **WAYS.get(way, {}))
+    for name, array in trained(Branches, serial_mesh(), microbatch=1).items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-12, err_msg=name)
+
+
+@cases("way", ["3", "3 overlap", "3 layers"])
+@cases("kind", [Single, Bypassed])
+def test_a_unit_used_last_is_fetched_anew_after_the_update(
+    mesh: Mesh, kind: Callable[[], nn.Module], way: str
+) -> None:
+    """Its old values were still in memory, and were taken for those of the next step."""
+    found = trained(kind, mesh, microbatch=2, **WAYS[way])
+    for name, array in trained(kind, serial_mesh(), microbatch=2).items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_a_unit_used_last_is_fetched_anew_after_loading(mesh: Mesh) -> None:
+    step = hpcml.parallelize(
+        Single(), loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, zero=3, seed=1
+    )
+    x, y = np.ones((2, 6), np.float32), np.zeros((2, 1), np.float32)
+    assert step.evaluate([(x, y)]) == pytest.approx(0, abs=1e-6)
+    step.model.load_state_dict({"weight": np.full((6, 1), 10, np.float32)})
+    assert step.evaluate([(x, y)]) == pytest.approx(1, abs=1e-6)
+
+
+def test_gathered_values_are_not_written_to(mesh: Mesh) -> None:
+    """It would go nowhere."""
+    step = make("mlp", mesh, zero=3)
+    with pytest.raises(ValueError, match="read-only"):
+        step.model.layers[0].weight.data[...] = 0
+
+
 @cases("way", [*WAYS, "0"])
 @cases("microbatch", [1, 2])
 def test_odd_models(mesh: Mesh, way: str, microbatch: int) -> None:
     options = WAYS.get(way, {})
-    # Gradients on the way lie in the same place on all ranks: they must use the same layers.
-    kind = SomeTimes if options.get("zero", 0) < 2 else Odd
+    # To gather parameters ranks must use the same layers.
+    kind = SomeTimes if options.get("zero", 0) < 3 else Odd
     found, expected = (
         trained(kind, where, microbatch=microbatch, **more)
         for where, more in ((mesh, options), (serial_mesh(), {}))

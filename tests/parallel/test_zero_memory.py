@@ -183,7 +183,7 @@ def test_a_tied_embedding_that_is_the_largest_unit(mesh: Mesh, overlap: bool) ->
     found = made(mesh, 3, vocab=4096, width=64, overlap=overlap)
     embedding, blocks = found.units()
     assert embedding == found.bucket > blocks > embedding / 2
-    assert 2 * embedding + blocks <= found.buffers() <= (4 if overlap else 3) * embedding
+    assert 2 * embedding + blocks <= found.buffers() <= (5 if overlap else 3) * embedding
 
 
 @cases("precision", ["fp32", "bf16"])
