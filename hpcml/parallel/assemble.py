@@ -68,15 +68,7 @@ def parallelize(
     Raises UserError for what this version cannot do.
     """
     mesh = Mesh() if mesh is None else mesh
-    others = {name: size for name, size in mesh.sizes.items() if size > 1 and name != "dp"}
-    if others:
-        raise UserError(f"mesh {others}: only dp is available in this version: use Mesh(dp=...)")
-    if microbatch < 0:
-        raise UserError(f"microbatch={microbatch} must be 0 (a rank's whole share) or more")
-    if not grad_clip >= 0:
-        raise UserError(f"grad_clip={grad_clip} must be 0 (no limit) or more")
-    if not bucket_mb > 0:
-        raise UserError(f"zero.bucket_mb={bucket_mb} must be more than 0")
+    _check(mesh, microbatch, grad_clip, bucket_mb)
     make = modes.choose(
         mesh, mode, period=period, staleness=staleness, sync_steps=sync_steps, elastic=elastic
     )
@@ -100,6 +92,19 @@ def parallelize(
             bucket_mb=bucket_mb, overlap=overlap, deterministic=mesh.deterministic,
         )  # fmt: skip
     return make(model, loss, mesh, states, microbatch=microbatch, grad_clip=grad_clip, seed=seed)
+
+
+def _check(mesh: Mesh, microbatch: int, grad_clip: float, bucket_mb: float) -> None:
+    """Refuse what can never be."""
+    others = {name: size for name, size in mesh.sizes.items() if size > 1 and name != "dp"}
+    if others:
+        raise UserError(f"mesh {others}: only dp is available in this version: use Mesh(dp=...)")
+    if microbatch < 0:
+        raise UserError(f"microbatch={microbatch} must be 0 (a rank's whole share) or more")
+    if not grad_clip >= 0:
+        raise UserError(f"grad_clip={grad_clip} must be 0 (no limit) or more")
+    if not bucket_mb > 0:
+        raise UserError(f"zero.bucket_mb={bucket_mb} must be more than 0")
 
 
 def groups_of(mesh: Mesh, zero: int, shard_ranks: int, split: str) -> groups.Groups:

@@ -47,7 +47,7 @@ class Gradients:
         self._slots: dict[Bucket, Array] = {}
         self._own = {bucket: self._part(bucket) for bucket in self._buckets}
         self._pending: list[tuple[Request, Array | None]] = []
-        self._active = self._last = False
+        self._active = False
         self._real = self._first = True
         if self.on_way or ordered or self.overlap:
             for parameter in storage.parameters:
@@ -78,7 +78,7 @@ class Gradients:
 
     def before_backward(self, *, real: bool, last: bool) -> None:
         """A microbatch comes; `real`: with samples of this rank; `last`: of the step."""
-        self._real, self._last = real, last
+        self._real = real
         self._active = self.on_way or (self.overlap and last)
         if self._active:
             for bucket in self._buckets:

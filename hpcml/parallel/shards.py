@@ -30,12 +30,8 @@ class Shards:
     def __init__(
         self, model: Module, storage: FlatStorage, axis: Axis, arena: Arena, prefetch: bool
     ) -> None:
-        self.axis, self.sharding, self.arena, self.prefetch = (
-            axis,
-            storage.sharding,
-            arena,
-            prefetch,
-        )
+        self.axis, self.sharding = axis, storage.sharding
+        self.arena, self.prefetch = arena, prefetch
         self.units: list[Unit] = []
         self._parked: list[Unit] = []  # whose memory is free to use, but still holds their values
         self._seen: list[Unit] = []  # fetched in this pass
@@ -133,18 +129,12 @@ class Unit:
 
     def start(self, background: bool) -> None:
         """Gather the buckets, or begin to."""
-        shards = self.shards
+        shards, sharding = self.shards, self.shards.sharding
         for bucket in self.buckets:
             slot = shards.arena.take(bucket.size)
             self.slots.append(slot)
-            own = (
-                None
-                if shards.sharding.layers
-                else shards.arena.part(slot, shards.sharding.block(bucket))
-            )
-            request = gather(
-                bucket, bucket.data, slot, shards.axis, shards.sharding, own, background
-            )
+            own = shards.arena.part(slot, sharding.block(bucket)) if not sharding.layers else None
+            request = gather(bucket, bucket.data, slot, shards.axis, sharding, own, background)
             if request is not None:
                 self.coming.append(request)
 

@@ -37,8 +37,9 @@ class Zero:
         zero.finish()
         zero.update(clip_scale(zero.norm(), 1.0))
 
-    With several microbatches the three lines in the middle repeat. All ranks do so equally often;
-    in stages 0 and 1, unless `lockstep`, a rank may do it fewer times.
+    With A microbatches it is `begin(A)`, and the three lines in the middle repeat, all but the last
+    time with `before_backward(last=False)`: what is reduced early would else be reduced again. All
+    ranks do so equally often; in stages 0 and 1, unless `lockstep`, a rank may do it fewer times.
     """
 
     def __init__(

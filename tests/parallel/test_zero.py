@@ -459,25 +459,31 @@ def test_the_place_where_numbers_stop_being_finite(mesh: Mesh, stage: int) -> No
         step(batch)
 
 
+@cases("deterministic", [False, True])
+@cases("overlap", [False, True])
 @cases("stage", [0, 1, 2, 3])
-def test_in_a_loop_of_ones_own(mesh: Mesh, stage: int) -> None:
-    """The states by themselves, without `parallelize`."""
-    expected = make("mlp", serial_mesh(), microbatch=4)
+def test_in_a_loop_of_ones_own(mesh: Mesh, stage: int, overlap: bool, deterministic: bool) -> None:
+    """The states by themselves, without `parallelize`, with two microbatches a rank."""
+    expected = make("mlp", serial_mesh(), microbatch=2)
     model = KINDS["mlp"].model().double().name_parts()
     hpcml.manual_seed(3)
+    where = Mesh(deterministic=deterministic) if mesh.size > 1 else mesh
+    optimizer = SGD(model.parameters(), **OPTIMIZERS["sgd"][1])
     states = Zero(
-        model, SGD(model.parameters(), **OPTIMIZERS["sgd"][1]), groups.divide(mesh, stage)
+        model, optimizer, groups.divide(where, stage), overlap=overlap, deterministic=deterministic
     )
-    axis = mesh["dp"]
+    axis = where["dp"]
     for number in range(3):
         x, y = KINDS["mlp"].batch(4 * axis.size, number)
         expected((x, y))
-        states.begin()
-        states.before_backward()
-        mine = slice(4 * axis.rank, 4 * axis.rank + 4)
-        loss = KINDS["mlp"].loss(model(Tensor(x[mine])), Tensor(y[mine]))
-        loss.backward(np.array(1 / axis.size))
-        states.after_backward()
+        states.begin(2)
+        for k in range(2):
+            states.before_backward(last=k == 1)
+            first = 2 * (k * axis.size + axis.rank)
+            mine = slice(first, first + 2)
+            loss = KINDS["mlp"].loss(model(Tensor(x[mine])), Tensor(y[mine]))
+            loss.backward(np.array(0.5 / axis.size))
+            states.after_backward()
         states.finish()
         assert states.norm() == pytest.approx(expected.grad_norm, rel=1e-12)
         states.update()
