@@ -46,9 +46,9 @@ class LocalStep(Step):
         """Whether the next update is a synchronous one."""
         return self.optimizer.steps < self.sync_steps
 
-    def _accumulate(self, batch: Any, size: int, first: int) -> Array:
+    def _accumulate(self, batch: Any, size: int, first: int, *, fresh: bool) -> Array:
         self._weight = 1.0 if self._joint else float(self.axis.size)
-        return super()._accumulate(batch, size, first)
+        return super()._accumulate(batch, size, first, fresh=fresh)
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
         updates = not self._holding

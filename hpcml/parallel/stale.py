@@ -73,10 +73,10 @@ class StaleStep(Step):
             "with a smaller microbatch instead"
         )
 
-    def _accumulate(self, batch: Any, size: int, first: int) -> Array:
+    def _accumulate(self, batch: Any, size: int, first: int, *, fresh: bool) -> Array:
         self._catch_up(self.bound)
         self.staleness.add(len(self._sums))
-        return super()._accumulate(batch, size, first)
+        return super()._accumulate(batch, size, first, fresh=fresh)
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
         factor = self._complete()

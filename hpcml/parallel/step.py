@@ -73,9 +73,10 @@ class Step:
         """
         size, first = size_of(batch), getattr(batch, "first", self.samples)
         at_once = min(size, self.microbatch or -(-size // self.axis.size))
+        held, self._held = self._held, 0  # what an error leaves of a gradient is of no use
         with advised(self.optimizer, self.groups.sharding, at_once):
-            losses = self._accumulate(batch, size, first)
-        self.samples, self._held = first + size, self._held + size
+            losses = self._accumulate(batch, size, first, fresh=held == 0)
+        self.samples, self._held = first + size, held + size
         return self._conclude(batch, first, losses)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -99,10 +100,13 @@ class Step:
         finally:
             self._holding = False
 
-    def _accumulate(self, batch: Any, size: int, first: int) -> Array:
-        """Add the gradients of a batch; the share of each own microbatch in its mean loss."""
+    def _accumulate(self, batch: Any, size: int, first: int, *, fresh: bool) -> Array:
+        """Add the gradients of a batch; the share of each own microbatch in its mean loss.
+
+        fresh: to none of batches before.
+        """
         total = data.count(size, self.microbatch, self.axis.size)
-        if self._held == 0:
+        if fresh:
             self._unit = size
             rounds = -(-total // self.axis.size)
             self.zero.begin(2 if self._holding else rounds)

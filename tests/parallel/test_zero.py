@@ -172,6 +172,26 @@ def test_no_sync_makes_one_large_batch(
         np.testing.assert_allclose(values(step)[name], array, rtol=0, atol=1e-12, err_msg=name)
 
 
+@cases("stage", [0, 1])
+def test_an_error_ends_an_accumulation(mesh: Mesh, stage: int) -> None:
+    """Half a batch must not count: the next step begins anew."""
+    batch = KINDS["mlp"].batch(6, 0)
+    step, expected = make("mlp", mesh, zero=stage, microbatch=1), make("mlp", serial_mesh())
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("by the way")
+
+    with step.no_sync():
+        step(batch)
+        handle = step.model.layers[0].weight.register_post_accumulate_grad_hook(fail)
+        with pytest.raises(RuntimeError, match="by the way"):
+            step(batch)
+    handle.remove()
+    step(batch)
+    expected(batch)
+    assert step.grad_norm == pytest.approx(expected.grad_norm, rel=1e-12)
+
+
 @cases("stage", [2, 3])
 def test_no_sync_is_refused_where_it_saves_nothing(stage: int) -> None:
     step = make("mlp", serial_mesh(), zero=stage)
