@@ -53,7 +53,8 @@ def parallelize(
     seed: parameters without values are made from it and their names, dropout masks too; by default
         the seed of `hpcml.manual_seed`.
     groups: model -> parameter groups, for settings by group; all parameters alike by default.
-    bucket_mb: MiB that are reduced or gathered at once, as far as single parameters allow.
+    bucket_mb: MiB of gradients on their way at once, as far as single parameters allow: buckets of
+        half of it, one that is filled while the other is reduced.
     shard_ranks: ranks that divide one copy of the states (neighbours), the others replicate it; 0
         for all. It must divide the number of data-parallel ranks.
     zero_split: "blocks", or "layers" for whole layers with an owner each that broadcasts them, the

@@ -54,15 +54,16 @@ class Zero:
     ) -> None:
         """Collective; all ranks get the parameters of the first, where they have values.
 
-        bucket_mb: MiB reduced or gathered at once. overlap: communicate in the background; None:
-        where that gains. deterministic: microbatches are added in their order over all ranks.
+        bucket_mb: MiB of gradients that are on their way at once, in buckets of half of that: one
+        is filled while another is reduced. overlap: communicate in the background; None: where
+        that gains. deterministic: microbatches are added in their order over all ranks.
         """
         self.model, self.optimizer, self.groups = model, optimizer, groups
         self.deterministic = deterministic
         detach(model.parameters())
         broadcast_parameters(model, groups.dp)
         with advised(optimizer, groups.sharding):
-            self._place(int(bucket_mb * (1 << 20)))
+            self._place(int(bucket_mb * (1 << 20) / 2))
         storage = self.storage = optimizer.storage
         overlap = groups.all.overlaps if overlap is None else overlap
         # Gradients in memory of this rank's own: a layer that only some ranks use has its place on
