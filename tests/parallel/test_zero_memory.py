@@ -121,9 +121,9 @@ def test_what_is_held_for_a_moment(
 ) -> None:
     """A bucket of gradients, and two units of parameters: one in use and one that comes.
 
-    In the background two buckets, of `bucket_mb` together: one is filled, the other is reduced. What
-    is small beside the blocks, the embeddings, has memory of its own for values and gradients. A
-    tied embedding is fetched at both ends, and the bucket of its gradient is in use between them.
+    In the background two buckets, of `bucket_mb` together: one is filled, the other is reduced.
+    What is small beside the blocks, the embeddings, has memory of its own for values and gradients.
+    A tied embedding is fetched at both ends, and the bucket of its gradient is in use between them.
     """
     found = made(mesh, stage, precision, tied=tied, overlap=overlap, bucket_mb=bucket_mb)
     held, units = found.buffers(), found.units()
