@@ -1,4 +1,4 @@
-"""`hpcml bench step|collectives|halo|overlap|zero`: see `hpcml bench NAME --help`."""
+"""`hpcml bench step|profile|collectives|halo|overlap|zero`: see `hpcml bench NAME --help`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
 
     step = add("step", _step, _show_step, "a GPT training step")
     step.add_argument("--peer", default="", help="also measure this library: torch")
+
+    profile = add("profile", _profile, _show_profile, "where the time of a training step goes")
+    sizes = ("small", "medium", "large")
+    profile.add_argument("--size", choices=sizes, default="small", help="of those of step (small)")
 
     text = "the collectives: every algorithm beside the MPI library, 1 KiB to 64 MiB"
     some = add("collectives", _collectives, _show_collectives, text)
@@ -120,6 +124,18 @@ def _show_step(report: dict[str, Any]) -> None:
     from hpcml.bench import step
 
     print(step.table(report))
+
+
+def _profile(options: argparse.Namespace) -> dict[str, Any]:
+    from hpcml.bench import profile
+
+    return profile.run(profile.NAMED[options.size])
+
+
+def _show_profile(report: dict[str, Any]) -> None:
+    from hpcml.bench import profile
+
+    print(profile.table(report))
 
 
 def _collectives(options: argparse.Namespace) -> dict[str, Any] | None:
