@@ -1,4 +1,4 @@
-"""`hpcml bench step|profile|collectives|halo|overlap|zero`: see `hpcml bench NAME --help`."""
+"""`hpcml bench step|profile|start|collectives|halo|overlap|zero`: see `hpcml bench NAME --help`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hpcml.comm import launch
@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     sizes = ("small", "medium", "large")
     profile.add_argument("--size", choices=sizes, default="small", help="of those of step (small)")
 
+    text = "import, and the first step of a run with and without compiled kernels"
+    start = add("start", _start, _show_start, text)
+    start.add_argument("--ranks", dest="most", type=int, default=2, help="ranks at once (2)")
+
     text = "the collectives: every algorithm beside the MPI library, 1 KiB to 64 MiB"
     some = add("collectives", _collectives, _show_collectives, text)
     some.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
@@ -90,22 +94,36 @@ def _in_a_job(ranks: int, args: list[str]) -> int:
     """Run the same command with several ranks under mpiexec; its exit code."""
     if ranks < 2:
         raise UserError(f"--ranks {ranks}: communication needs 2 ranks or more")
-    return _job(ranks, args).returncode
+    return _job(ranks, ["-m", "hpcml", "bench", *args]).returncode
 
 
-def _job(ranks: int, args: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+def _job(
+    ranks: int, args: list[str], env: Mapping[str, str] | None = None, **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run python with these arguments, under mpiexec where there are several ranks.
+
+    env: what differs in the environment.
+    """
+    width = shutil.get_terminal_size((120, 24)).columns  # the ranks have no terminal
+    environment = launch.without_launcher() | {"COLUMNS": str(width)} | dict(env or {})
+    command = [sys.executable, *args]
+    if ranks > 1:
+        mpiexec, permissive = _launcher()
+        command, environment = [mpiexec, "-n", str(ranks), *command], environment | permissive
+    sys.stdout.flush()
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, check=False, text=True, **how
+    )
+
+
+def _launcher() -> tuple[str, dict[str, str]]:
+    """The mpiexec to use, and what it needs in the environment."""
     from hpcml.cli.doctor.mpi import PERMISSIVE, find_mpiexec
 
     mpiexec = find_mpiexec()
     if not mpiexec:
         raise UserError("no mpiexec in PATH: install an MPI library: pip install 'hpcml[mpich]'")
-    width = shutil.get_terminal_size((120, 24)).columns  # the ranks have no terminal
-    environment = launch.without_launcher() | PERMISSIVE | {"COLUMNS": str(width)}
-    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "hpcml", "bench", *args]
-    sys.stdout.flush()
-    return subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, check=False, text=True, **how
-    )
+    return mpiexec, PERMISSIVE
 
 
 def _check_peer(peer: str) -> None:
@@ -136,6 +154,18 @@ def _show_profile(report: dict[str, Any]) -> None:
     from hpcml.bench import profile
 
     print(profile.table(report))
+
+
+def _start(options: argparse.Namespace) -> dict[str, Any]:
+    from hpcml.bench import start
+
+    return start.run(options.most, _job)
+
+
+def _show_start(report: dict[str, Any]) -> None:
+    from hpcml.bench import start
+
+    print(start.table(report))
 
 
 def _collectives(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -223,7 +253,7 @@ def _zero(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _zero_job(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
     numbers = {name: str(getattr(options, name)) for name in ("layers", "width", "rounds")}
-    args = ["zero", "--json", "--part", *options.part]
+    args = ["-m", "hpcml", "bench", "zero", "--json", "--part", *options.part]
     for name, number in numbers.items():
         args += [f"--{name}", number]
     done = _job(ranks, args, stdout=subprocess.PIPE)
