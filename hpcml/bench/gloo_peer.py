@@ -14,15 +14,15 @@ from hpcml.errors import UserError
 class GlooPeer:
     """`torch.distributed.all_reduce` among all ranks of a mesh. Making it is collective."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        """Raises `UserError` where PyTorch is not installed."""
+    def __init__(self, mesh: Mesh, threads: int = 1) -> None:
+        """`threads`: of PyTorch on each rank. Raises `UserError` where it is not installed."""
         try:
             import torch
             import torch.distributed as dist
         except ImportError:
             raise UserError("--peer torch needs PyTorch: install hpcml[peer]") from None
         self._torch, self._dist = torch, dist
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         several = len({node.index for node in mesh.nodes}) > 1
         host = mesh.node.host if several else "127.0.0.1"
         store = None

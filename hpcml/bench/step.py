@@ -1,28 +1,34 @@
 """A GPT training step, timed, beside the same step in PyTorch.
 
-Both run in one process on one thread, turn by turn, so that a machine that drifts drifts for both;
-the ratio is that of the medians. The products of matrices in the step are timed alone as well,
-because the two libraries call different BLAS.
+Here one rank measures; a job of several is measured by `step_ranks`, the memory that a step takes
+by `step_memory`. All contenders run in one process, turn by turn, so that a machine that drifts
+drifts for all; a ratio is the median of those within rounds. The products of matrices in the step
+take turns of their own, because the two libraries call different BLAS.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 import hpcml
-from hpcml import backend, kernels
+from hpcml import backend
+from hpcml.bench import products
+from hpcml.bench.rounds import Call, alternate, ratio
+from hpcml.comm import Mesh
 from hpcml.errors import UserError
 from hpcml.models import GPT, NextTokenLoss
 from hpcml.parallel import Step
 
 VOCAB = 65
+CHECKED = 3
+"""Steps whose losses are compared: from the second on they tell of the update as well."""
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,20 +45,11 @@ class Size:
         return f"({self.layers}, {self.width}, {self.block}, {self.batch})"
 
 
-SIZES = (Size(4, 4, 128, 64, 12), Size(6, 6, 384, 256, 16), Size(12, 12, 768, 256, 4))
-
-
-@dataclass
-class Row:
-    """Medians in seconds; `ratio` is the peer's time by ours, gemm_* the matrix products alone."""
-
-    size: str
-    ours: float
-    gemm_ours: float
-    peer: float | None = None
-    gemm_peer: float | None = None
-    ratio: float | None = None
-    loss_difference: float | None = None
+SIZES = {
+    "small": Size(4, 4, 128, 64, 12),
+    "medium": Size(6, 6, 384, 256, 16),
+    "large": Size(12, 12, 768, 256, 4),
+}
 
 
 def batch_of(size: Size) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -70,68 +67,22 @@ def our_step(size: Size, precision: str = "fp32", **options: Any) -> Step:
     )  # fmt: skip
 
 
-def products(size: Size) -> list[tuple[int, int, int, int]]:
-    """The matrix products of a forward pass, (rows, in, out, how many): x (rows, in) by weights."""
-    rows, c, n = size.batch * size.block, size.width, size.layers
-    layer = [(rows, c, 3 * c, n), (rows, c, c, n), (rows, c, 4 * c, n), (rows, 4 * c, c, n)]
-    return [*layer, (rows, c, VOCAB, 1)]
+def weights_of(step: Step) -> dict[str, np.ndarray[Any, Any]]:
+    """A copy of each parameter by name, for a peer to begin with. Collective."""
+    return {name: np.array(values) for name, values in step.gathered()}
 
 
-def our_products(size: Size) -> list[tuple[Callable[[], Any], int]]:
-    """The step's matrix products as `linear` calls them: forward, and both of backward."""
-    calls: list[tuple[Callable[[], Any], int]] = []
-    for rows, n_in, n_out, count in products(size):
-        x, w, g = _operands(rows, n_in, n_out)
-        k = kernels.of(x)
-        calls.append((partial(k.linear, x, w, np.empty_like(g)), count))
-        calls.append((partial(k.linear_input_gradient, g, w, np.empty_like(x)), count))
-        calls.append((partial(k.linear_weight_gradient, g, x, np.empty_like(w)), count))
-    return calls
+def tried(make: Callable[[], Callable[[], float]]) -> tuple[Call, list[float]]:
+    """Make a step of the peer's; it, and its losses on the first `CHECKED` calls.
 
-
-def _operands(rows: int, n_in: int, n_out: int) -> list[np.ndarray[Any, Any]]:
-    random = np.random.default_rng(1)
-    shapes = ((rows, n_in), (n_out, n_in), (rows, n_out))
-    return [random.standard_normal(shape, np.float32) for shape in shapes]
-
-
-def alternate(calls: list[Callable[[], Any]], rounds: int, warmup: int = 2) -> list[list[float]]:
-    """Seconds of each call in each round, the calls taking turns."""
-    times: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds + warmup):
-        for call, seconds in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            if number >= warmup:
-                seconds.append(time.perf_counter() - start)
-    return times
-
-
-def total(calls: list[tuple[Callable[[], Any], int]], rounds: int = 5) -> float:
-    """Sum of the medians, each as often as it occurs in a step."""
-    medians = [statistics.median(t) for t in alternate([call for call, _ in calls], rounds, 1)]
-    return sum(median * count for median, (_, count) in zip(medians, calls, strict=True))
-
-
-def measure(size: Size, peer: str, rounds: int) -> Row:
-    """Time one size; with peer="torch" beside PyTorch on the same weights and batch."""
-    step, batch = our_step(size), batch_of(size)
-    calls: list[Callable[[], Any]] = [lambda: step(batch)]
-    if not peer:
-        (ours,) = alternate(calls, rounds)
-        return Row(str(size), statistics.median(ours), total(our_products(size)))
-    if peer != "torch":
-        raise UserError(f'--peer="{peer}" is unknown: use torch')
-    from hpcml.bench import torch_peer
-
-    other = torch_peer.step(size, step.model.state_dict(), batch, VOCAB)
-    difference = abs(step(batch) - other())
-    ours, theirs = alternate([*calls, other], rounds)
-    row = Row(str(size), statistics.median(ours), total(our_products(size)))
-    row.peer = statistics.median(theirs)
-    row.gemm_peer = total(torch_peer.products(products(size)))
-    row.ratio, row.loss_difference = row.peer / row.ours, difference
-    return row
+    Raises UserError with one short line where the peer cannot do it, whatever it raises itself.
+    """
+    try:
+        call = make()
+        return call, [call() for _ in range(CHECKED)]
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError((lines or [type(error).__name__])[0][:100]) from error
 
 
 def rounds_for(size: Size) -> int:
@@ -139,44 +90,70 @@ def rounds_for(size: Size) -> int:
     return 60 if size.width <= 128 else 11 if size.width <= 384 else 7
 
 
-def run(peer: str = "") -> dict[str, Any]:
-    """Measure all sizes on one thread; the report as plain values."""
+def begin(part: str, peer: str, threads: int, ranks: int) -> dict[str, Any]:
+    """Give both libraries their threads; what a report begins with.
+
+    Raises UserError where the peer is not installed.
+    """
     from hpcml.train.environment import blas, cpu, gemm_library, versions
 
-    backend.set_threads(1)
-    before = blas()  # before a peer loads its own
-    rows = [measure(size, peer, rounds_for(size)) for size in SIZES]
-    return {
-        "bench": "step",
-        "version": 1,
-        "peer": peer,
-        "threads": 1,
-        "cpu": cpu(),
-        "gemm": gemm_library(),
-        "blas": before,
+    backend.set_threads(threads)
+    found: dict[str, Any] = {
+        "bench": "step", "version": 2, "part": part, "peer": peer, "ranks": ranks,
+        "threads": threads, "cpu": cpu(), "gemm": gemm_library(),
+        "blas": blas(),  # before a peer loads its own
         "packages": versions(),
-        "rows": [asdict(row) for row in rows],
-    }
+    }  # fmt: skip
+    if peer:
+        from hpcml.bench import torch_peer
+
+        torch_peer.set_threads(threads)
+        found["packages"][peer] = torch_peer.VERSION
+    return found
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as a table to print."""
-    numpys = report["blas"][0] if report["blas"] else {}
-    heads = ["(layers, width, block, batch)", "hpcml ms", "GEMM"]
-    if report["peer"]:
-        heads += [f"{report['peer']} ms", "GEMM", "ratio", "GEMM ratio"]
-    rows = [heads]
-    for row in report["rows"]:
-        cells = [row["size"], f"{row['ours'] * 1e3:.1f}", f"{row['gemm_ours'] / row['ours']:.0%}"]
-        if report["peer"]:
-            share = row["gemm_peer"] / row["peer"]
-            cells += [f"{row['peer'] * 1e3:.1f}", f"{share:.0%}", f"{row['ratio']:.2f}",
-                      f"{row['gemm_peer'] / row['gemm_ours']:.2f}"]  # fmt: skip
-        rows.append(cells)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    title = (
-        f"one training step, fp32, 1 thread, {report['cpu']}; GEMM by {report['gemm']}; NumPy's "
-        f"BLAS: {numpys.get('internal_api')} {numpys.get('version')} ({numpys.get('architecture')})"
-    )
-    return "\n".join([title, *lines])
+def run(
+    sizes: Sequence[str], peer: str = "", threads: int = 1, rounds: int = 0, compiled: bool = False
+) -> dict[str, Any]:
+    """Measure on one rank; the report as plain values.
+
+    sizes: names of `SIZES`. peer: "torch" for PyTorch on the same weights and batch. rounds: how
+    often, 0 for `rounds_for`. compiled: also what `torch.compile` makes of the peer's model.
+    """
+    report = begin("time", peer, threads, 1)
+    return report | {"rows": [measure(SIZES[name], peer, rounds, compiled) for name in sizes]}
+
+
+def measure(size: Size, peer: str = "", rounds: int = 0, compiled: bool = False) -> Row:
+    """Time one size: medians in seconds by contender, and how many times as fast ours is."""
+    mesh = Mesh()
+    step, batch, shapes = our_step(size, mesh=mesh), batch_of(size), products.shapes(size, VOCAB)
+    calls: dict[str, Call] = {"ours": partial(step, batch), "gemm_ours": products.ours(shapes)}
+    row: Row = {"size": str(size)}
+    if peer:
+        from hpcml.bench import torch_peer
+
+        weights = weights_of(step)
+        plain = partial(torch_peer.step, size, weights, batch, VOCAB)
+        calls["peer"], losses = tried(plain)
+        calls["gemm_peer"] = products.alternating(torch_peer.products(shapes))
+        row["loss_difference"] = largest(losses, [step(batch) for _ in range(CHECKED)])
+        if compiled:
+            try:
+                calls["compiled"], same = tried(partial(plain, compiled=True))
+                row["loss_difference"] = max(row["loss_difference"], largest(losses, same))
+            except UserError as error:
+                row["not_built"] = str(error)
+    times = alternate(mesh.world, calls, rounds or rounds_for(size))
+    row |= {name: float(np.median(seconds)) for name, seconds in times.items()}
+    if peer:
+        row["ratio"] = ratio(times, "ours", "peer")
+        row["gemm_ratio"] = ratio(times, "gemm_ours", "gemm_peer")
+    if "compiled" in times:
+        row["compiled_ratio"] = ratio(times, "ours", "compiled")
+    return row
+
+
+def largest(some: Sequence[float], others: Sequence[float]) -> float:
+    """The largest difference of losses."""
+    return max(abs(one - other) for one, other in zip(some, others, strict=True))

@@ -1,8 +1,13 @@
-"""The same GPT training step in PyTorch, eager, with its own defaults: the peer to compare with."""
+"""The same GPT training step in PyTorch with its own defaults: the peer to compare with.
+
+On one rank it runs eagerly, or what `torch.compile` makes of model and loss does. Among ranks it is
+laid out by PyTorch's counterparts of the stages of ZeRO, on gloo.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +21,18 @@ except ImportError:
     raise UserError("--peer torch needs PyTorch: install hpcml[peer]") from None
 
 if TYPE_CHECKING:
+    from hpcml.bench.products import Shape
     from hpcml.bench.step import Size
+
+VERSION = torch.__version__
+STAGES = (
+    "DistributedDataParallel",
+    "ZeroRedundancyOptimizer",
+    "fully_shard, reshard_after_forward=False",
+    "fully_shard, reshard_after_forward=True",
+)
+"""What counterparts of the stages of ZeRO are called."""
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
 
 
 class Block(nn.Module):
@@ -76,14 +92,69 @@ class TorchGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), target.view(-1))
 
 
+def set_threads(count: int) -> None:
+    """Threads of each operation."""
+    torch.set_num_threads(count)
+
+
 def step(
-    size: Size, state: Mapping[str, Any], batch: tuple[Any, Any], vocab: int
+    size: Size, weights: Mapping[str, Any] | None, batch: tuple[Any, Any], vocab: int,
+    compiled: bool = False,
+) -> Callable[[], float]:  # fmt: skip
+    """Return a training step on `batch`, on this rank alone.
+
+    It starts from the given parameters, by name; None for first values that PyTorch chooses.
+    """
+    model = _model(size, weights, vocab)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    return _training(torch.compile(model) if compiled else model, optimizer, batch)
+
+
+def step_among_ranks(
+    stage: int, size: Size, weights: Mapping[str, Any], batch: tuple[Any, Any], vocab: int
 ) -> Callable[[], float]:
-    """Return a training step on `batch`, starting from the given parameters."""
-    torch.set_num_threads(1)
+    """Return a training step of all ranks, `batch` being this rank's own; see `STAGES`. Collective.
+
+    `torch.distributed` has begun (`GlooPeer`). The loss is that of the rank's own batch.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = _model(size, weights, vocab)
+    if stage < 2:
+        model = DistributedDataParallel(model)
+    else:
+        for part in (*model.transformer["h"], model):
+            fully_shard(part, mesh=_cpu_mesh(), reshard_after_forward=stage == 3)
+    if stage == 1:
+        with warnings.catch_warnings():  # it compiles code by means that PyTorch has deprecated
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **ADAMW)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    return _training(model, optimizer, batch)
+
+
+def _cpu_mesh() -> Any:
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (get_world_size(),))
+
+
+def _model(size: Size, weights: Mapping[str, Any] | None, vocab: int) -> TorchGPT:
     model = TorchGPT(size, vocab)
-    model.load_state_dict({name: torch.tensor(value.numpy()) for name, value in state.items()})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    if weights is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.from_numpy(weights[name]))
+    return model
+
+
+def _training(
+    model: Any, optimizer: torch.optim.Optimizer, batch: tuple[Any, Any]
+) -> Callable[[], float]:
     tokens, target = (torch.from_numpy(field) for field in batch)
 
     def call() -> float:
@@ -97,7 +168,7 @@ def step(
     return call
 
 
-def products(shapes: list[tuple[int, int, int, int]]) -> list[tuple[Callable[[], Any], int]]:
+def products(shapes: Sequence[Shape]) -> list[tuple[Callable[[], Any], int]]:
     """The step's matrix products in PyTorch: forward, and both of backward."""
     calls: list[tuple[Callable[[], Any], int]] = []
     for rows, n_in, n_out, count in shapes:

@@ -43,12 +43,12 @@ def _states(report: Row) -> str:
     text = (
         f"GPT of {report['layers']} layers, width {report['width']}: "
         f"{rows[0]['params'] / 1e6:.1f} million parameters. Bytes a parameter on the rank that "
-        f"holds most; above: MiB of buffers at the peak of a step\n{_columns(memory)}"
+        f"holds most; above: MiB of buffers at the peak of a step\n{columns(memory)}"
     )
     if len(traffic) > 1:
         text += (
             "\n\nElements a parameter in a step: moved counts an all-reduce twice; sent: by the "
-            f"rank that sent most\n{_columns(traffic)}"
+            f"rank that sent most\n{columns(traffic)}"
         )
     return text
 
@@ -69,7 +69,7 @@ def _time(report: Row) -> str:
         f"A step of the GPT of {report['layers']} layers, width {report['width']}, with "
         f"{rows[0]['batch']} x {rows[0]['block']} tokens a rank, one thread each, fp32"
     )
-    return f"{title}\n{_columns(lines)}"
+    return f"{title}\n{columns(lines)}"
 
 
 def _models(report: Row) -> str:
@@ -84,7 +84,7 @@ def _models(report: Row) -> str:
         f"The largest GPT of width {rows[0]['width']} that trains with "
         f"{rows[0]['budget'] / 1e6:g} MB a rank, {rows[0]['precision']}; formula: the states alone"
     )
-    return f"{title}\n{_columns(lines)}"
+    return f"{title}\n{columns(lines)}"
 
 
 def _batches(report: Row) -> str:
@@ -100,10 +100,11 @@ def _batches(report: Row) -> str:
         f"second of a rank with it,\nbeside those with the microbatch that one rank could hold; "
         f"all ranks on {rows[0]['cores']} cores"
     )
-    return f"{title}\n{_columns(lines)}"
+    return f"{title}\n{columns(lines)}"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip()

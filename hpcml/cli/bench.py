@@ -15,6 +15,7 @@ from hpcml.comm import launch
 from hpcml.comm.algorithms import OPERATIONS
 from hpcml.errors import UserError
 
+STEP_PARTS, STEP_SIZES = ("time", "memory"), ("small", "medium", "large")
 ZERO_PARTS = ("states", "time", "models", "batches")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
 
@@ -25,7 +26,7 @@ def run(args: list[str]) -> int:
     Those of communication need several ranks: started alone, they start a job of their own.
     """
     options = _parser().parse_args(args)
-    if "ranks" in options and launch.read().size == 1:
+    if "ranks" in options and launch.read().size == 1 and options.ranks != options.alone:
         return _in_a_job(options.ranks, args)
     report: dict[str, Any] | None = options.measure(options)
     if report is None:  # another rank speaks
@@ -47,8 +48,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print the report as JSON")
         return command
 
-    step = add("step", _step, _show_step, "a GPT training step")
+    text = "a GPT training step: its time on one rank or by layout on several, or its memory"
+    step = add("step", _step, _show_step, text)
     step.add_argument("--peer", default="", help="also measure this library: torch")
+    step.add_argument("--compile", action="store_true", help="and what torch.compile makes of it")
+    step.add_argument("--part", choices=STEP_PARTS, default="time")
+    step.add_argument("--sizes", nargs="+", choices=STEP_SIZES, default=STEP_SIZES)
+    step.add_argument("--threads", type=int, default=1, help="of a rank (1)")
+    step.add_argument("--ranks", type=int, default=1, help="ranks, if started alone (1)")
+    step.set_defaults(alone=1)
 
     profile = add("profile", _profile, _show_profile, "where the time of a training step goes")
     sizes = ("small", "medium", "large")
@@ -73,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     overlap = add("overlap", _overlap, _show_overlap, text)
     for command in (some, halo, overlap):
         command.add_argument("--ranks", type=int, default=2, help="ranks, if started alone (2)")
+        command.set_defaults(alone=None)
     text = "ZeRO by stage: memory, traffic, time, and what fits, beside the paper's formulas"
     zero = add("zero", _zero, _show_zero, text)
     text = "if started alone: a job of each so many ranks (1 2 4 8)"
@@ -80,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     zero.add_argument("--part", nargs="+", choices=ZERO_PARTS, default=ZERO_PARTS)
     zero.add_argument("--layers", type=int, default=4, help="of the GPT of states and time (4)")
     zero.add_argument("--width", type=int, default=384, help="of the same (384)")
-    for command in (some, halo, overlap, zero):
+    for command in (step, some, halo, overlap, zero):
         command.add_argument("--rounds", type=int, default=0, help="repetitions (a second's)")
     return parser
 
@@ -131,17 +140,32 @@ def _check_peer(peer: str) -> None:
         raise UserError(f'--peer="{peer}" is unknown: use torch')
 
 
-def _step(options: argparse.Namespace) -> dict[str, Any]:
-    from hpcml.bench import step
+def _step(options: argparse.Namespace) -> dict[str, Any] | None:
+    from hpcml.bench import step, step_memory, step_ranks
+    from hpcml.comm import Mesh
 
+    ranks = launch.read().size
     _check_peer(options.peer)
-    return step.run(options.peer)
+    if options.threads < 1:
+        raise UserError(f"--threads {options.threads}: give a rank at least 1")
+    if options.compile and (not options.peer or options.part != "time" or ranks > 1):
+        raise UserError("--compile is timed beside --peer torch on 1 rank: leave it, or use these")
+    given = (options.sizes, options.peer, options.threads, options.rounds)
+    if options.part == "memory":
+        if ranks > 1:
+            raise UserError(f"--part memory measures 1 rank, not {ranks}: leave out --ranks")
+        return step_memory.run(*given)
+    if ranks == 1:
+        return step.run(*given, options.compile)
+    mesh = Mesh()
+    report = step_ranks.run(mesh, *given)
+    return report if mesh.rank == 0 else None
 
 
 def _show_step(report: dict[str, Any]) -> None:
-    from hpcml.bench import step
+    from hpcml.bench import step_show
 
-    print(step.table(report))
+    print(step_show.table(report))
 
 
 def _profile(options: argparse.Namespace) -> dict[str, Any]:
