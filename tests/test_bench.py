@@ -9,7 +9,7 @@ import pytest
 
 from hpcml import backend
 from hpcml.bench import products, step, step_show
-from hpcml.cli import bench, main
+from hpcml.cli import bench_step, main
 from hpcml.comm import Mesh
 
 TINY = step.Size(1, 2, 16, 8, 2)
@@ -86,7 +86,7 @@ def test_without_a_peer_a_table_of_our_own(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_command_line_knows_the_sizes() -> None:
-    assert tuple(step.SIZES) == bench.STEP_SIZES
+    assert tuple(step.SIZES) == bench_step.SIZES
 
 
 @pytest.mark.parametrize(

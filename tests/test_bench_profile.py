@@ -14,7 +14,7 @@ from hpcml.autograd import Tensor
 from hpcml.autograd.record import Primitive
 from hpcml.bench import profile, profile_hooks
 from hpcml.bench.profile_hooks import Profile
-from hpcml.bench.step import Size, batch_of, our_step
+from hpcml.bench.step import SIZES, Size, batch_of, our_step
 from hpcml.cli import main
 
 TINY = Size(2, 2, 32, 16, 2)
@@ -25,7 +25,7 @@ def hooked() -> dict[Any, Any]:
     module = kernels.compiled("float32")
     places: dict[Any, Any] = {("kernel", k): f for k, f in profile_hooks.kernels_of(module)}
     places |= {("np", name): f for name, f in profile_hooks.array_functions()}
-    for primitive in [x for x in gc.get_objects() if isinstance(x, Primitive)]:
+    for primitive in [x for x in gc.get_objects() if type(x) is Primitive]:
         places[id(primitive)] = primitive.forward, tuple(primitive.adjoints)
     places["backward"] = Tensor.backward
     return places
@@ -119,7 +119,7 @@ def test_what_the_clocks_and_calls_cost_is_moved_where_it_belongs() -> None:
 def test_the_report_adds_up(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(profile.NAMED, "small", TINY)
+    monkeypatch.setitem(SIZES, "small", TINY)
     monkeypatch.setattr(profile, "rounds_for", lambda size: 4)
     before = hooked()
     assert main(["bench", "profile", "--json"]) == 0

@@ -147,7 +147,7 @@ class Profile:
                 put(module, name, self.work(function, name))
             for name, function in array_functions():
                 put(np, name, _with_methods(self.work(function, f"np.{name}", LARGE), function))
-            for primitive in [x for x in gc.get_objects() if isinstance(x, Primitive)]:
+            for primitive in [x for x in gc.get_objects() if type(x) is Primitive]:
                 name = primitive.name
                 put(primitive, "forward", self.primitive(primitive.forward, name, "forward"))
                 adjoints = [

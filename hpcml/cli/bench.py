@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hpcml.cli import bench_step
 from hpcml.comm import launch
 from hpcml.comm.algorithms import OPERATIONS
 from hpcml.errors import UserError
 
-STEP_PARTS, STEP_SIZES = ("time", "memory"), ("small", "medium", "large")
 ZERO_PARTS = ("states", "time", "models", "batches")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
 
@@ -49,17 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     text = "a GPT training step: its time on one rank or by layout on several, or its memory"
-    step = add("step", _step, _show_step, text)
-    step.add_argument("--peer", default="", help="also measure this library: torch")
-    step.add_argument("--compile", action="store_true", help="and what torch.compile makes of it")
-    step.add_argument("--part", choices=STEP_PARTS, default="time")
-    step.add_argument("--sizes", nargs="+", choices=STEP_SIZES, default=STEP_SIZES)
-    step.add_argument("--threads", type=int, default=1, help="of a rank (1)")
-    step.add_argument("--ranks", type=int, default=1, help="ranks, if started alone (1)")
-    step.set_defaults(alone=1)
+    step = add("step", bench_step.measure, bench_step.show, text)
+    bench_step.add_options(step)
 
     profile = add("profile", _profile, _show_profile, "where the time of a training step goes")
-    sizes = ("small", "medium", "large")
+    sizes = bench_step.SIZES
     profile.add_argument("--size", choices=sizes, default="small", help="of those of step (small)")
 
     text = "import, and the first step of a run with and without compiled kernels"
@@ -135,43 +129,11 @@ def _launcher() -> tuple[str, dict[str, str]]:
     return mpiexec, PERMISSIVE
 
 
-def _check_peer(peer: str) -> None:
-    if peer not in ("", "torch"):
-        raise UserError(f'--peer="{peer}" is unknown: use torch')
-
-
-def _step(options: argparse.Namespace) -> dict[str, Any] | None:
-    from hpcml.bench import step, step_memory, step_ranks
-    from hpcml.comm import Mesh
-
-    ranks = launch.read().size
-    _check_peer(options.peer)
-    if options.threads < 1:
-        raise UserError(f"--threads {options.threads}: give a rank at least 1")
-    if options.compile and (not options.peer or options.part != "time" or ranks > 1):
-        raise UserError("--compile is timed beside --peer torch on 1 rank: leave it, or use these")
-    given = (options.sizes, options.peer, options.threads, options.rounds)
-    if options.part == "memory":
-        if ranks > 1:
-            raise UserError(f"--part memory measures 1 rank, not {ranks}: leave out --ranks")
-        return step_memory.run(*given)
-    if ranks == 1:
-        return step.run(*given, options.compile)
-    mesh = Mesh()
-    report = step_ranks.run(mesh, *given)
-    return report if mesh.rank == 0 else None
-
-
-def _show_step(report: dict[str, Any]) -> None:
-    from hpcml.bench import step_show
-
-    print(step_show.table(report))
-
-
 def _profile(options: argparse.Namespace) -> dict[str, Any]:
     from hpcml.bench import profile
+    from hpcml.bench.step import SIZES
 
-    return profile.run(profile.NAMED[options.size])
+    return profile.run(SIZES[options.size])
 
 
 def _show_profile(report: dict[str, Any]) -> None:
@@ -198,7 +160,7 @@ def _collectives(options: argparse.Namespace) -> dict[str, Any] | None:
     from hpcml.comm.guard import agree
 
     def prepare() -> Any:  # what may be wrong is found now, not after minutes
-        _check_peer(options.peer)
+        bench_step.check_peer(options.peer)
         if options.plot:
             show.pyplot()
         if options.fit and options.dtype.endswith("float16"):
