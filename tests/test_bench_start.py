@@ -12,7 +12,7 @@ import pytest
 
 from hpcml import kernels
 from hpcml.bench import start
-from hpcml.cli import bench, main
+from hpcml.cli import bench_jobs, main
 from hpcml.errors import UserError
 from hpcml.kernels.cpu import jit
 from tests.comm.jobs import child_environment
@@ -85,12 +85,12 @@ def test_a_run_that_finds_all_kernels(
     kernels.compiled("float32")
     monkeypatch.setattr(start, "IMPORTS", ())
     monkeypatch.setattr(start, "_WARM", 1)
-    real, cache = bench._job, str(jit.cache_folder().parent)
+    real, cache = bench_jobs.job, str(jit.cache_folder().parent)
 
     def job(ranks: int, args: list[str], *, env: dict[str, str], **how: Any) -> Done:
         return real(ranks, args, env=env | {"HPCML_CACHE_DIR": cache}, **how)
 
-    monkeypatch.setattr(bench, "_job", job)
+    monkeypatch.setattr(bench_jobs, "job", job)
     assert main(["bench", "start", "--ranks", "1", "--json"]) == 0
     cold, warm = json.loads(capsys.readouterr().out)["rows"]
     assert cold["compiled"] == warm["compiled"] == 0

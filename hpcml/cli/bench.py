@@ -1,17 +1,15 @@
-"""`hpcml bench step|profile|start|collectives|halo|overlap|zero`: see `hpcml bench NAME --help`."""
+"""`hpcml bench step|profile|start|scaling|collectives|...`: see `hpcml bench NAME --help`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from hpcml.cli import bench_step
+from hpcml.cli import bench_jobs, bench_step
+from hpcml.cli.bench_jobs import check_writable, job
 from hpcml.comm import launch
 from hpcml.comm.algorithms import OPERATIONS
 from hpcml.errors import UserError
@@ -56,9 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     sizes = bench_step.SIZES
     profile.add_argument("--size", choices=sizes, default="small", help="of those of step (small)")
 
-    text = "import, and the first step of a run with and without compiled kernels"
-    start = add("start", _start, _show_start, text)
-    start.add_argument("--ranks", dest="most", type=int, default=2, help="ranks at once (2)")
+    bench_jobs.add_start(add)
+    bench_jobs.add_scaling(add)
 
     text = "the collectives: every algorithm beside the MPI library, 1 KiB to 64 MiB"
     some = add("collectives", _collectives, _show_collectives, text)
@@ -97,36 +94,7 @@ def _in_a_job(ranks: int, args: list[str]) -> int:
     """Run the same command with several ranks under mpiexec; its exit code."""
     if ranks < 2:
         raise UserError(f"--ranks {ranks}: communication needs 2 ranks or more")
-    return _job(ranks, ["-m", "hpcml", "bench", *args]).returncode
-
-
-def _job(
-    ranks: int, args: list[str], env: Mapping[str, str] | None = None, **how: Any
-) -> subprocess.CompletedProcess[str]:
-    """Run python with these arguments, under mpiexec where there are several ranks.
-
-    env: what differs in the environment.
-    """
-    width = shutil.get_terminal_size((120, 24)).columns  # the ranks have no terminal
-    environment = launch.without_launcher() | {"COLUMNS": str(width)} | dict(env or {})
-    command = [sys.executable, *args]
-    if ranks > 1:
-        mpiexec, permissive = _launcher()
-        command, environment = [mpiexec, "-n", str(ranks), *command], environment | permissive
-    sys.stdout.flush()
-    return subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, check=False, text=True, **how
-    )
-
-
-def _launcher() -> tuple[str, dict[str, str]]:
-    """The mpiexec to use, and what it needs in the environment."""
-    from hpcml.cli.doctor.mpi import PERMISSIVE, find_mpiexec
-
-    mpiexec = find_mpiexec()
-    if not mpiexec:
-        raise UserError("no mpiexec in PATH: install an MPI library: pip install 'hpcml[mpich]'")
-    return mpiexec, PERMISSIVE
+    return job(ranks, ["-m", "hpcml", "bench", *args]).returncode
 
 
 def _profile(options: argparse.Namespace) -> dict[str, Any]:
@@ -142,18 +110,6 @@ def _show_profile(report: dict[str, Any]) -> None:
     print(profile.table(report))
 
 
-def _start(options: argparse.Namespace) -> dict[str, Any]:
-    from hpcml.bench import start
-
-    return start.run(options.most, _job)
-
-
-def _show_start(report: dict[str, Any]) -> None:
-    from hpcml.bench import start
-
-    print(start.table(report))
-
-
 def _collectives(options: argparse.Namespace) -> dict[str, Any] | None:
     from hpcml.bench import collectives, show
     from hpcml.comm import Mesh
@@ -166,7 +122,7 @@ def _collectives(options: argparse.Namespace) -> dict[str, Any] | None:
         if options.fit and options.dtype.endswith("float16"):
             raise UserError(f"--fit with --dtype {options.dtype}: fit a type that MPI can add")
         for path in filter(None, (options.plot, options.fit)):
-            _check_writable(path)
+            check_writable(path)
         return collectives.gloo(mesh) if options.peer else None
 
     mesh = Mesh()
@@ -242,7 +198,7 @@ def _zero_job(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
     args = ["-m", "hpcml", "bench", "zero", "--json", "--part", *options.part]
     for name, number in numbers.items():
         args += [f"--{name}", number]
-    done = _job(ranks, args, stdout=subprocess.PIPE)
+    done = job(ranks, args, stdout=subprocess.PIPE)
     if done.returncode:
         raise UserError(f"--ranks {ranks}: this job failed; what it said is above")
     report: dict[str, Any] = json.loads(done.stdout)
@@ -253,9 +209,3 @@ def _show_zero(report: dict[str, Any]) -> None:
     from hpcml.bench import zero_show
 
     print(zero_show.table(report))
-
-
-def _check_writable(path: str) -> None:
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise UserError(f"{path} cannot be written: name a file in a folder that can")
