@@ -59,7 +59,7 @@ def test_what_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         raise NotImplementedError("gloo has no such call\nand more")
 
     monkeypatch.setattr(torch_peer, "step_among_ranks", fail)
-    (row, other) = hpcml.run(lambda: step_ranks._stage(Mesh(), TINY, 2, "torch", 1), ranks=2)
+    (row, other) = hpcml.run(lambda: step_ranks._stage(Mesh(), TINY, 2, "torch", 1, 0), ranks=2)
     assert row["cannot_run"] == other["cannot_run"] == "gloo has no such call"
     assert "ratio" not in row and row["ours"] > 0
     about = {"part": "time", "peer": "torch", "ranks": 2, "threads": 1, "cpu": "zen", "gemm": "mkl",

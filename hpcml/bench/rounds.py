@@ -23,16 +23,20 @@ _BUDGET = 1.0
 _FEW, _MANY = 5, 40
 
 
-def alternate(axis: Axis, contenders: Mapping[str, Call], rounds: int = 0) -> Times:
+def alternate(
+    axis: Axis, contenders: Mapping[str, Call], rounds: int = 0, rest: float = 0.0
+) -> Times:
     """Time calls of all ranks in turns, so that a machine that drifts drifts for all. Collective.
 
     In each round every contender has its turn, beginning with another one each time. A turn is a
     barrier, then calls one after the other; its time is that of the slowest rank, by the number of
     calls. Without `rounds` there are as many as a second allows, 5 to 40.
+
+    rest: seconds to sleep before a turn, so that nothing of the one before is still busy.
     """
     names = list(contenders)
-    first = {name: _turn(axis, contenders[name], 1) for name in names}
-    once = {name: _turn(axis, contenders[name], 1) for name in first}  # the first has warmed up
+    first = {name: _turn(axis, contenders[name], 1, rest) for name in names}
+    once = {name: _turn(axis, contenders[name], 1, rest) for name in first}  # the first warms up
     slowest = axis.allreduce(np.array(list(once.values())), "max")
     repeat = int(np.clip(_LEAST / slowest.min(), 1, _MOST))
     if not rounds:
@@ -41,11 +45,12 @@ def alternate(axis: Axis, contenders: Mapping[str, Call], rounds: int = 0) -> Ti
     for number in range(rounds):
         for turn in range(len(names)):
             index = (number + turn) % len(names)
-            seconds[index, number] = _turn(axis, contenders[names[index]], repeat)
+            seconds[index, number] = _turn(axis, contenders[names[index]], repeat, rest)
     return dict(zip(names, axis.allreduce(seconds, "max"), strict=True))
 
 
-def _turn(axis: Axis, call: Call, repeat: int) -> float:
+def _turn(axis: Axis, call: Call, repeat: int, rest: float) -> float:
+    time.sleep(rest)
     axis.transport.barrier()
     start = time.perf_counter()
     for _ in range(repeat):

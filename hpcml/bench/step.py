@@ -27,6 +27,9 @@ from hpcml.parallel import Step
 VOCAB = 65
 CHECKED = 3
 """Steps whose losses are compared: from the second on they tell of the update as well."""
+_REST = 0.15
+"""Seconds before a turn where threads are several: OpenBLAS's wait for work with a busy core each
+for 0.1 s, which another contender's would have to share."""
 
 Row = dict[str, Any]
 
@@ -90,6 +93,11 @@ def rounds_for(size: Size) -> int:
     return 60 if size.width <= 128 else 11 if size.width <= 384 else 7
 
 
+def rest_for(threads: int) -> float:
+    """Seconds to rest before a turn."""
+    return _REST if threads > 1 else 0.0
+
+
 def begin(part: str, peer: str, threads: int, ranks: int) -> dict[str, Any]:
     """Give both libraries their threads; what a report begins with.
 
@@ -121,10 +129,13 @@ def run(
     often, 0 for `rounds_for`. compiled: also what `torch.compile` makes of the peer's model.
     """
     report = begin("time", peer, threads, 1)
-    return report | {"rows": [measure(SIZES[name], peer, rounds, compiled) for name in sizes]}
+    named = [SIZES[name] for name in sizes]
+    return report | {"rows": [measure(size, peer, threads, rounds, compiled) for size in named]}
 
 
-def measure(size: Size, peer: str = "", rounds: int = 0, compiled: bool = False) -> Row:
+def measure(
+    size: Size, peer: str = "", threads: int = 1, rounds: int = 0, compiled: bool = False
+) -> Row:
     """Time one size: medians in seconds by contender, and how many times as fast ours is."""
     mesh = Mesh()
     step, batch, shapes = our_step(size, mesh=mesh), batch_of(size), products.shapes(size, VOCAB)
@@ -144,7 +155,7 @@ def measure(size: Size, peer: str = "", rounds: int = 0, compiled: bool = False)
                 row["loss_difference"] = max(row["loss_difference"], largest(losses, same))
             except UserError as error:
                 row["not_built"] = str(error)
-    times = alternate(mesh.world, calls, rounds or rounds_for(size))
+    times = alternate(mesh.world, calls, rounds or rounds_for(size), rest_for(threads))
     row |= {name: float(np.median(seconds)) for name, seconds in times.items()}
     if peer:
         row["ratio"] = ratio(times, "ours", "peer")

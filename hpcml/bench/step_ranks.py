@@ -27,6 +27,7 @@ from hpcml.bench.step import (
     begin,
     largest,
     our_step,
+    rest_for,
     rounds_for,
     tried,
     weights_of,
@@ -54,9 +55,9 @@ def run(
     rows: list[Row] = []
     for name in sizes:
         size = SIZES[name]
-        count = rounds or rounds_for(size)
-        rows += [_stage(mesh, size, stage, peer, count) for stage in STAGES]
-        rows += _samples(mesh, size, rounds or max(count // 4, 3))
+        count, rest = rounds or rounds_for(size), rest_for(threads)
+        rows += [_stage(mesh, size, stage, peer, count, rest) for stage in STAGES]
+        rows += _samples(mesh, size, rounds or max(count // 4, 3), rest)
     if gloo:
         gloo.close()
     return report | {"rows": rows}
@@ -68,7 +69,7 @@ def _gloo(mesh: Mesh, threads: int) -> Any:
     return GlooPeer(mesh, threads)
 
 
-def _stage(mesh: Mesh, size: Size, stage: int, peer: str, rounds: int) -> Row:
+def _stage(mesh: Mesh, size: Size, stage: int, peer: str, rounds: int, rest: float) -> Row:
     """A stage of ZeRO beside the peer's counterpart, or why that cannot run."""
     row: Row = {"size": str(size), "layout": f"stage {stage}"}
     step, batch = our_step(size, mesh=mesh, zero=stage), _batch(mesh, size)
@@ -86,7 +87,7 @@ def _stage(mesh: Mesh, size: Size, stage: int, peer: str, rounds: int) -> Row:
             row["loss_difference"] = largest(means.tolist(), [step(batch) for _ in range(CHECKED)])
         except UserError as error:
             row["cannot_run"] = str(error)
-    times = alternate(mesh.world, calls, rounds)
+    times = alternate(mesh.world, calls, rounds, rest)
     row |= {name: float(np.median(seconds)) for name, seconds in times.items()}
     if "peer" in times:
         row["ratio"] = ratio(times, "ours", "peer")
@@ -96,7 +97,7 @@ def _stage(mesh: Mesh, size: Size, stage: int, peer: str, rounds: int) -> Row:
     return row
 
 
-def _samples(mesh: Mesh, size: Size, rounds: int) -> list[Row]:
+def _samples(mesh: Mesh, size: Size, rounds: int, rest: float) -> list[Row]:
     """What has no counterpart, beside stage 0: seconds for the samples of one step of that.
 
     A turn of `local` is a whole period, so that each has its share of the average.
@@ -117,7 +118,7 @@ def _samples(mesh: Mesh, size: Size, rounds: int) -> list[Row]:
         f"{MICROBATCHES} microbatches": partial(accumulating, large),
     }
     steps = dict(zip(calls, (1, PERIOD, MICROBATCHES), strict=True))
-    times = alternate(mesh.world, calls, rounds)
+    times = alternate(mesh.world, calls, rounds, rest)
     times = {name: seconds / steps[name] for name, seconds in times.items()}
     gc.collect()
     return [
