@@ -72,11 +72,34 @@ def is_half(dtype: np.dtype[Any]) -> bool:
     return dtype.name in ("float16", "bfloat16")
 
 
+def threads() -> int:
+    """Threads of this rank: those of `set_threads`, or OMP_NUM_THREADS, or all cores it may use."""
+    return _threads or _default_threads()
+
+
+@functools.cache
+def _default_threads() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is by nesting level
+    return int(asked) if asked.isdigit() and int(asked) > 0 else len(cores())
+
+
+def cores() -> list[int]:
+    """Numbers of the cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def set_threads(count: int) -> None:
-    """Give BLAS and the compiled loops `count` threads each: cores per rank, or ranks fight."""
+    """Let this rank use `count` threads: cores per rank, or ranks fight.
+
+    They divide the work of a kernel among them, products of matrices too; the BLAS has one.
+    """
+    global _threads
     import threadpoolctl
 
-    threadpoolctl.threadpool_limits(limits=count)
+    _threads = count
+    threadpoolctl.threadpool_limits(limits={"blas": 1, "openmp": count})
     os.environ["OMP_NUM_THREADS"] = str(count)  # for what is loaded later
     if "numba" in sys.modules:
         import numba
@@ -84,6 +107,9 @@ def set_threads(count: int) -> None:
         numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
     else:  # once numba is loaded it refuses another value
         os.environ["NUMBA_NUM_THREADS"] = str(count)
+
+
+_threads = 0  # of set_threads
 
 
 @functools.cache

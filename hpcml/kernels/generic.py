@@ -108,6 +108,11 @@ def linear_weight_gradient(g: Array, x: Array, out: Array) -> None:
     xp(g).matmul(g.T, x, out=out)
 
 
+def matmul(a: Array, b: Array, out: Array) -> None:
+    """out = a b, over the last two dimensions."""
+    xp(a).matmul(a, b, out=out)
+
+
 def layer_norm(
     x: Array, weight: Array, bias: Array, eps: float, out: Array, mean: Array, inverse: Array
 ) -> None:

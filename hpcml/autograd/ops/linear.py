@@ -68,7 +68,12 @@ def matmul(ctx: Context, a: Array, b: Array) -> Array:
     if a.ndim == 1 or b.ndim == 1 or a.shape[-1] != b.shape[-2]:
         return m.asarray(m.matmul(a, b))
     batch = () if a.ndim == 2 == b.ndim else m.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return m.matmul(a, b, out=ctx.empty((*batch, a.shape[-2], b.shape[-1]), a))
+    return _product(a, b, ctx.empty((*batch, a.shape[-2], b.shape[-1]), a))
+
+
+def _product(a: Array, b: Array, out: Array) -> Array:
+    kernels.of(a).matmul(a, b, out)
+    return out
 
 
 def _as_matrices(ctx: Context, g: Array) -> Array:

@@ -26,6 +26,7 @@ from hpcml.kernels.cpu.products import (
     linear,
     linear_input_gradient,
     linear_weight_gradient,
+    matmul,
 )
 from hpcml.kernels.cpu.random import dropout, random_normal, random_uniform, random_words
 from hpcml.kernels.cpu.rows import (
@@ -60,6 +61,7 @@ __all__ = [
     "linear_input_gradient",
     "linear_weight_gradient",
     "load",
+    "matmul",
     "random_normal",
     "random_uniform",
     "random_words",

@@ -135,6 +135,7 @@ def register() -> dict[str, str]:
             found = _stand_ins[-1].address, "numpy"
         llvm.add_symbol(f"hpcml_{letter}gemm", found[0])
         serving[letter] = found[1]
+    threadpoolctl.threadpool_limits(limits=1, user_api="blas")  # `team` divides the products
     return serving
 
 

@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 from hpcml.kernels.cpu.functions import _as_float32, _as_int32
 from hpcml.kernels.cpu.jit import inline, kernel
+from hpcml.kernels.cpu.team import divided, elements
 
 _HIGH, _HALF, _ODD = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
 _NAN = np.uint32(0x7FC0)
@@ -53,8 +54,8 @@ def to_bfloat16(number: Any) -> Any:
     return np.uint16(_NAN if number != number else rounded)
 
 
-@kernel("void(H[::1], float32[::1], boolean)")
-def widen(x: Any, out: Any, brain: bool) -> None:
+@inline
+def widen_all(x: Any, out: Any, brain: bool) -> None:
     """Store the numbers `x` in float32."""
     if brain:
         for i in range(x.size):
@@ -62,6 +63,29 @@ def widen(x: Any, out: Any, brain: bool) -> None:
     else:
         for i in range(x.size):
             out[i] = from_float16(x[i])
+
+
+@inline
+def narrow_all(x: Any, out: Any, brain: bool) -> None:
+    """Round float32 numbers to 16 bits, to nearest, of two the even one."""
+    if brain:
+        for i in range(out.size):
+            out[i] = to_bfloat16(x[i])
+    else:
+        for i in range(out.size):
+            out[i] = to_float16(x[i])
+
+
+@divided("void(H[::1], float32[::1], boolean)", elements)
+def widen(x: Any, out: Any, brain: bool, low: int, high: int) -> None:
+    """Store the numbers `x` in float32."""
+    widen_all(x[low:high], out[low:high], brain)
+
+
+@divided("void(float32[::1], uint16[::1], boolean)", elements)
+def narrow(x: Any, out: Any, brain: bool, low: int, high: int) -> None:
+    """Round float32 numbers to 16 bits, to nearest, of two the even one."""
+    narrow_all(x[low:high], out[low:high], brain)
 
 
 @kernel("void(H[::1], float32[::1], boolean)")
@@ -73,17 +97,6 @@ def widen_add(x: Any, total: Any, brain: bool) -> None:
     else:
         for i in range(x.size):
             total[i] += from_float16(x[i])
-
-
-@kernel("void(float32[::1], uint16[::1], boolean)")
-def narrow(x: Any, out: Any, brain: bool) -> None:
-    """Round float32 numbers to 16 bits, to nearest, of two the even one."""
-    if brain:
-        for i in range(out.size):
-            out[i] = to_bfloat16(x[i])
-    else:
-        for i in range(out.size):
-            out[i] = to_float16(x[i])
 
 
 @kernel("void(float32[::1], int64, boolean)")

@@ -21,11 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite import binding as llvm
 from numba import types
 from numba.core.registry import cpu_target
 
 _registry: list[tuple[Any, str]] = []
 _FLOATS = {"float32": types.float32, "float64": types.float64}
+
+
+def _use_whole_vectors() -> None:
+    """Let LLVM use the 512-bit registers of CPUs for which it would take half of them.
+
+    It does so for Intel's, because long ago they ran slower then. Without effect where numba has
+    compiled something before; a user's NUMBA_CPU_FEATURES has the last word.
+    """
+    features = llvm.get_host_cpu_features()
+    if numba.config.CPU_FEATURES is None and features.get("avx512f"):
+        numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
+
+
+_use_whole_vectors()
 
 
 @functools.cache
@@ -83,18 +98,33 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
     """Make a kernel of a function.
 
     In `signature` T is the float type it is compiled for, R the same for arrays that may be
-    read-only, I such an array of int64, H one of uint16, B of uint8.
+    read-only, I such an array of int64, H one of uint16, B of uint8; Job is a tuple of arguments.
     """
 
     def make(function: Callable[..., Any]) -> Any:
-        with _cached_here():
-            compiled = numba.njit(
-                fastmath={"contract", "nsz"}, error_model="numpy", nogil=True, cache=True
-            )(function)
-        _registry.append((compiled, signature))
-        return compiled
+        made = compiled(function)
+        register(made, signature)
+        return made
 
     return make
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Let a function be compiled, for the signatures that are registered, and kept on disk."""
+    with _cached_here():
+        return numba.njit(
+            fastmath={"contract", "nsz"}, error_model="numpy", nogil=True, cache=True
+        )(function)
+
+
+def register(function: Any, signature: str) -> None:
+    """Compile a function for a signature, written as for `kernel`, when kernels are loaded."""
+    _registry.append((function, signature))
+
+
+def address(made: Any) -> int:
+    """The address of what a function was compiled to, by numba's calling convention."""
+    return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
 
 
 def inline(function: Callable[..., Any]) -> Any:
@@ -132,6 +162,7 @@ def _compile(dtype: str, mend: bool = False) -> bool:
     scope = {"T": real, "R": _ReadOnly(real), "I": _ReadOnly(types.int64)}
     scope |= {"H": _ReadOnly(types.uint16), "B": _ReadOnly(types.uint8)}
     scope |= {name: getattr(types, name) for name in _NAMES}
+    scope["Job"] = _job
     saved = True
     for compiled, text in _registry:
         signature = eval(text, scope)
@@ -155,6 +186,12 @@ def _forget(name: str) -> None:
     for pattern in (f"*.{name}-*.nb[ci]", "*-complete"):
         for file in cache_folder().rglob(pattern):
             file.unlink()
+
+
+def _job(arguments: tuple[Any, ...]) -> Any:
+    """The type of a tuple of arguments that is handed on: it does not say what is written."""
+    arrays = (t.copy(readonly=True) if isinstance(t, types.Array) else t for t in arguments)
+    return types.BaseTuple.from_types(tuple(arrays))
 
 
 class _ReadOnly:

@@ -8,33 +8,36 @@ from typing import Any
 import numpy as np
 
 from hpcml.kernels.cpu.functions import normal_cdf_and_pdf, row_squares, tanh
-from hpcml.kernels.cpu.jit import kernel
+from hpcml.kernels.cpu.team import columns, divided, elements, rows
 
 _ROOT_2_OVER_PI = math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
 
 
-@kernel("void(R[::1], T[::1])")
-def gelu(x: Any, out: Any) -> None:
+@divided("void(R[::1], T[::1])", elements)
+def gelu(x: Any, out: Any, low: int, high: int) -> None:
     """out = x Phi(x) (Hendrycks and Gimpel 2016)."""
+    x, out = x[low:high], out[low:high]
     for i in range(x.size):
         v = x[i]  # read once: twice would halve the speed
         cdf, _ = normal_cdf_and_pdf(v)
         out[i] = v * cdf
 
 
-@kernel("void(R[::1], R[::1], T[::1])")
-def gelu_backward(g: Any, x: Any, out: Any) -> None:
+@divided("void(R[::1], R[::1], T[::1])", elements)
+def gelu_backward(g: Any, x: Any, out: Any, low: int, high: int) -> None:
     """out = g (Phi(x) + x phi(x))."""
+    g, x, out = g[low:high], x[low:high], out[low:high]
     for i in range(x.size):
         v = x[i]
         cdf, pdf = normal_cdf_and_pdf(v)
         out[i] = g[i] * (cdf + v * pdf)
 
 
-@kernel("void(R[::1], T[::1])")
-def gelu_tanh(x: Any, out: Any) -> None:
+@divided("void(R[::1], T[::1])", elements)
+def gelu_tanh(x: Any, out: Any, low: int, high: int) -> None:
     """out = x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2."""
+    x, out = x[low:high], out[low:high]
     half, one = x.dtype.type(0.5), x.dtype.type(1)
     a, b = x.dtype.type(_ROOT_2_OVER_PI), x.dtype.type(_ROOT_2_OVER_PI * _CUBIC)
     for i in range(x.size):
@@ -42,9 +45,10 @@ def gelu_tanh(x: Any, out: Any) -> None:
         out[i] = half * v * (one + tanh(v * (a + b * v * v)))
 
 
-@kernel("void(R[::1], R[::1], T[::1])")
-def gelu_tanh_backward(g: Any, x: Any, out: Any) -> None:
+@divided("void(R[::1], R[::1], T[::1])", elements)
+def gelu_tanh_backward(g: Any, x: Any, out: Any, low: int, high: int) -> None:
     """out = g d/dx gelu_tanh(x)."""
+    g, x, out = g[low:high], x[low:high], out[low:high]
     half, one = x.dtype.type(0.5), x.dtype.type(1)
     a, b = x.dtype.type(_ROOT_2_OVER_PI), x.dtype.type(_ROOT_2_OVER_PI * _CUBIC)
     b3 = x.dtype.type(3 * _ROOT_2_OVER_PI * _CUBIC)
@@ -54,42 +58,43 @@ def gelu_tanh_backward(g: Any, x: Any, out: Any) -> None:
         out[i] = g[i] * half * (one + t + v * (one - t * t) * (a + b3 * v * v))
 
 
-@kernel("void(T[:, ::1], R[::1])")
-def add_bias(x: Any, bias: Any) -> None:
+@divided("void(T[:, ::1], R[::1])", rows)
+def add_bias(x: Any, bias: Any, low: int, high: int) -> None:
     """x[r] += bias, in place."""
-    rows, n = x.shape
-    for r in range(rows):
-        for j in range(n):
+    for r in range(low, high):
+        for j in range(x.shape[1]):
             x[r, j] += bias[j]
 
 
-@kernel("void(R[:, ::1], T[::1])")
-def column_sums(x: Any, out: Any) -> None:
+@divided("void(R[:, ::1], T[::1])", columns, ranges=1)
+def column_sums(x: Any, out: Any, low: int, high: int) -> None:
     """out[j] = sum of x[r, j] over rows, added in order."""
-    rows, n = x.shape
-    out[:] = out.dtype.type(0)
-    for r in range(rows):
-        for j in range(n):
-            out[j] += x[r, j]
+    total = out[low:high]
+    total[:] = out.dtype.type(0)
+    for r in range(x.shape[0]):
+        row = x[r, low:high]
+        for j in range(row.size):
+            total[j] += row[j]
 
 
-@kernel("void(R[::1], int64, float64[::1])")
-def block_squares(x: Any, block: int, out: Any) -> None:
+@divided("void(R[::1], int64, float64[::1])", lambda x, block, out: (x.size // block, x.size))
+def block_squares(x: Any, block: int, out: Any, low: int, high: int) -> None:
     """out[k] = sum of squares of x[k * block] to x[(k + 1) * block - 1], in float64."""
-    for k in range(x.size // block):
+    for k in range(low, high):
         out[k] = row_squares(x[k * block : (k + 1) * block])
 
 
-@kernel("void(T[::1], R[::1], T[::1], T[::1], T, T, T, T, T, T, T, T, boolean)")
+@divided("void(T[::1], R[::1], T[::1], T[::1], T, T, T, T, T, T, T, T, boolean)", elements)
 def adam_update(
     p: Any, g: Any, m: Any, v: Any,
     scale: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, decay: Any, correct1: Any, correct2: Any,
-    decoupled: bool,
+    decoupled: bool, low: int, high: int,
 ) -> None:  # fmt: skip
     """One step of Adam (Kingma and Ba 2015) or, if `decoupled`, AdamW (Loshchilov and Hutter 2019).
 
     The gradient is g * scale; correct1 = 1 - beta1^t and correct2 = sqrt(1 - beta2^t).
     """
+    p, g, m, v = p[low:high], g[low:high], m[low:high], v[low:high]
     one = p.dtype.type(1)
     keep = one - lr * decay if decoupled else one
     couple = p.dtype.type(0) if decoupled else decay
@@ -102,12 +107,13 @@ def adam_update(
         p[i] = keep * p[i] - step * m[i] / (np.sqrt(v[i]) * inverse2 + eps)
 
 
-@kernel("void(T[::1], R[::1], T[::1], T, T, T, T, T, boolean)")
+@divided("void(T[::1], R[::1], T[::1], T, T, T, T, T, boolean)", elements)
 def sgd_update(
     p: Any, g: Any, velocity: Any,
-    scale: Any, lr: Any, momentum: Any, rest: Any, decay: Any, nesterov: bool,
+    scale: Any, lr: Any, momentum: Any, rest: Any, decay: Any, nesterov: bool, low: int, high: int,
 ) -> None:  # fmt: skip
     """One step of SGD with momentum: velocity = momentum velocity + rest (g scale + decay p)."""
+    p, g, velocity = p[low:high], g[low:high], velocity[low:high]
     zero, one = p.dtype.type(0), p.dtype.type(1)
     own, along = (one, momentum) if nesterov else (zero, one)
     for i in range(p.size):
@@ -116,8 +122,9 @@ def sgd_update(
         p[i] -= lr * (own * gradient + along * velocity[i])
 
 
-@kernel("void(T[::1], T[::1], T, T, T)")
-def sgd_plain_update(p: Any, g: Any, scale: Any, lr: Any, decay: Any) -> None:
+@divided("void(T[::1], T[::1], T, T, T)", elements)
+def sgd_plain_update(p: Any, g: Any, scale: Any, lr: Any, decay: Any, low: int, high: int) -> None:
     """One step of SGD without momentum: p -= lr (g scale + decay p)."""
+    p, g = p[low:high], g[low:high]
     for i in range(p.size):
         p[i] -= lr * (g[i] * scale + decay * p[i])

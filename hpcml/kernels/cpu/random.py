@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hpcml.kernels.cpu.jit import inline, kernel
+from hpcml.kernels.cpu.team import divided, rows
 
 u4, u8 = np.uint32, np.uint64
 M0, M1 = u8(0xD2511F53), u8(0xCD9E8D57)
@@ -100,20 +101,20 @@ def keep_row(key: Any, c1: Any, c2: Any, c3: Any, threshold: Any, keep: Any, n: 
         keep[4 * block + 3] = one if w3 >= threshold else zero
 
 
-@kernel("void(R[:, ::1], uint64, uint64, uint32, T[:, ::1])")
-def dropout(x: Any, key: Any, first: Any, threshold: Any, out: Any) -> None:
+@divided("void(R[:, ::1], uint64, uint64, uint32, T[:, ::1])", rows)
+def dropout(x: Any, key: Any, first: Any, threshold: Any, out: Any, low: int, high: int) -> None:
     """out = x / (1 - p) where kept, 0 elsewhere; row r is global sample first + r.
 
     `threshold` is p * 2^32. The gradient is the same function of the output's gradient.
     """
-    rows, n = x.shape
+    n = x.shape[1]
     scale = x.dtype.type(1.0 / (1.0 - threshold / 4294967296.0))
     keep = np.empty(TILE, x.dtype)
-    for r in range(rows):
+    for r in range(low, high):
         sample = first + u8(r)
-        low, high = u4(sample & LOW), u4(sample >> HALF)
+        c2, c3 = u4(sample & LOW), u4(sample >> HALF)
         for start in range(0, n, TILE):
             stop = min(start + TILE, n)
-            keep_row(key, u4(start // TILE), low, high, threshold, keep, stop - start)
+            keep_row(key, u4(start // TILE), c2, c3, threshold, keep, stop - start)
             for j in range(start, stop):
                 out[r, j] = x[r, j] * (keep[j - start] * scale)

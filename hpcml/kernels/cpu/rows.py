@@ -8,20 +8,23 @@ from typing import Any
 import numpy as np
 
 from hpcml.kernels.cpu.functions import exp, row_dot, row_max, row_sum
-from hpcml.kernels.cpu.jit import kernel
+from hpcml.kernels.cpu.team import columns, divided, rows
 
 
-@kernel("void(R[:, ::1], R[::1], R[::1], T, T[:, ::1], T[::1], T[::1])")
-def layer_norm(x: Any, weight: Any, bias: Any, eps: Any, out: Any, mean: Any, inverse: Any) -> None:
+@divided("void(R[:, ::1], R[::1], R[::1], T, T[:, ::1], T[::1], T[::1])", rows)
+def layer_norm(
+    x: Any, weight: Any, bias: Any, eps: Any, out: Any, mean: Any, inverse: Any,
+    low: int, high: int,
+) -> None:  # fmt: skip
     """out = (x - mean) * inverse * weight + bias for each row; inverse = 1 / sqrt(var + eps).
 
     x, out (R, C); weight, bias (C) or empty for none; mean, inverse (R) are kept for backward.
     """
-    rows, n = x.shape
+    n = x.shape[1]
     one = x.dtype.type(1)
     count = x.dtype.type(n)
     centred = np.empty(n, x.dtype)
-    for r in range(rows):
+    for r in range(low, high):
         row, y = x[r], out[r]
         mu = row_sum(row, 0, n) / count
         for j in range(n):
@@ -39,19 +42,20 @@ def layer_norm(x: Any, weight: Any, bias: Any, eps: Any, out: Any, mean: Any, in
                 y[j] += bias[j]
 
 
-@kernel("void(R[:, ::1], R[:, ::1], R[::1], R[::1], R[::1], R[:, ::1], T[:, ::1])")
+@divided("void(R[:, ::1], R[:, ::1], R[::1], R[::1], R[::1], R[:, ::1], T[:, ::1])", rows)
 def layer_norm_backward(
-    g: Any, x: Any, weight: Any, mean: Any, inverse: Any, pending: Any, out: Any
-) -> None:
+    g: Any, x: Any, weight: Any, mean: Any, inverse: Any, pending: Any, out: Any,
+    low: int, high: int,
+) -> None:  # fmt: skip
     """out = pending + inverse * (gw - mean(gw) - n mean(gw n)); n = normalised x, gw = g weight.
 
     `pending` (R, C), or no rows for none, is the gradient that x has got from elsewhere: the
     residual branch. Adding it here saves a pass over memory.
     """
-    rows, n = x.shape
+    n = x.shape[1]
     count = x.dtype.type(n)
     gw, normal = np.empty(n, x.dtype), np.empty(n, x.dtype)
-    for r in range(rows):
+    for r in range(low, high):
         row, gradient, y, mu, rstd = x[r], g[r], out[r], mean[r], inverse[r]
         for j in range(n):
             normal[j] = (row[j] - mu) * rstd
@@ -72,23 +76,27 @@ def layer_norm_backward(
                 y[j] = base[j] + rstd * (gw[j] - a - normal[j] * b)
 
 
-@kernel("void(R[:, ::1], R[:, ::1], R[::1], R[::1], T[::1])")
-def layer_norm_weight_gradient(g: Any, x: Any, mean: Any, inverse: Any, out: Any) -> None:
+@divided("void(R[:, ::1], R[:, ::1], R[::1], R[::1], T[::1])", columns, ranges=1)
+def layer_norm_weight_gradient(
+    g: Any, x: Any, mean: Any, inverse: Any, out: Any, low: int, high: int
+) -> None:
     """out[j] = sum over rows, in order, of g * (x - mean) * inverse."""
-    rows, n = x.shape
-    out[:] = out.dtype.type(0)
-    for r in range(rows):
-        row, gradient, mu, rstd = x[r], g[r], mean[r], inverse[r]
-        for j in range(n):
-            out[j] += gradient[j] * ((row[j] - mu) * rstd)
+    total = out[low:high]
+    total[:] = out.dtype.type(0)
+    for r in range(x.shape[0]):
+        row, gradient, mu, rstd = x[r, low:high], g[r, low:high], mean[r], inverse[r]
+        for j in range(row.size):
+            total[j] += gradient[j] * ((row[j] - mu) * rstd)
 
 
-@kernel("void(R[:, ::1], I[::1], int64, T[::1], T[::1])")
-def cross_entropy(logits: Any, target: Any, ignore: int, loss: Any, lse: Any) -> None:
+@divided("void(R[:, ::1], I[::1], int64, T[::1], T[::1])", rows)
+def cross_entropy(
+    logits: Any, target: Any, ignore: int, loss: Any, lse: Any, low: int, high: int
+) -> None:
     """loss[r] = lse[r] - logits[r, target[r]], lse = log sum exp; 0 where target is `ignore`."""
-    rows, n = logits.shape
+    n = logits.shape[1]
     scratch = np.empty(n, logits.dtype)
-    for r in range(rows):
+    for r in range(low, high):
         row = logits[r]
         most = row_max(row, 0, n)
         for j in range(n):
@@ -100,13 +108,13 @@ def cross_entropy(logits: Any, target: Any, ignore: int, loss: Any, lse: Any) ->
         loss[r] = logits.dtype.type(0) if t == ignore else (most - row[t]) + rest
 
 
-@kernel("void(R[:, ::1], I[::1], int64, R[::1], R[::1], T[:, ::1])")
+@divided("void(R[:, ::1], I[::1], int64, R[::1], R[::1], T[:, ::1])", rows)
 def cross_entropy_backward(
-    logits: Any, target: Any, ignore: int, lse: Any, g: Any, out: Any
+    logits: Any, target: Any, ignore: int, lse: Any, g: Any, out: Any, low: int, high: int
 ) -> None:
     """out[r] = g[r] * (softmax(logits[r]) - onehot(target[r])); 0 where target is `ignore`."""
-    rows, n = logits.shape
-    for r in range(rows):
+    n = logits.shape[1]
+    for r in range(low, high):
         row, y, t = logits[r], out[r], target[r]
         scale = logits.dtype.type(0) if t == ignore else g[r]
         shift = lse[r]
@@ -116,11 +124,10 @@ def cross_entropy_backward(
             y[t] -= scale
 
 
-@kernel("void(R[:, ::1], I[::1], T[:, ::1])")
-def embedding_backward(g: Any, index: Any, table: Any) -> None:
+@divided("void(R[:, ::1], I[::1], T[:, ::1])", columns, ranges=1)
+def embedding_backward(g: Any, index: Any, table: Any, low: int, high: int) -> None:
     """table[index[r]] += g[r], row after row."""
-    rows, n = g.shape
-    for r in range(rows):
-        target, gradient = table[index[r]], g[r]
-        for j in range(n):
+    for r in range(g.shape[0]):
+        target, gradient = table[index[r], low:high], g[r, low:high]
+        for j in range(gradient.size):
             target[j] += gradient[j]

@@ -6,15 +6,13 @@ rows in their order, so their bits do not depend on who computes them.
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from hpcml.kernels.cpu.halves import narrow, round_to_half, widen, widen_add
+from hpcml.kernels.cpu.atomics import load, relax, sched_yield, store
+from hpcml.kernels.cpu.halves import narrow_all, round_to_half, widen_add, widen_all
 from hpcml.kernels.cpu.jit import inline, kernel
 
 FLAGS = 16
@@ -24,63 +22,20 @@ LANES = 64
 TILE = 2048
 """Elements summed at once: a tile stays in the first cache."""
 
-_X86 = platform.machine() in ("x86_64", "AMD64")
-_sched_yield = types.ExternalFunction("sched_yield", types.int32())
 # The C library's knows how to write whole cache lines without reading them first.
 _memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
-
-
-def _pointer(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    """Address of element `args[1]` of the array `args[0]`."""
-    array = context.make_array(signature.args[0])(context, builder, args[0])
-    return builder.gep(array.data, [args[1]])
-
-
-@intrinsic
-def _load(typingctx: Any, flags: Any, index: Any) -> Any:
-    """Read a flag that another process sets; what it wrote before is visible afterwards."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(_pointer(context, builder, signature, args), "acquire", 8)
-
-    return types.int64(flags, index), generate
-
-
-@intrinsic
-def _store(typingctx: Any, flags: Any, index: Any, value: Any) -> Any:
-    """Set a flag for other processes; what this one wrote before is visible to who reads it."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, signature, args)
-        builder.store_atomic(args[2], pointer, "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(flags, index, value), generate
-
-
-@intrinsic
-def _relax(typingctx: Any) -> Any:
-    """Tell the CPU that this is a waiting loop."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if _X86:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", [], kind), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
 
 
 @inline
 def _wait(flags: Any, ranks: int, value: int, spins: int, yields: int) -> Any:
     looks = 0
     for other in range(ranks):
-        while _load(flags, other * FLAGS) < value:
+        while load(flags, other * FLAGS) < value:
             looks += 1
             if looks <= spins:
-                _relax()
+                relax()
             elif looks <= spins + yields:
-                _sched_yield()
+                sched_yield()
             else:
                 return other
     return -1
@@ -94,7 +49,7 @@ def meet(flags: Any, ranks: int, rank: int, value: int, spins: int, yields: int)
     `yields` times with the CPU offered to others in between. Returns -1 when all have come, else
     the first rank that has not; call again to go on waiting.
     """
-    _store(flags, rank * FLAGS, value)
+    store(flags, rank * FLAGS, value)
     return _wait(flags, ranks, value, spins, yields)
 
 
@@ -110,7 +65,7 @@ def begin(
     mine = rank * FLAGS
     flags[mine + 1], flags[mine + 2] = place, column
     flags[mine + 3], flags[mine + 4] = count, code
-    _store(flags, mine, value)
+    store(flags, mine, value)
     late = _wait(flags, ranks, value, spins, yields)
     if late >= 0:
         return late
@@ -285,14 +240,14 @@ def sum_half_rows(
         stop = min(start + TILE, last)
         n, place = stop - start, start - shift
         if onto:
-            widen(results[rank, place : place + n], tile, brain)
+            widen_all(results[rank, place : place + n], tile, brain)
         else:
-            widen(rows[0, start:stop], tile, brain)
+            widen_all(rows[0, start:stop], tile, brain)
         for k in range(0 if onto else 1, rows.shape[0]):
             widen_add(rows[k, start:stop], tile, brain)
             if stepwise:
                 round_to_half(tile, n, brain)
-        narrow(tile, words[:n], brain)
+        narrow_all(tile, words[:n], brain)
         for k in range(results.shape[0]):
             row = results[k, place : place + n]
             for j in range(n):
