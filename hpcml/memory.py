@@ -7,6 +7,7 @@ limit, beyond which nothing is handed out.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import threading
@@ -82,19 +83,29 @@ def table(rows: Mapping[str, Sequence[str]], columns: Sequence[str]) -> str:
     )
 
 
-class _Block(np.ndarray[Any, Any]):
-    """The bytes behind arrays; NumPy keeps it as their base, so it dies with the last view."""
+_byte: Any = ctypes.c_char  # it gives an array's address faster than the array does
 
-    account: Account | None = None
+
+class _Block(np.ndarray[Any, Any]):
+    """The bytes behind arrays; NumPy keeps it as their base, so it dies with the last view.
+
+    owner: whose memory it is, where that matters; see `adopt`.
+    """
+
+    __slots__ = ("account", "category", "counted", "owner")
+    account: Account | None
     category: str
     counted: int
-    owner: Any = None
-    """Whose memory it is, where that matters; see `adopt`."""
+    owner: Any
+
+    def __init__(self, *_: Any) -> None:
+        self.account = self.owner = None
 
     def __del__(self) -> None:
-        if self.account is not None:
-            self.account.live[self.category] -= self.counted
-            self.account.total -= self.counted
+        account = self.account
+        if account is not None:
+            account.live[self.category] -= self.counted
+            account.total -= self.counted
 
 
 class _Local(threading.local):
@@ -143,17 +154,17 @@ def empty(
         return backend.device_module(device).empty(shape, dtype)
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
-    category = category or _local.category
-    account = _local.account
+    local = _local
+    account, category = local.account, category or local.category
     if account.limit:
         account.require(category, nbytes)
     offset = 0
     if nbytes >= _ALIGN_FROM:
         block = _Block(nbytes + ALIGNMENT, np.uint8)
-        offset = -block.__array_interface__["data"][0] % ALIGNMENT
+        offset = -ctypes.addressof(_byte.from_buffer(block)) % ALIGNMENT
     else:
         block = _Block(nbytes, np.uint8)
-    _count(block, category, nbytes)
+    _count(block, account, category, nbytes)
     return np.ndarray(shape, dtype, block, offset)
 
 
@@ -167,10 +178,11 @@ def adopt(
     """
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
-    _local.account.require(category, nbytes)
+    account = _local.account
+    account.require(category, nbytes)
     block = _Block(nbytes, np.uint8, region, offset)
     block.owner = owner
-    _count(block, category, nbytes)
+    _count(block, account, category, nbytes)
     return np.ndarray(shape, dtype, block)
 
 
@@ -182,10 +194,10 @@ def owner_of(array: Array) -> Any:
     return base.owner if type(base) is _Block else None
 
 
-def _count(block: _Block, category: str, nbytes: int) -> None:
+def _count(block: _Block, account: Account, category: str, nbytes: int) -> None:
     block.category, block.counted = category, nbytes
-    _local.account.add(category, nbytes)
-    block.account = _local.account  # last: what was not added is not taken off either
+    account.add(category, nbytes)
+    block.account = account  # last: what was not added is not taken off either
 
 
 def zeros(

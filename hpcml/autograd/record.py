@@ -41,12 +41,12 @@ _order = itertools.count()
 class Context:
     """One use of a primitive: where its inputs came from, and what it saved for its adjoints."""
 
-    __slots__ = ("_handed", "_inputs", "_pending", "_pending_ours", "_saved", "_shared", "_target",
-                 "attributes", "dtypes", "needs", "order", "primitive", "shapes",
+    __slots__ = ("_handed", "_inputs", "_packed", "_pending", "_pending_ours", "_saved", "_shared",
+                 "_target", "attributes", "dtypes", "needs", "order", "primitive", "shapes",
                  "sources", "units", "wide")  # fmt: skip
 
     def __init__(
-        self, primitive: Primitive, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+        self, primitive: Primitive, inputs: tuple[Any, ...], needs: tuple[bool, ...]
     ) -> None:
         self.primitive = primitive
         self.needs = needs  # which inputs want a gradient
@@ -65,7 +65,7 @@ class Context:
         self._handed: Array | None = None
         self._target: Array | None = None
         self._pending: Array | None = None
-        self._pending_ours = False
+        self._pending_ours = self._packed = False
         self.wide = False  # whether 16-bit floats are widened for the forward and the adjoints
 
     def save(self, *arrays: Array) -> None:
@@ -82,13 +82,13 @@ class Context:
 
     def entry(self, array: Array) -> tuple[Any, Any]:
         """How an array is kept for the adjoints: the function that gets it back, and from what."""
-        for tensor in self._inputs:
-            if tensor is not None and tensor.is_parameter and tensor.data is array:
-                unit = getattr(tensor, "unit", None)
-                if unit is not None:
-                    self.units += (unit,)
-                return _data, tensor  # its storage may be elsewhere by then: ask it again
+        for x in self._inputs:
+            if getattr(x, "is_parameter", False) and x.data is array:
+                if x.unit is not None:
+                    self.units += (x.unit,)
+                return _data, x  # its storage may be elsewhere by then: ask it again
         if mode.pack is not None and backend.is_array(array):
+            self._packed = True
             return mode.unpack, mode.pack(array)
         return None, array
 
@@ -96,9 +96,11 @@ class Context:
     def saved(self) -> list[Array]:
         """The arrays given to `save`, in that order."""
         assert self._saved is not None
-        for i, (unpack, value) in enumerate(self._saved):
-            if unpack is not None and unpack is not _data:
-                self._saved[i] = (None, contiguous(unpack(value)))
+        if self._packed:
+            for i, (unpack, value) in enumerate(self._saved):
+                if unpack is not None and unpack is not _data:
+                    self._saved[i] = (None, contiguous(unpack(value)))
+            self._packed = False
         arrays = [value if unpack is None else unpack(value) for unpack, value in self._saved]
         if self.wide:
             arrays = [widened(array) for array in arrays]
@@ -207,16 +209,20 @@ class Primitive:
 
     def __call__(self, *inputs: Any, **attributes: Any) -> Tensor:
         """Compute the result and, if an input requires a gradient, record the use."""
-        kind = self.tensor
-        tensors = tuple([x if isinstance(x, kind) else None for x in inputs])
-        arrays = [x if t is None else t.data for x, t in zip(inputs, tensors, strict=True)]
-        if mode.recording:
-            needs = tuple([t is not None and t.requires_grad for t in tensors])
-        else:
-            needs = (False,) * len(inputs)
-        ctx = Context(self, tensors, needs)
-        ctx.shapes = tuple([getattr(a, "shape", ()) for a in arrays])
-        ctx.dtypes = tuple([getattr(a, "dtype", None) for a in arrays])
+        kind, recording = self.tensor, mode.recording
+        arrays, needs, shapes, dtypes = [], [], [], []
+        for x in inputs:
+            if isinstance(x, kind):
+                array = x.data
+                needs.append(recording and x.requires_grad)
+            else:
+                array = x
+                needs.append(False)
+            arrays.append(array)
+            shapes.append(getattr(array, "shape", ()))
+            dtypes.append(getattr(array, "dtype", None))
+        ctx = Context(self, inputs, tuple(needs))
+        ctx.shapes, ctx.dtypes = tuple(shapes), tuple(dtypes)
         try:
             if self.moves or HALVES.isdisjoint(ctx.dtypes):
                 out = self.forward(ctx, *arrays, **attributes)
@@ -228,7 +234,7 @@ class Primitive:
             raise self._explain(error, ctx.shapes) from error
         if True not in needs:
             return kind(out)
-        ctx.sources = tuple([None if t is None else t.ctx or t for t in tensors])
+        ctx.sources = tuple([x.ctx or x if isinstance(x, kind) else None for x in inputs])
         ctx._inputs, ctx._handed = (), None  # or the record would keep every result
         result = kind(out, True)
         result.ctx = ctx

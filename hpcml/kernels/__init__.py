@@ -36,10 +36,10 @@ def _generic() -> ModuleType:
 def of(array: Array) -> ModuleType:
     """Return the kernel module for `array`'s device and dtype."""
     if type(array) is np.ndarray:
-        if array.dtype == _FLOAT32:
+        if array.dtype is _FLOAT32:  # NumPy has one object for each
             return compiled("float32")
-        if array.dtype == _FLOAT64:
-            return compiled("float64")
+        if array.dtype == _FLOAT32 or array.dtype == _FLOAT64:
+            return compiled(array.dtype.name)
     return _generic()
 
 

@@ -56,17 +56,19 @@ class Module:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output, with the hooks before and after."""
-        for pre_hook in tuple(self._forward_pre_hooks):  # one may remove itself
-            changed = pre_hook(self, args)
-            if changed is not None:
-                args = changed if isinstance(changed, tuple) else (changed,)
+        if self._forward_pre_hooks:
+            for pre_hook in tuple(self._forward_pre_hooks):  # one may remove itself
+                changed = pre_hook(self, args)
+                if changed is not None:
+                    args = changed if isinstance(changed, tuple) else (changed,)
         if self._backward_hooks or self._backward_pre_hooks:
             out = _between_boundaries(self, args, kwargs)
         else:
             out = self.forward(*args, **kwargs)
-        for hook in tuple(self._forward_hooks):
-            changed = hook(self, args, out)
-            out = out if changed is None else changed
+        if self._forward_hooks:
+            for hook in tuple(self._forward_hooks):
+                changed = hook(self, args, out)
+                out = out if changed is None else changed
         return out
 
     def register_forward_pre_hook(self, hook: Callable[..., Any]) -> Handle:

@@ -65,6 +65,7 @@ class Zero:
         with advised(optimizer, groups.sharding):
             self._place(int(bucket_mb * (1 << 20) / 2))
         storage = self.storage = optimizer.storage
+        self._left_out = [p for p in model.parameters() if id(p) not in storage.home]
         overlap = groups.all.overlaps if overlap is None else overlap
         # Gradients in memory of this rank's own: a layer that only some ranks use has its place on
         # those alone. What is gathered has the same place on all, in memory that they share.
@@ -106,7 +107,8 @@ class Zero:
 
     def begin(self, rounds: int = 1) -> None:
         """A step begins; `rounds`: the most microbatches that a rank has in it."""
-        self.model.zero_grad()  # what the optimizer leaves out would add up for ever
+        for parameter in self._left_out:
+            parameter.gradient = None  # else it would add up for ever
         self._gradients.begin(rounds)
 
     def before_backward(self, *, real: bool = True, last: bool = True) -> None:

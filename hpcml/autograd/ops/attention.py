@@ -13,6 +13,8 @@ from hpcml.autograd.ops.fused import threshold
 from hpcml.autograd.record import Context, empty, primitive
 from hpcml.backend import Array
 
+_NO_DROPOUT = np.uint64(0), np.uint64(0), np.uint32(0)  # key, first sample, threshold
+
 
 def _heads(x: Array, heads: int) -> Array:
     """(B, T, heads * D) as (B, heads, T, D), a view."""
@@ -23,9 +25,12 @@ def _heads(x: Array, heads: int) -> Array:
 def _prepare(
     ctx: Context, q: Array, scale: float | None, causal: bool, p: float, name: str
 ) -> None:
-    key, first = rng.draw(name) if p > 0 else (0, 0)
     factor = q.dtype.type(1 / math.sqrt(q.shape[3]) if scale is None else scale)
-    ctx.attributes = (factor, causal, np.uint64(key), np.uint64(first), np.uint32(threshold(p)))
+    drop = _NO_DROPOUT
+    if p > 0:
+        key, first = rng.draw(name)
+        drop = np.uint64(key), np.uint64(first), np.uint32(threshold(p))
+    ctx.attributes = (factor, causal, *drop)
 
 
 @primitive
@@ -45,9 +50,9 @@ def packed_attention(
     return out
 
 
-def _thirds(qkv: Array, heads: int) -> list[Array]:
-    width = qkv.shape[2] // 3
-    return [_heads(qkv[:, :, i * width : (i + 1) * width], heads) for i in range(3)]
+def _thirds(qkv: Array, heads: int) -> Array:
+    batch, length, width = qkv.shape
+    return qkv.reshape(batch, length, 3, heads, width // (3 * heads)).transpose(2, 0, 3, 1, 4)
 
 
 @packed_attention.adjoint

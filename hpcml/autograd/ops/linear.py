@@ -12,7 +12,9 @@ from hpcml.backend import Array, xp
 
 def _rows(x: Array) -> Array:
     """x (..., n) as a contiguous matrix (rows, n)."""
-    return contiguous(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+    if x.ndim != 2:
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return contiguous(x)
 
 
 @primitive

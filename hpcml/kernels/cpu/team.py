@@ -93,17 +93,22 @@ class Divided:
     def __call__(self, *args: Any) -> None:
         """Do all rows."""
         count, work = self.over(*args)
-        shares = min(backend.threads(), work // LEAST, MOST)
-        if shares > 1 and _team.acquire(shares):
-            try:
-                step = -(-count // (shares * self.ranges))
-                if count >= MULTIPLE * shares * self.ranges:
-                    step = -(-step // MULTIPLE) * MULTIPLE
-                launch(_team.board, self._address(args), count, step, shares, args)
-            finally:
-                _team.release()
-        else:
-            self.compiled(*args, 0, count)
+        shares = work // LEAST
+        if shares > 1 and (threads := backend.threads()) > 1:
+            shares = min(shares, threads, MOST)
+            if _team.acquire(shares):
+                try:
+                    self._together(args, count, shares)
+                finally:
+                    _team.release()
+                return
+        self.compiled(*args, 0, count)
+
+    def _together(self, args: tuple[Any, ...], count: int, shares: int) -> None:
+        step = -(-count // (shares * self.ranges))
+        if count >= MULTIPLE * shares * self.ranges:
+            step = -(-step // MULTIPLE) * MULTIPLE
+        launch(_team.board, self._address(args), count, step, shares, args)
 
     def _address(self, args: tuple[Any, ...]) -> int:
         """Where the machine code for such arguments is: for the type of the first float array."""
