@@ -72,9 +72,12 @@ def is_half(dtype: np.dtype[Any]) -> bool:
     return dtype.name in ("float16", "bfloat16")
 
 
-def threads() -> int:
-    """Threads of this rank: those of `set_threads`, or OMP_NUM_THREADS, or all cores it may use."""
-    return _threads or _default_threads()
+def threads(default: bool = True) -> int:
+    """Threads of this rank's kernels: as set, else OMP_NUM_THREADS, else all cores it may use.
+
+    0 if there is no number set and `default` is False.
+    """
+    return _threads or (_default_threads() if default else 0)
 
 
 @functools.cache

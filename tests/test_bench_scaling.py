@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import hpcml
+from hpcml import backend
 from hpcml.bench import scaling, scaling_job, scaling_show
 from hpcml.bench.step import VOCAB, Size, batch_of, our_step
 from hpcml.cli import bench_jobs, main
 from hpcml.comm import Mesh
 from hpcml.errors import UserError
-from hpcml.train import threads
 
 TINY = Size(2, 1, 16, 8, 4)
 Done = subprocess.CompletedProcess[str]
@@ -106,7 +106,7 @@ def test_combinations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
             found = {"strong": one, "weak": {**one, "seconds": ranks / workers}}
         return subprocess.CompletedProcess(args, 0, stdout=json.dumps(found))
 
-    monkeypatch.setattr(threads, "cores", lambda: [0, 1, 2])
+    monkeypatch.setattr(backend, "cores", lambda: [0, 1, 2])
     report = scaling.run(TINY, [2], [1, 2], 2, job)
     once = [(1, 1, False), (2, 1, False), (1, 1, True), (2, 1, True)]
     assert started == once * 2  # 2 x 2 has too few cores
@@ -124,7 +124,7 @@ def test_real_jobs_and_a_plot(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(threads, "cores", lambda: [0, 1])
+    monkeypatch.setattr(backend, "cores", lambda: [0, 1])
     monkeypatch.setattr(scaling, "PRODUCTS", (64,))
     arguments = ["--ranks", "2", "--threads", "1", "--width", "16", "--layers", "1", "--block", "8",
                  "--batch", "2", "--rounds", "1", "--plot", str(tmp_path / "p.png")]  # fmt: skip

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from hpcml import backend
 from hpcml.bench.products import shapes
 from hpcml.bench.step import VOCAB, Size
 from hpcml.errors import UserError
@@ -51,11 +52,10 @@ def run(
     size: of the model and of the batch: in strong scaling that of all ranks, in weak of each. One
     rank of one thread is always measured: all else is compared to it.
     """
-    from hpcml.train import threads as machine
     from hpcml.train.environment import cpu, gemm_library, versions
 
     check(size, ranks, threads, rounds)
-    cores = len(machine.cores())
+    cores = len(backend.cores())
     wanted = sorted({(1, 1), *((r, t) for r in ranks for t in threads)})
     measured = [(r, t) for r, t in wanted if r * t <= cores]
     found: dict[tuple[int, int], list[Row]] = {shape: [] for shape in measured}

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hpcml import backend
 from hpcml.errors import UserError
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -55,7 +56,6 @@ _SAID = re.compile(r"\[cache\] data (saved to|loaded from) '([^']+)'")
 
 def run(ranks: int, job: Job) -> dict[str, Any]:
     """Measure one rank and `ranks` at once; the report as plain values."""
-    from hpcml.train import threads
     from hpcml.train.environment import cpu, versions
 
     if ranks < 1:
@@ -65,7 +65,7 @@ def run(ranks: int, job: Job) -> dict[str, Any]:
         "bench": "start",
         "version": 1,
         "cpu": cpu(),
-        "cores": len(threads.cores()),
+        "cores": len(backend.cores()),
         "packages": versions(),
         "imports": [{"modules": names, "seconds": import_time(names)} for names in IMPORTS],
         "rows": rows,

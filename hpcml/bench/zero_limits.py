@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import hpcml
-from hpcml import memory
+from hpcml import backend, memory
 from hpcml.bench.rounds import Call, alternate
 from hpcml.bench.step import VOCAB, Size, batch_of, our_step
 from hpcml.comm import Mesh
@@ -40,9 +40,7 @@ _PATIENCE = 60
 
 def cores(mesh: Mesh) -> int:
     """How many cores the ranks of the job have together. Collective."""
-    from hpcml.train import threads
-
-    every = mesh.world.allgather_object((mesh.node.index, threads.cores()))
+    every = mesh.world.allgather_object((mesh.node.index, backend.cores()))
     return len({(node, core) for node, mine in every for core in mine})
 
 

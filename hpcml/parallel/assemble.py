@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-from hpcml import rng
+from hpcml import backend, rng
 from hpcml.comm import Mesh
+from hpcml.comm.guard import agree
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
-from hpcml.parallel import groups, modes
+from hpcml.parallel import groups, modes, threads
 from hpcml.parallel.step import LossFunction, Step
 from hpcml.parallel.zero import Zero
 
@@ -66,7 +68,8 @@ def parallelize(
     elastic: with "async", ranks train by themselves and are drawn to a common centre by this
         factor every `period` steps; `staleness` then counts such rounds.
 
-    Raises UserError for what this version cannot do.
+    Without a number of threads (`backend.set_threads`) the ranks of a node share its cores, or each
+    has OMP_NUM_THREADS. Raises UserError for what this version cannot do.
     """
     mesh = Mesh() if mesh is None else mesh
     _check(mesh, microbatch, grad_clip, bucket_mb)
@@ -79,6 +82,8 @@ def parallelize(
         divided = modes.groups_of(
             mesh, mode, model, {"stage": zero, "shard_ranks": shard_ranks, "split": zero_split}
         )
+    if not backend.threads(default=False):
+        agree(mesh.world, partial(threads.share, mesh))
     seed = rng.seed() if seed is None else seed
     model.name_parts()
     given = groups(model) if groups else list(model.parameters())

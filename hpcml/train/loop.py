@@ -16,7 +16,8 @@ from hpcml.comm.guard import StopFlag, agree
 from hpcml.data import Batches
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.optim import learning_rate
-from hpcml.train import log, results, threads, usage
+from hpcml.parallel import threads
+from hpcml.train import log, results, usage
 from hpcml.train.build import Run, build
 from hpcml.train.config import Config
 from hpcml.train.progress import Progress

@@ -66,12 +66,12 @@ def blas(outcome: Outcome, flags: set[str], environ: Mapping[str, str] = os.envi
     if not libraries:
         return Row(
             "blas", "warn", "not one that threadpoolctl knows: threads per rank cannot be set",
-            "set its number of threads to cores per rank, or take NumPy's own wheel",
+            "set its number of threads to 1, or take NumPy's own wheel",
         )  # fmt: skip
     first = libraries[0]
     kernel = first["architecture"] or "unknown"
     value = f"{first['internal_api']} {first['version']}, kernel {kernel}"
-    value += f", {first['num_threads']} threads in one process (hpcml train sets cores per rank)"
+    value += f", {first['num_threads']} threads in one process (hpcml divides products itself)"
     better = faster_kernel(kernel, flags) if first["internal_api"] == "openblas" else ""
     if better:
         preset = environ.get("OPENBLAS_CORETYPE")

@@ -158,17 +158,17 @@ def core_masks(ranks: list[dict[str, Any]]) -> Row:
 
 
 def blas_threads(ranks: list[dict[str, Any]], environ: Mapping[str, str] = os.environ) -> Row:
-    """Return the threads BLAS takes in each rank by itself, and those `hpcml train` gives it."""
+    """Return the threads BLAS takes in each rank by itself, and those hpcml uses instead."""
     value = ", ".join(f"rank {n}: {rank['blas_threads']}" for n, rank in enumerate(ranks))
     asked = environ.get("OMP_NUM_THREADS")
     if asked:
         return Row("blas threads", "ok", f"{value} (OMP_NUM_THREADS={asked} is obeyed)")
     shares = [str(_threads(rank, ranks)) for rank in ranks]
-    return Row("blas threads", "ok", f"{value} by itself; hpcml train sets {', '.join(shares)}")
+    return Row("blas threads", "ok", f"{value} by itself; hpcml uses {', '.join(shares)}")
 
 
 def _threads(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> int:
-    """Return a rank's cores divided by the ranks that may use them, as `hpcml.train.threads`."""
+    """Return a rank's cores divided by the ranks that may use them, as `hpcml.parallel.threads`."""
     mine = set(rank["cores"])
     sharing = [r for r in ranks if r["host"] == rank["host"] and mine & set(r["cores"])]
     return max(1, len(mine) // max(1, len(sharing)))

@@ -10,20 +10,13 @@ from hpcml.comm import Mesh
 from hpcml.errors import UserError
 
 
-def cores() -> list[int]:
-    """Numbers of the cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def share(mesh: Mesh) -> list[dict[str, Any]]:
-    """Set the threads of BLAS and compiled loops; return host, cores and threads of every rank.
+    """Set the threads of this rank's kernels; return host, cores and threads of every rank.
 
     OMP_NUM_THREADS is obeyed where it is set. Otherwise a rank takes its cores divided by the ranks
     of its node that may use the same ones, at least one.
     """
-    mine = cores()
+    mine = backend.cores()
     every = mesh.world.allgather_object((mesh.node.index, mine))
     sharing = sum(node == mesh.node.index and set(theirs) & set(mine) != set()
                   for node, theirs in every)  # fmt: skip
