@@ -251,7 +251,7 @@ def test_cores_and_threads_of_ranks() -> None:
     assert mpi.core_masks(apart).status == "ok"
     assert mpi.blas_threads(RANKS, {}).value.endswith("hpcml uses 1, 1")
     wide = [rank | {"cores": list(range(4 * n, 4 * n + 4))} for n, rank in enumerate(RANKS)]
-    assert mpi.blas_threads(wide, {}).value.endswith("hpcml train sets 4, 4")
+    assert mpi.blas_threads(wide, {}).value.endswith("hpcml uses 4, 4")
     assert "OMP_NUM_THREADS=3 is obeyed" in mpi.blas_threads(RANKS, {"OMP_NUM_THREADS": "3"}).value
 
 
