@@ -74,7 +74,7 @@ def _ranks(report: Row) -> str:
         names = ["", *(row["beside"] for row in rows if "beside" in row)]
         lines = columns(stages).splitlines()
         if peer:  # left-aligned, beside what is to be compared
-            lines = [f"{line}  {name}" for line, name in zip(lines, names, strict=True)]
+            lines = [f"{line}  {name}".rstrip() for line, name in zip(lines, names, strict=True)]
         blocks += [f"\n{size}: layers, width, block, batch of a rank", *lines, ""]
         blocks.append(columns(others))
     return "\n".join(blocks)
