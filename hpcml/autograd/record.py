@@ -175,6 +175,10 @@ def empty(shape: tuple[int, ...], like: Array) -> Array:
     return backend.xp(like).empty(shape, like.dtype)
 
 
+def _no_halves(dtype: np.dtype[Any]) -> bool:
+    return False
+
+
 def _data(parameter: Tensor) -> Array:
     return parameter.data
 
@@ -199,6 +203,8 @@ class Primitive:
         self.forward = forward
         self.name = forward.__name__
         self.moves = False  # see `movement`
+        self.takes: Callable[[np.dtype[Any]], bool] = _no_halves
+        """Which 16-bit types it and its adjoints take as they are."""
         self.adjoints: list[Callable[[Context, Array], Array]] = []
         self.__doc__ = forward.__doc__
 
@@ -224,7 +230,7 @@ class Primitive:
         ctx = Context(self, inputs, tuple(needs))
         ctx.shapes, ctx.dtypes = tuple(shapes), tuple(dtypes)
         try:
-            if self.moves or HALVES.isdisjoint(ctx.dtypes):
+            if self.moves or HALVES.isdisjoint(dtypes) or self._takes(dtypes):
                 out = self.forward(ctx, *arrays, **attributes)
             else:
                 out = through_float32(ctx, arrays, attributes)
@@ -239,6 +245,9 @@ class Primitive:
         result = kind(out, True)
         result.ctx = ctx
         return result
+
+    def _takes(self, dtypes: list[np.dtype[Any] | None]) -> bool:
+        return all(dtype is None or self.takes(dtype) for dtype in dtypes)
 
     def _explain(self, error: Exception, shapes: tuple[tuple[int, ...], ...]) -> Exception:
         text = str(error)

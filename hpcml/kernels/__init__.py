@@ -2,13 +2,15 @@
 
 `of(array)` picks the module: `cpu` (compiled by numba) for NumPy arrays of float32 and float64,
 `generic` (array expressions, the readable specification of each kernel) for everything else.
-16-bit floats are computed with in float32; `widen` and `narrow` lead there and back.
+16-bit floats are computed with in float32; `widen` and `narrow` lead there and back. But see
+`multiplies`.
 """
 
 from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -34,13 +36,26 @@ def _generic() -> ModuleType:
 
 
 def of(array: Array) -> ModuleType:
-    """Return the kernel module for `array`'s device and dtype."""
+    """Return the module of kernels for `array`'s device and dtype; for bfloat16's words `brain`."""
     if type(array) is np.ndarray:
         if array.dtype is _FLOAT32:  # NumPy has one object for each
             return compiled("float32")
         if array.dtype == _FLOAT32 or array.dtype == _FLOAT64:
             return compiled(array.dtype.name)
+        if array.dtype == np.uint16:
+            return compiled("float32").brain  # type: ignore[no-any-return]
     return _generic()
+
+
+@functools.cache
+def multiplies(dtype: np.dtype[Any]) -> bool:
+    """Whether there are products of matrices of this 16-bit type, on this machine's CPU.
+
+    That is bfloat16, where MKL is installed and the CPU has instructions for it.
+    """
+    if dtype.name != "bfloat16":
+        return False
+    return bool(compiled("float32").blas.register()["b"] != "numpy")
 
 
 def widen(x: Array, out: Array | None = None) -> Array:

@@ -50,11 +50,6 @@ def gelu_tanh_backward(g: Array, x: Array, out: Array) -> None:
     out[...] = g * 0.5 * (1 + t + x * (1 - t * t) * _ROOT_2_OVER_PI * (1 + 3 * _CUBIC * x * x))
 
 
-def add_bias(x: Array, bias: Array) -> None:
-    """x[r] += bias, in place."""
-    x += bias
-
-
 def column_sums(x: Array, out: Array) -> None:
     """out[j] = sum of x[r, j]."""
     out[...] = x.sum(0)
@@ -93,9 +88,11 @@ def sgd_plain_update(p: Array, g: Array, scale: float, lr: float, decay: float) 
     p -= lr * (g * scale + decay * p)
 
 
-def linear(x: Array, weight: Array, out: Array) -> None:
-    """out = x weight^T."""
+def linear(x: Array, weight: Array, bias: Array, out: Array) -> None:
+    """out = x weight^T + bias; empty bias for none."""
     xp(x).matmul(x, weight.T, out=out)
+    if bias.size:
+        out += bias
 
 
 def linear_input_gradient(g: Array, weight: Array, out: Array) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_BLAS = """
 from hpcml.kernels.cpu import blas
 blas._find = lambda letter: None
-assert blas.register() == {"s": "numpy", "d": "numpy"}
+assert set(blas.register().values()) == {"numpy"}
 from tests.kernels import test_attention as t
 for dtype in ("float32", "float64"):
     t.of(t.np.empty(0, dtype))
@@ -39,7 +39,7 @@ def numpy_has_a_blas() -> bool:
 def test_the_blas_of_numpy_is_found() -> None:
     if not numpy_has_a_blas():
         pytest.skip("this NumPy was built without a BLAS library")
-    assert "numpy" not in blas.register().values()
+    assert "numpy" not in [blas.register()[letter] for letter in "sd"]
 
 
 def test_attention_is_right_without_a_blas() -> None:

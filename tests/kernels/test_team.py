@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -51,7 +52,6 @@ def calls(dtype: str, rows: int, width: int = 33) -> Iterator[tuple[str, list[An
     for name in ("gelu", "gelu_tanh"):
         yield made(name, flat, y.ravel(), out=(1,))
         yield made(f"{name}_backward", flat_g, flat, y.ravel(), out=(2,))
-    yield made("add_bias", x, w, out=(0,))
     yield made("column_sums", x, w, out=(1,))
     yield made("block_squares", flat, 3, np.zeros(flat.size // 3), out=(2,))
     numbers = [real(v) for v in (0.5, 0.1, 0.9, 0.99, 1e-8, 0.1, 0.5, 0.5)]
@@ -104,19 +104,32 @@ def test_the_same_bits_for_any_number_of_threads(
 
 @cases("rows", ROWS)
 @cases("dtype", DTYPES)
-def test_products(dtype: str, rows: int, threads: Callable[[int], None]) -> None:
+def test_products_of_floats(dtype: str, rows: int, threads: Callable[[int], None]) -> None:
     """The BLAS may order additions otherwise for other shapes."""
-    x, w, g = randoms(dtype, (rows, 33), (17, 33), (rows, 17))
+    x, w, g, b = randoms(dtype, (rows, 33), (17, 33), (rows, 17), (17,))
     k = kernels.of(x)
     for count in (2, 3):
         threads(count)
         out, dx, dw = np.empty_like(g), np.empty_like(x), np.empty_like(w)
-        k.linear(x, w, out)
+        k.linear(x, w, b, out)
         k.linear_input_gradient(g, w, dx)
         k.linear_weight_gradient(g, x, dw)
-        close(out, x @ w.T, dtype, 10)
+        close(out, x @ w.T + b, dtype, 10)
         close(dx, g @ w, dtype, 10)
         close(dw, g.T @ x, dtype, 10)
+
+
+@cases("rows", ROWS)
+def test_products_of_bfloat16(rows: int, threads: Callable[[int], None]) -> None:
+    halves = [a.astype(ml_dtypes.bfloat16) for a in randoms("float32", (rows, 33), (17, 33), (17,))]
+    x, w, b = (a.view(np.uint16) for a in halves)
+    for count in (1, 2, 3):
+        threads(count)
+        out = np.zeros((rows, 17), np.uint16)
+        kernels.of(x).linear(x, w, b, out)
+        exact = halves[0].astype(np.float64) @ halves[1].astype(np.float64).T + halves[2]
+        found = out.view(ml_dtypes.bfloat16).astype(np.float64)
+        np.testing.assert_allclose(found, exact, 2**-8, 1e-6)
 
 
 MATRICES = [

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from hpcml import kernels
+from hpcml.autograd.halves import HALVES, widened
 from hpcml.autograd.ops.arrays import contiguous, same_type
 from hpcml.autograd.record import Context, primitive
 from hpcml.backend import Array, xp
 
 
 def _rows(x: Array) -> Array:
-    """x (..., n) as a contiguous matrix (rows, n)."""
+    """x (..., n) as a contiguous matrix (rows, n); bfloat16 as the words that its kernels take."""
     if x.ndim != 2:
         x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return contiguous(x)
+    return _words(contiguous(x))
+
+
+def _words(x: Array) -> Array:
+    return x.view(np.uint16) if x.dtype in HALVES else x
 
 
 @primitive
@@ -30,17 +37,21 @@ def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
         raise ValueError(f"linear(weight {weight.shape}, bias {bias.shape}): bias must be (out,)")
     ctx.save(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
     out = ctx.empty((*x.shape[:-1], weight.shape[0]), x)
-    kernels.of(x).linear(_rows(x), contiguous(weight), _rows(out))
-    if bias is not None:
-        kernels.of(out).add_bias(_rows(out), contiguous(bias))
+    rows = _rows(x)
+    added = rows[:0].reshape(-1) if bias is None else _words(contiguous(bias))
+    kernels.of(rows).linear(rows, _rows(weight), added, _rows(out))
     return out
+
+
+linear.takes = kernels.multiplies
 
 
 @linear.adjoint
 def linear_x(ctx: Context, g: Array) -> Array:
     _, weight = ctx.saved
     out = ctx.empty(ctx.shapes[0], g)
-    kernels.of(g).linear_input_gradient(_rows(g), contiguous(weight), _rows(out))
+    rows = _rows(g)
+    kernels.of(rows).linear_input_gradient(rows, _rows(weight), _rows(out))
     return out
 
 
@@ -48,12 +59,14 @@ def linear_x(ctx: Context, g: Array) -> Array:
 def linear_weight(ctx: Context, g: Array) -> Array:
     x, _ = ctx.saved
     out = ctx.empty(ctx.shapes[1], g)
-    kernels.of(g).linear_weight_gradient(_rows(g), _rows(x), out)
+    rows = _rows(g)
+    kernels.of(rows).linear_weight_gradient(rows, _rows(x), _rows(out))
     return out
 
 
 @linear.adjoint
 def linear_bias(ctx: Context, g: Array) -> Array:
+    g = widened(g)
     out = ctx.empty(ctx.shapes[2], g)
     kernels.of(g).column_sums(_rows(g), out)
     return out

@@ -1,18 +1,18 @@
 """CPU kernels compiled by numba: `load(dtype)` first, then call them like functions.
 
 The modules `halves` and `shared` serve communication between processes, which has no counterpart on
-other devices. Arrays are C-contiguous unless a kernel says otherwise. Callers check them; a kernel
-does not. What a kernel only reads may be read-only, as memory-mapped data are.
+other devices; `brain` has what is computed with bfloat16 as it is. Arrays are C-contiguous unless a
+kernel says otherwise. Callers check them; a kernel does not. What a kernel only reads may be
+read-only, as memory-mapped data are.
 """
 
 from __future__ import annotations
 
 from hpcml import backend
-from hpcml.kernels.cpu import blas, halves, jit, shared
+from hpcml.kernels.cpu import blas, brain, halves, jit, shared
 from hpcml.kernels.cpu.attention import attention, attention_backward
 from hpcml.kernels.cpu.pointwise import (
     adam_update,
-    add_bias,
     block_squares,
     column_sums,
     gelu,
@@ -40,10 +40,11 @@ from hpcml.kernels.cpu.rows import (
 
 __all__ = [
     "adam_update",
-    "add_bias",
     "attention",
     "attention_backward",
+    "blas",
     "block_squares",
+    "brain",
     "column_sums",
     "cross_entropy",
     "cross_entropy_backward",

@@ -1,4 +1,4 @@
-"""Element-wise kernels: GELU, the bias of a linear layer, the update of optimizers."""
+"""Element-wise kernels: GELU, sums over columns, the update of optimizers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hpcml.kernels.cpu.functions import normal_cdf_and_pdf, row_squares, tanh
-from hpcml.kernels.cpu.team import columns, divided, elements, rows
+from hpcml.kernels.cpu.team import columns, divided, elements
 
 _ROOT_2_OVER_PI = math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
@@ -56,14 +56,6 @@ def gelu_tanh_backward(g: Any, x: Any, out: Any, low: int, high: int) -> None:
         v = x[i]
         t = tanh(v * (a + b * v * v))
         out[i] = g[i] * half * (one + t + v * (one - t * t) * (a + b3 * v * v))
-
-
-@divided("void(T[:, ::1], R[::1])", rows)
-def add_bias(x: Any, bias: Any, low: int, high: int) -> None:
-    """x[r] += bias, in place."""
-    for r in range(low, high):
-        for j in range(x.shape[1]):
-            x[r, j] += bias[j]
 
 
 @divided("void(R[:, ::1], T[::1])", columns, ranges=1)

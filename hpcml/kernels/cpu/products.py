@@ -15,7 +15,7 @@ _SPEED = 32
 """Multiplications and additions of a product in the time of one of `team`'s units of work."""
 
 
-def _rows(x: Any, weight: Any, out: Any) -> tuple[int, int]:
+def _rows(x: Any, weight: Any, *_: Any) -> tuple[int, int]:
     return x.shape[0], weight.size * x.shape[0] // _SPEED
 
 
@@ -27,17 +27,21 @@ def _all_rows(a: Any, b: Any, out: Any) -> tuple[int, int]:
     return out.shape[0] * out.shape[1], out.size * a.shape[2] // _SPEED
 
 
-@divided("void(R[:, ::1], R[:, ::1], T[:, ::1])", _rows, ranges=1)
-def linear(x: Any, weight: Any, out: Any, low: int, high: int) -> None:
-    """out = x weight^T: x (rows, in), weight (out, in), out (rows, out)."""
+@divided("void(R[:, ::1], R[:, ::1], R[::1], T[:, ::1])", _rows, ranges=1)
+def linear(x: Any, weight: Any, bias: Any, out: Any, low: int, high: int) -> None:
+    """out = x weight^T + bias: x (rows, in), weight (out, in), bias (out) or empty for none."""
     x, out = x[low:high], out[low:high]
     (rows, n), m = x.shape, weight.shape[0]
     one, zero = out.dtype.type(1), out.dtype.type(0)
     if rows == 0 or n == 0 or m == 0:  # BLAS refuses leading dimensions of 0
         out[:, :] = zero
-        return
-    gemm(PLAIN, TRANSPOSED, rows, m, n, one, x.ctypes.data, n, weight.ctypes.data, n, zero,
-         out.ctypes.data, m)  # fmt: skip
+    else:
+        gemm(PLAIN, TRANSPOSED, rows, m, n, one, x.ctypes.data, n, weight.ctypes.data, n, zero,
+             out.ctypes.data, m)  # fmt: skip
+    if bias.size > 0:
+        for r in range(rows):
+            for j in range(m):
+                out[r, j] += bias[j]
 
 
 @divided("void(R[:, ::1], R[:, ::1], T[:, ::1])", _rows, ranges=1)
