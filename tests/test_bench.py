@@ -41,12 +41,23 @@ def test_the_peer_computes_the_same_step(capsys: pytest.CaptureFixture[str]) -> 
     arguments = ["--sizes", "small", "--rounds", "2", "--peer", "torch", "--json"]
     assert main(["bench", "step", *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["version"], report["part"], report["ranks"]) == (2, "time", 1)
+    assert (report["version"], report["part"], report["ranks"]) == (3, "time", 1)
     assert report["gemm"] and report["blas"] and report["packages"]["torch"] == torch.__version__
     (row,) = report["rows"]
     assert 0 < row["loss_difference"] < 1e-5, "of several steps; exactly 0 would be the same code"
     assert all(row[name] > 0 for name in ("ours", "peer", "gemm_ours", "gemm_peer"))
     assert row["ratio"] > 0 < row["gemm_ratio"] and "compiled" not in row
+
+
+def test_bfloat16_beside_the_peer(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    arguments = ["--sizes", "small", "--rounds", "1", "--peer", "torch", "--precision", "bf16"]
+    assert main(["bench", "step", *arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["precision"] == "bf16"
+    assert 1e-6 < report["rows"][0]["loss_difference"] < 0.1, "two roundings of the same step"
+    assert main(["bench", "step", "--precision", "bf16", "--part", "memory"]) == 2
+    assert "--precision bf16" in capsys.readouterr().err
 
 
 def test_losses_that_differ_show(monkeypatch: pytest.MonkeyPatch) -> None:

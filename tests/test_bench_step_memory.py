@@ -40,7 +40,7 @@ def test_the_peers_peak_is_measured_alike(capsys: pytest.CaptureFixture[str]) ->
     arguments = ["--part", "memory", "--sizes", "small", "--rounds", "1", "--peer", "torch"]
     assert main(["bench", "step", *arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["version"], report["part"], report["steps"]) == (2, "memory", 5)
+    assert (report["version"], report["part"], report["steps"]) == (3, "memory", 5)
     (row,) = report["rows"]
     assert row["ratio"] == row["peer"] / row["ours"]
     assert all(states() < row[who] < states() + 100 * MIB for who in ("ours", "peer"))

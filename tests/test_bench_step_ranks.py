@@ -25,7 +25,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(report: dict[str, Any]) -> None:
-    assert (report["bench"], report["version"], report["part"]) == ("step", 2, "time")
+    assert (report["bench"], report["version"], report["part"]) == ("step", 3, "time")
     assert [row["layout"] for row in report["rows"]] == LAYOUTS
     for row in report["rows"]:
         assert row["size"] == str(TINY) and row["ours"] > 0

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpcml import kernels
+from hpcml import backend, kernels
+from hpcml.backend import Array
 from hpcml.bench.rounds import Call
 
 if TYPE_CHECKING:
@@ -25,15 +26,20 @@ def shapes(size: Size, vocab: int) -> list[Shape]:
     return [*layer, (rows, c, vocab, 1)]
 
 
-def ours(shapes: Sequence[Shape]) -> Call:
-    """All products of a step as `linear` calls them: forward, and both of backward."""
+def ours(shapes: Sequence[Shape], precision: str = "fp32") -> Call:
+    """All products of a step as `linear` calls them: forward, and both of backward.
+
+    Those of bfloat16 in float32 where the machine has none of their own.
+    """
+    brain = precision == "bf16" and kernels.multiplies(backend.dtype(precision))
     calls: list[tuple[Call, int]] = []
     random = np.random.default_rng(1)
     for rows, n_in, n_out, count in shapes:
-        x, w, g = (
-            random.standard_normal(shape, np.float32)
-            for shape in ((rows, n_in), (n_out, n_in), (rows, n_out))
-        )
+        sizes = ((rows, n_in), (n_out, n_in), (rows, n_out))
+        made: list[Array] = [random.standard_normal(size, np.float32) for size in sizes]
+        if brain:
+            made = [a.astype(backend.dtype(precision)).view(np.uint16) for a in made]
+        x, w, g = made
         k = kernels.of(x)
         calls.append((partial(k.linear, x, w, x[0, :0], np.empty_like(g)), count))
         calls.append((partial(k.linear_input_gradient, g, w, np.empty_like(x)), count))

@@ -98,7 +98,9 @@ def rest_for(threads: int) -> float:
     return _REST if threads > 1 else 0.0
 
 
-def begin(part: str, peer: str, threads: int, ranks: int) -> dict[str, Any]:
+def begin(
+    part: str, peer: str, threads: int, ranks: int, precision: str = "fp32"
+) -> dict[str, Any]:
     """Give both libraries their threads; what a report begins with.
 
     Raises UserError where the peer is not installed.
@@ -107,8 +109,9 @@ def begin(part: str, peer: str, threads: int, ranks: int) -> dict[str, Any]:
 
     backend.set_threads(threads)
     found: dict[str, Any] = {
-        "bench": "step", "version": 2, "part": part, "peer": peer, "ranks": ranks,
-        "threads": threads, "cpu": cpu(), "gemm": gemm_library(),
+        "bench": "step", "version": 3, "part": part, "peer": peer, "ranks": ranks,
+        "threads": threads, "precision": precision, "cpu": cpu(),
+        "gemm": gemm_library(precision),
         "blas": blas(),  # before a peer loads its own
         "packages": versions(),
     }  # fmt: skip
@@ -121,33 +124,38 @@ def begin(part: str, peer: str, threads: int, ranks: int) -> dict[str, Any]:
 
 
 def run(
-    sizes: Sequence[str], peer: str = "", threads: int = 1, rounds: int = 0, compiled: bool = False
-) -> dict[str, Any]:
+    sizes: Sequence[str], peer: str = "", threads: int = 1, rounds: int = 0,
+    compiled: bool = False, precision: str = "fp32",
+) -> dict[str, Any]:  # fmt: skip
     """Measure on one rank; the report as plain values.
 
     sizes: names of `SIZES`. peer: "torch" for PyTorch on the same weights and batch. rounds: how
     often, 0 for `rounds_for`. compiled: also what `torch.compile` makes of the peer's model.
+    precision: of parameters and activations, "fp32" or "bf16"; ours has float32 masters for bf16.
     """
-    report = begin("time", peer, threads, 1)
-    named = [SIZES[name] for name in sizes]
-    return report | {"rows": [measure(size, peer, threads, rounds, compiled) for size in named]}
+    report = begin("time", peer, threads, 1, precision)
+    how = (peer, threads, rounds, compiled, precision)
+    return report | {"rows": [measure(SIZES[name], *how) for name in sizes]}
 
 
 def measure(
-    size: Size, peer: str = "", threads: int = 1, rounds: int = 0, compiled: bool = False
-) -> Row:
+    size: Size, peer: str = "", threads: int = 1, rounds: int = 0, compiled: bool = False,
+    precision: str = "fp32",
+) -> Row:  # fmt: skip
     """Time one size: medians in seconds by contender, and how many times as fast ours is."""
     mesh = Mesh()
-    step, batch, shapes = our_step(size, mesh=mesh), batch_of(size), products.shapes(size, VOCAB)
-    calls: dict[str, Call] = {"ours": partial(step, batch), "gemm_ours": products.ours(shapes)}
+    step, batch = our_step(size, precision, mesh=mesh), batch_of(size)
+    shapes = products.shapes(size, VOCAB)
+    ours = products.ours(shapes, precision)
+    calls: dict[str, Call] = {"ours": partial(step, batch), "gemm_ours": ours}
     row: Row = {"size": str(size)}
     if peer:
         from hpcml.bench import torch_peer
 
         weights = weights_of(step)
-        plain = partial(torch_peer.step, size, weights, batch, VOCAB)
+        plain = partial(torch_peer.step, size, weights, batch, VOCAB, precision)
         calls["peer"], losses = tried(plain)
-        calls["gemm_peer"] = products.alternating(torch_peer.products(shapes))
+        calls["gemm_peer"] = products.alternating(torch_peer.products(shapes, precision))
         row["loss_difference"] = largest(losses, [step(batch) for _ in range(CHECKED)])
         if compiled:
             try:

@@ -26,7 +26,8 @@ def _title(report: Row) -> str:
     numpys = report["blas"][0] if report["blas"] else {}
     beside = f"; beside {peer} {report['packages'][peer]}" if peer else ""
     return (
-        f"{what}, fp32, {where}, {report['cpu']}{beside}\nGEMM by {report['gemm']}; NumPy's BLAS: "
+        f"{what}, {report['precision']}, {where}, {report['cpu']}{beside}\n"
+        f"GEMM by {report['gemm']}; NumPy's BLAS: "
         f"{numpys.get('internal_api')} {numpys.get('version')} ({numpys.get('architecture')})"
     )
 

@@ -32,6 +32,7 @@ STAGES = (
     "fully_shard, reshard_after_forward=True",
 )
 """What counterparts of the stages of ZeRO are called."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
 
 
@@ -99,13 +100,13 @@ def set_threads(count: int) -> None:
 
 def step(
     size: Size, weights: Mapping[str, Any] | None, batch: tuple[Any, Any], vocab: int,
-    compiled: bool = False,
+    precision: str = "fp32", compiled: bool = False,
 ) -> Callable[[], float]:  # fmt: skip
     """Return a training step on `batch`, on this rank alone.
 
     It starts from the given parameters, by name; None for first values that PyTorch chooses.
     """
-    model = _model(size, weights, vocab)
+    model = _model(size, weights, vocab).to(DTYPES[precision])
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     return _training(torch.compile(model) if compiled else model, optimizer, batch)
 
@@ -168,11 +169,14 @@ def _training(
     return call
 
 
-def products(shapes: Sequence[Shape]) -> list[tuple[Callable[[], Any], int]]:
+def products(
+    shapes: Sequence[Shape], precision: str = "fp32"
+) -> list[tuple[Callable[[], Any], int]]:
     """The step's matrix products in PyTorch: forward, and both of backward."""
     calls: list[tuple[Callable[[], Any], int]] = []
     for rows, n_in, n_out, count in shapes:
-        x, w, g = torch.randn(rows, n_in), torch.randn(n_out, n_in), torch.randn(rows, n_out)
+        sizes = ((rows, n_in), (n_out, n_in), (rows, n_out))
+        x, w, g = (torch.randn(*size).to(DTYPES[precision]) for size in sizes)
         calls.append((partial(torch.mm, x, w.t()), count))
         calls.append((partial(torch.mm, g, w), count))
         calls.append((partial(torch.mm, g.t(), x), count))

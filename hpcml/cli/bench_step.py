@@ -9,6 +9,7 @@ from hpcml.comm import launch
 from hpcml.errors import UserError
 
 PARTS, SIZES = ("time", "memory"), ("small", "medium", "large")
+PRECISIONS = ("fp32", "bf16")
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -17,6 +18,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     command.add_argument("--peer", default="", help="also measure this library: torch")
     command.add_argument("--compile", action="store_true", help="and torch.compile, slow to begin")
+    command.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(fp32)")
     command.add_argument("--threads", type=int, default=1, help="of a rank (1)")
     command.add_argument("--ranks", type=int, default=1, help="ranks, if started alone (1)")
     command.set_defaults(alone=1)
@@ -33,13 +35,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
         raise UserError(f"--threads {options.threads}: give a rank at least 1")
     if options.compile and (not options.peer or options.part != "time" or ranks > 1):
         raise UserError("--compile is timed beside --peer torch on 1 rank: leave it, or use these")
+    if options.precision != "fp32" and (options.part != "time" or ranks > 1):
+        raise UserError(f"--precision {options.precision} is timed on 1 rank: leave the rest out")
     given = (options.sizes, options.peer, options.threads, options.rounds)
     if options.part == "memory":
         if ranks > 1:
             raise UserError(f"--part memory measures 1 rank, not {ranks}: leave out --ranks")
         return step_memory.run(*given)
     if ranks == 1:
-        return step.run(*given, options.compile)
+        return step.run(*given, options.compile, options.precision)
     mesh = Mesh()
     report = step_ranks.run(mesh, *given)
     return report if mesh.rank == 0 else None

@@ -59,8 +59,9 @@ def cpu() -> str:
     return str(binding.get_host_cpu_name())
 
 
-def gemm_library() -> str:
-    """The library that multiplies matrices in float32."""
+def gemm_library(precision: str = "fp32") -> str:
+    """The library that multiplies matrices; those of bfloat16 in float32 if none does so."""
     from hpcml.kernels.cpu.blas import register
 
-    return register()["s"]
+    found = register()
+    return found["b"] if precision == "bf16" and found["b"] != "numpy" else found["s"]
