@@ -32,7 +32,8 @@ def alternate(
     barrier, then calls one after the other; its time is that of the slowest rank, by the number of
     calls. Without `rounds` there are as many as a second allows, 5 to 40.
 
-    rest: seconds to sleep before a turn, so that nothing of the one before is still busy.
+    rest: seconds to sleep before a turn, so that nothing of the one before is still busy; then a
+    call is not timed, which finds the contender's own threads asleep.
     """
     names = list(contenders)
     first = {name: _turn(axis, contenders[name], 1, rest) for name in names}
@@ -50,7 +51,9 @@ def alternate(
 
 
 def _turn(axis: Axis, call: Call, repeat: int, rest: float) -> float:
-    time.sleep(rest)
+    if rest:
+        time.sleep(rest)
+        call()
     axis.transport.barrier()
     start = time.perf_counter()
     for _ in range(repeat):
