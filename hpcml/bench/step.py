@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import hpcml
-from hpcml import backend
+from hpcml import backend, kernels
 from hpcml.bench import products
 from hpcml.bench.rounds import Call, alternate, ratio
 from hpcml.comm import Mesh
@@ -108,6 +108,7 @@ def begin(
     from hpcml.train.environment import blas, cpu, gemm_library, versions
 
     backend.set_threads(threads)
+    kernels.compiled("float32")  # first: it keeps every MKL of the process to one thread
     found: dict[str, Any] = {
         "bench": "step", "version": 3, "part": part, "peer": peer, "ranks": ranks,
         "threads": threads, "precision": precision, "cpu": cpu(),

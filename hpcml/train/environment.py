@@ -41,15 +41,13 @@ def versions() -> dict[str, str]:
 
 
 def blas() -> list[dict[str, Any]]:
-    """The BLAS libraries loaded: name, version, kernel chosen, threads."""
+    """The BLAS libraries loaded, NumPy's wheel's first: name, version, kernel chosen, threads."""
     import threadpoolctl
 
     told = ("internal_api", "version", "architecture", "num_threads")
-    return [
-        {name: library.get(name) for name in told}
-        for library in threadpoolctl.threadpool_info()
-        if library["user_api"] == "blas"
-    ]
+    found = [x for x in threadpoolctl.threadpool_info() if x["user_api"] == "blas"]
+    found.sort(key=lambda library: "numpy" not in library["filepath"])
+    return [{name: library.get(name) for name in told} for library in found]
 
 
 def cpu() -> str:
