@@ -227,3 +227,23 @@ def test_a_process_with_a_team_ends(fork: bool) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_kernel_that_fails_raises(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the memory for its scratch is not to be had: here its address is another's."""
+    threads(2)
+
+    @team.jit.compiled
+    def broken(x: Any, out: Any, low: int, high: int) -> None:
+        if low > 0:
+            raise MemoryError
+
+    x = randoms("float32", (1000,))[0]
+    gelu = kernels.of(x).gelu
+    broken.compile(gelu.compiled.nopython_signatures[0])
+    made = next(iter(broken.overloads.values()))
+    monkeypatch.setattr(gelu, "_addresses", {x.dtype: team.jit.address(made)})
+    with pytest.raises(MemoryError, match="gelu"):
+        gelu(x, np.empty_like(x))

@@ -44,10 +44,11 @@ Over = Callable[..., tuple[int, int]]
 
 # Words of the board: is there a job, how many are at it, what it is; then, for each thread, the
 # next row of its share. What several threads write has cache lines of its own.
-OPEN, USERS, FUNCTION, JOB, COUNT, SHARES, STEP, NEXT, LINE = 0, 16, 32, 33, 34, 35, 36, 48, 16
+OPEN, USERS, FUNCTION, JOB, COUNT, SHARES, STEP, FAILED, NEXT = 0, 16, 32, 33, 34, 35, 36, 48, 64
+LINE = 16
 
 _WORD = ir.IntType(64)
-_PART = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _WORD, _WORD])
+_PART = ir.FunctionType(_WORD, [ir.IntType(8).as_pointer(), _WORD, _WORD])
 
 
 def elements(x: Any, *_: Any) -> tuple[int, int]:
@@ -79,7 +80,7 @@ def divided(
     types_of = signature.removeprefix("void(").removesuffix(")")
 
     def make(function: Callable[..., Any]) -> Divided:
-        jit.register(launch, f"void(int64[::1], int64, int64, int64, int64, Job(({types_of},)))")
+        jit.register(launch, f"boolean(int64[::1], int64, int64, int64, int64, Job(({types_of},)))")
         return Divided(kernel(f"void({types_of}, int64, int64)")(function), over, ranges)
 
     return make
@@ -111,7 +112,10 @@ class Divided:
         step = -(-count // (shares * self.ranges))
         if count >= MULTIPLE * shares * self.ranges:
             step = -(-step // MULTIPLE) * MULTIPLE
-        launch(_team.board, self._address(args), count, step, shares, args)
+        if not launch(_team.board, self._address(args), count, step, shares, args):
+            raise MemoryError(
+                f"{self.compiled.py_func.__name__}: no memory for what a thread notes down"
+            )
 
     def _address(self, args: tuple[Any, ...]) -> int:
         """Where the machine code for such arguments is: for the type of the first float array."""
@@ -225,10 +229,10 @@ def _job(typingctx: Any, kernel: Any, args: Any) -> Any:
         target = inner.inttoptr(inner.extract_value(given, 0), form.as_pointer())
         each = zip(args, cgutils.unpack_tuple(inner, inner.extract_value(given, 1)), strict=True)
         whole = [_borrowed(context, inner, kind, value) for kind, value in each]
-        context.call_conv.call_function(
+        status, _ = context.call_conv.call_function(
             inner, target, types.none, inner_types, [*whole, *function.args[1:]]
         )
-        inner.ret_void()
+        inner.ret(inner.zext(status.is_error, _WORD))
         pair = [builder.ptrtoint(function, _WORD), builder.ptrtoint(place, _WORD)]
         return context.make_tuple(builder, signature.return_type, pair)
 
@@ -237,14 +241,13 @@ def _job(typingctx: Any, kernel: Any, args: Any) -> Any:
 
 @intrinsic
 def _call(typingctx: Any, function: Any, arguments: Any, low: Any, high: Any) -> Any:
-    """Call what `_job` made."""
+    """Call what `_job` made; 1 if the kernel raised an error, else 0."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         target = builder.inttoptr(values[0], _PART.as_pointer())
-        builder.call(target, [builder.inttoptr(values[1], _PART.args[0]), *values[2:]])
-        return context.get_dummy_value()
+        return builder.call(target, [builder.inttoptr(values[1], _PART.args[0]), *values[2:]])
 
-    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+    return types.int64(types.int64, types.int64, types.int64, types.int64), generate
 
 
 @inline
@@ -267,14 +270,16 @@ def _work(board: Any, mine: int) -> None:
             low = add(board, place, board[STEP])
             if low < end:
                 high = min(low + board[STEP], end)
-                _call(board[FUNCTION], board[JOB], low, high)
+                if _call(board[FUNCTION], board[JOB], low, high) != 0:
+                    board[FAILED] = 1
 
 
 @jit.compiled
-def launch(board: Any, kernel: int, count: int, step: int, shares: int, args: Any) -> None:
-    """Post a job, the kernel at an address and its arguments, and see it done."""
+def launch(board: Any, kernel: int, count: int, step: int, shares: int, args: Any) -> Any:
+    """Post a job, a kernel at an address with its arguments, see it done, say whether it was."""
     board[FUNCTION], board[JOB] = _job(kernel, args)
     board[COUNT], board[STEP], board[SHARES] = count, step, shares
+    board[FAILED] = 0
     for share in range(shares):
         store(board, NEXT + share * LINE, _bound(board, share))
     store(board, OPEN, 1)
@@ -282,6 +287,7 @@ def launch(board: Any, kernel: int, count: int, step: int, shares: int, args: An
     exchange(board, OPEN, 0)
     while load(board, USERS) > 0:
         relax()
+    return board[FAILED] == 0
 
 
 @kernel("void(int64[::1], int64, int64, int64)")
