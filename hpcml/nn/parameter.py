@@ -10,6 +10,7 @@ import numpy as np
 from hpcml import backend, kernels, memory, rng
 from hpcml.autograd import Tensor
 from hpcml.backend import Array
+from hpcml.nn.part import Part
 
 
 class Init(Protocol):
@@ -95,7 +96,7 @@ class Parameter(Tensor):
     place of its gradient when the first contribution comes.
     """
 
-    __slots__ = ("_dtype", "_place", "_shape", "home", "init", "keeper", "layout", "name",
+    __slots__ = ("_dtype", "_place", "_shape", "home", "init", "keeper", "layout", "name", "part",
                  "unit")  # fmt: skip
     is_parameter = True
 
@@ -119,6 +120,7 @@ class Parameter(Tensor):
         self._dtype: np.dtype[Any]
         self.init: Init = init or Constant()
         self.layout: dict[str, str] = {}  # axis -> state; replicated where nothing is said
+        self.part: Part | None = None  # what this rank holds of a tensor that ranks divide
         self.name = rng.anonymous()  # until a model gives it its own
         if data is None:
             assert shape is not None
@@ -189,13 +191,29 @@ class Parameter(Tensor):
     def fill(self, out: np.ndarray[Any, Any], start: int, seed: int) -> None:
         """Write first values start .. start + out.size - 1 (logical C order) into flat `out`.
 
-        16-bit values are those of float32, rounded.
+        Those of a divided parameter are counted in its part. 16-bit values are those of float32,
+        rounded.
         """
         half = backend.is_half(out.dtype)
         wide = memory.empty(out.shape, np.float32, "buffers") if half else out
-        self.init(wide, rng.key(seed, "parameter", self.name), start)
+        key = rng.key(seed, "parameter", self.name)
+        runs = [(0, start, out.size)] if self.part is None else self.part.runs(start, out.size)
+        for place, first, count in runs:
+            self.init(wide[place : place + count], key, first)
         if half:
             kernels.narrow(wide, out)
+
+    def divide(self, part: Part, axis: str) -> None:
+        """Keep only a part of the tensor, as every rank of the axis does; before training.
+
+        First values are those that the part has in the whole. An optimizer takes it from then on.
+        """
+        assert part.shape == self._shape, f"{part} of {self._shape}"
+        if self._array is not None:
+            self._array = self._array[part.index].copy()
+        self.part, self._shape = part, part.own
+        self.layout[axis] = f"S({part.dim})"
+        self.gradient = self.keeper = None
 
     def to_dtype(self, dtype: Any) -> None:
         """Change the type of the elements in place; the gradient, of the old type, is forgotten."""
