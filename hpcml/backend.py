@@ -83,7 +83,7 @@ def threads(default: bool = True) -> int:
 @functools.cache
 def _default_threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is by nesting level
-    return int(asked) if asked.isdigit() and int(asked) > 0 else len(cores())
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else len(cores())
 
 
 def cores() -> list[int]:
@@ -96,9 +96,12 @@ def cores() -> list[int]:
 def set_threads(count: int) -> None:
     """Let this rank use `count` threads: cores per rank, or ranks fight.
 
-    They divide the work of a kernel among them, products of matrices too; the BLAS has one.
+    They divide the work of a kernel among them, products of matrices too; the BLAS has one. Raises
+    UserError for what is no number of threads.
     """
     global _threads
+    if not 1 <= count <= MOST_THREADS:
+        raise UserError(f"threads={count}: give a rank at least 1 and at most {MOST_THREADS}")
     import threadpoolctl
 
     _threads = count
@@ -113,6 +116,7 @@ def set_threads(count: int) -> None:
 
 
 _threads = 0  # of set_threads
+MOST_THREADS = 256
 
 
 @functools.cache

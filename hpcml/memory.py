@@ -102,7 +102,7 @@ class _Block(np.ndarray[Any, Any]):
         self.account = self.owner = None
 
     def __del__(self) -> None:
-        account = self.account
+        account = getattr(self, "account", None)  # a copy of it has none
         if account is not None:
             account.live[self.category] -= self.counted
             account.total -= self.counted

@@ -121,6 +121,14 @@ def test_threads_are_limited_whether_numba_is_loaded_or_not(order: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("count", [0, -1, 10**14])
+def test_a_number_of_threads_that_cannot_be(count: int) -> None:
+    before = backend.threads(), os.environ.get("OMP_NUM_THREADS")
+    with pytest.raises(UserError, match=f"threads={count}: give a rank at least 1"):
+        backend.set_threads(count)
+    assert (backend.threads(), os.environ.get("OMP_NUM_THREADS")) == before
+
+
 def test_set_threads_holds_for_what_is_loaded_later(monkeypatch: pytest.MonkeyPatch) -> None:
     before = threadpoolctl.threadpool_info()
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

@@ -62,7 +62,8 @@ def test_what_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     (row, other) = hpcml.run(lambda: step_ranks._stage(Mesh(), TINY, 2, "torch", 1, 0), ranks=2)
     assert row["cannot_run"] == other["cannot_run"] == "gloo has no such call"
     assert "ratio" not in row and row["ours"] > 0
-    about = {"part": "time", "peer": "torch", "ranks": 2, "threads": 1, "cpu": "zen", "gemm": "mkl",
+    about = {"part": "time", "peer": "torch", "ranks": 2, "threads": 1,
+             "precision": "fp32", "cpu": "zen", "gemm": "mkl",
              "blas": [], "packages": {"torch": "2"}}  # fmt: skip
     text = step_show.table({**about, "rows": [row]})
     assert text.endswith("cannot run: gloo has no such call")

@@ -24,6 +24,8 @@ def run(args: list[str]) -> int:
     Those of communication need several ranks: started alone, they start a job of their own.
     """
     options = _parser().parse_args(args)
+    if getattr(options, "rounds", 0) < 0:
+        raise UserError(f"--rounds {options.rounds}: give 0 (as many as it takes) or more")
     if "ranks" in options and launch.read().size == 1 and options.ranks != options.alone:
         return _in_a_job(options.ranks, args)
     report: dict[str, Any] | None = options.measure(options)
@@ -117,12 +119,12 @@ def _collectives(options: argparse.Namespace) -> dict[str, Any] | None:
 
     def prepare() -> Any:  # what may be wrong is found now, not after minutes
         bench_step.check_peer(options.peer)
-        if options.plot:
-            show.pyplot()
         if options.fit and options.dtype.endswith("float16"):
             raise UserError(f"--fit with --dtype {options.dtype}: fit a type that MPI can add")
         for path in filter(None, (options.plot, options.fit)):
             check_writable(path)
+        if options.plot:
+            show.check_picture(options.plot)
         return collectives.gloo(mesh) if options.peer else None
 
     mesh = Mesh()

@@ -87,8 +87,8 @@ def _scaling(options: argparse.Namespace) -> dict[str, Any] | None:
     heads = max(options.width // 64, 1)
     size = Size(options.layers, heads, options.width, options.block, options.batch)
     if options.plot:
-        show.pyplot()
         check_writable(options.plot)
+        show.check_picture(options.plot)
     report = scaling.run(size, options.jobs, options.threads, options.rounds, job)
     if options.plot:
         scaling_show.plot(report, options.plot)

@@ -36,14 +36,12 @@ def _generic() -> ModuleType:
 
 
 def of(array: Array) -> ModuleType:
-    """Return the module of kernels for `array`'s device and dtype; for bfloat16's words `brain`."""
+    """Return the module of kernels for `array`'s device and dtype."""
     if type(array) is np.ndarray:
         if array.dtype is _FLOAT32:  # NumPy has one object for each
             return compiled("float32")
         if array.dtype == _FLOAT32 or array.dtype == _FLOAT64:
             return compiled(array.dtype.name)
-        if array.dtype == np.uint16:
-            return compiled("float32").brain  # type: ignore[no-any-return]
     return _generic()
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from hpcml import backend, rng
-from hpcml.comm import Mesh
+from hpcml.comm import Mesh, launch
 from hpcml.comm.guard import agree
 from hpcml.errors import UserError
 from hpcml.nn import Module
@@ -68,8 +68,8 @@ def parallelize(
     elastic: with "async", ranks train by themselves and are drawn to a common centre by this
         factor every `period` steps; `staleness` then counts such rounds.
 
-    Without a number of threads (`backend.set_threads`) the ranks of a node share its cores, or each
-    has OMP_NUM_THREADS. Raises UserError for what this version cannot do.
+    Without a number of threads (`backend.set_threads`) the processes of a node share its cores, or
+    each has OMP_NUM_THREADS. Raises UserError for what this version cannot do.
     """
     mesh = Mesh() if mesh is None else mesh
     _check(mesh, microbatch, grad_clip, bucket_mb)
@@ -82,7 +82,7 @@ def parallelize(
         divided = modes.groups_of(
             mesh, mode, model, {"stage": zero, "shard_ranks": shard_ranks, "split": zero_split}
         )
-    if not backend.threads(default=False):
+    if launch.read().size > 1 and not backend.threads(default=False):
         agree(mesh.world, partial(threads.share, mesh))
     seed = rng.seed() if seed is None else seed
     model.name_parts()

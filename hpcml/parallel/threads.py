@@ -21,7 +21,7 @@ def share(mesh: Mesh) -> list[dict[str, Any]]:
     sharing = sum(node == mesh.node.index and set(theirs) & set(mine) != set()
                   for node, theirs in every)  # fmt: skip
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is by nesting level
-    if asked and not (asked.isdigit() and int(asked) > 0):
+    if asked and not (asked.isdecimal() and int(asked) > 0):
         raise UserError(f'OMP_NUM_THREADS="{asked}" must be a positive number: mend or unset it')
     count = int(asked) if asked else max(1, len(mine) // max(sharing, 1))
     backend.set_threads(count)

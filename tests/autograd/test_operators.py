@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpcml.autograd import Tensor, from_dlpack
-from hpcml.autograd.ops import shape
+from hpcml.autograd.ops import linear, shape
 from tests.autograd.support import Array, layouts, normal, same_as_torch
 
 torch = pytest.importorskip("torch")
@@ -263,3 +263,18 @@ def check_results_are_arrays(x: Array) -> None:
 def test_no_numpy_scalars_leak() -> None:
     check_results_are_arrays(normal())
     check_results_are_arrays(normal(1))
+
+
+@pytest.mark.parametrize("other", ["float64", "float16"])
+def test_products_of_two_types_are_an_error(other: str) -> None:
+    a, b = Tensor(np.ones((2, 2), np.float32)), Tensor(np.ones((2, 2), other))
+    for mix in (lambda: a @ b, lambda: b @ a, lambda: linear.linear(a, b, None), lambda: a @ b[0]):
+        with pytest.raises(TypeError, match="convert them to one type"):
+            mix()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "uint8"])
+def test_products_of_integers_are_those_of_numpy(dtype: str) -> None:
+    a, b = np.arange(6, dtype=dtype).reshape(2, 3), np.arange(12, dtype=dtype).reshape(4, 3)
+    np.testing.assert_array_equal(linear.linear(Tensor(a), Tensor(b), None).data, a @ b.T)
+    np.testing.assert_array_equal((Tensor(a) @ Tensor(b.T)).data, a @ b.T)

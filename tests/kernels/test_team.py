@@ -126,7 +126,7 @@ def test_products_of_bfloat16(rows: int, threads: Callable[[int], None]) -> None
     for count in (1, 2, 3):
         threads(count)
         out = np.zeros((rows, 17), np.uint16)
-        kernels.of(x).linear(x, w, b, out)
+        kernels.compiled("float32").brain.linear(x, w, b, out)
         exact = halves[0].astype(np.float64) @ halves[1].astype(np.float64).T + halves[2]
         found = out.view(ml_dtypes.bfloat16).astype(np.float64)
         np.testing.assert_allclose(found, exact, 2**-8, 1e-6)
@@ -181,6 +181,37 @@ def test_threads_may_call_kernels_at_once(threads: Callable[[int], None]) -> Non
     for thread in several:
         thread.join()
     assert not wrong
+
+
+def test_products_have_the_same_bits_without_the_team(threads: Callable[[int], None]) -> None:
+    """A rank that finds it taken, by another of the process, does the same ranges alone."""
+    threads(2)
+    x, w = randoms("float32", (33, 512), (512, 512))
+    k = kernels.of(x)
+    outs = [np.empty((33, 512), np.float32) for _ in range(2)]
+    k.linear(x, w, x[0, :0], outs[0])
+    with team._team.for_this_thread(2) as board:
+        assert board is not None
+        k.linear(x, w, x[0, :0], outs[1])
+    assert bits(outs[0]) == bits(outs[1])
+
+
+def test_a_thread_that_cannot_start_is_done_without(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(team, "_team", team.Team())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    threads(3)
+    x = randoms("float32", (1000,))[0]
+    out, expected = np.empty_like(x), np.empty_like(x)
+    kernels.of(x).gelu(x, out)
+    assert not team._team._taken.locked()
+    threads(1)
+    kernels.of(x).gelu(x, expected)
+    assert bits(out) == bits(expected)
 
 
 def test_a_member_that_sleeps_is_woken(threads: Callable[[int], None]) -> None:

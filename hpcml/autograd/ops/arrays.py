@@ -51,7 +51,7 @@ def same_type(ctx: Context, *names: str) -> None:
     float32 and 16 bits together would do, but what follows would silently take twice the memory.
     """
     first = ctx.dtypes[0]
-    if any(dtype is not first and dtype not in (None, first) for dtype in ctx.dtypes):
+    if any(dtype is not None and dtype != first for dtype in ctx.dtypes):
         pairs = zip(names, ctx.dtypes, strict=True)
         said = ", ".join(f"{name} of {dtype}" for name, dtype in pairs if dtype is not None)
         raise TypeError(f"{ctx.primitive.name}({said}): convert them to one type")

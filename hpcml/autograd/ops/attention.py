@@ -25,6 +25,8 @@ def _heads(x: Array, heads: int) -> Array:
 def _prepare(
     ctx: Context, q: Array, scale: float | None, causal: bool, p: float, name: str
 ) -> None:
+    if q.shape[3] == 0:
+        raise ValueError(f"q {q.shape}: a head needs a size of at least 1")
     factor = q.dtype.type(1 / math.sqrt(q.shape[3]) if scale is None else scale)
     drop = _NO_DROPOUT
     if p > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,10 @@ def _words(x: Array) -> Array:
     return x.view(np.uint16) if x.dtype in HALVES else x
 
 
+def _kernels(x: Array) -> Any:
+    return kernels.compiled("float32").brain if x.dtype in HALVES else kernels.of(x)
+
+
 @primitive
 def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
     """x weight^T + bias: x (..., in), weight (out, in), bias (out) or None -> (..., out)."""
@@ -39,7 +44,7 @@ def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
     out = ctx.empty((*x.shape[:-1], weight.shape[0]), x)
     rows = _rows(x)
     added = rows[:0].reshape(-1) if bias is None else _words(contiguous(bias))
-    kernels.of(rows).linear(rows, _rows(weight), added, _rows(out))
+    _kernels(x).linear(rows, _rows(weight), added, _rows(out))
     return out
 
 
@@ -51,7 +56,7 @@ def linear_x(ctx: Context, g: Array) -> Array:
     _, weight = ctx.saved
     out = ctx.empty(ctx.shapes[0], g)
     rows = _rows(g)
-    kernels.of(rows).linear_input_gradient(rows, _rows(weight), _rows(out))
+    _kernels(g).linear_input_gradient(rows, _rows(weight), _rows(out))
     return out
 
 
@@ -60,7 +65,7 @@ def linear_weight(ctx: Context, g: Array) -> Array:
     x, _ = ctx.saved
     out = ctx.empty(ctx.shapes[1], g)
     rows = _rows(g)
-    kernels.of(rows).linear_weight_gradient(rows, _rows(x), _rows(out))
+    _kernels(g).linear_weight_gradient(rows, _rows(x), _rows(out))
     return out
 
 

@@ -173,12 +173,11 @@ def attention_backward(
                         kept = keep[j] * factor
                         grad[j] = prob[j] * (grad[j] * kept - delta) * scale
                         prob[j] *= kept
-                    grad[seen:width] = zero
                 else:
                     for j in range(width):
                         grad[j] = prob[j] * (grad[j] - delta) * scale
-                prob[width:keys] = zero
-                grad[width:keys] = zero
+                prob[seen:keys] = zero
+                grad[seen:keys] = zero
             gemm(PLAIN, PLAIN, rows, depth, keys, one, ds.ctypes.data, length,
                  _at(k, b, h, 0), ldk, zero, _at(dq, b, h, start), lddq)  # fmt: skip
             gemm(TRANSPOSED, PLAIN, keys, depth, rows, one, ds.ctypes.data, length,

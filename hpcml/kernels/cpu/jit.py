@@ -33,10 +33,12 @@ def _use_whole_vectors() -> None:
     """Let LLVM use the 512-bit registers of CPUs for which it would take half of them.
 
     It does so for Intel's, because long ago they ran slower then. Without effect where numba has
-    compiled something before; a user's NUMBA_CPU_FEATURES has the last word.
+    compiled something before; what a user says of features (NUMBA_CPU_FEATURES, NUMBA_CPU_NAME,
+    NUMBA_ENABLE_AVX) has the last word.
     """
-    features = llvm.get_host_cpu_features()
-    if numba.config.CPU_FEATURES is None and features.get("avx512f"):
+    features, config = llvm.get_host_cpu_features(), numba.config
+    theirs = config.CPU_FEATURES is not None or config.CPU_NAME is not None or not config.ENABLE_AVX
+    if not theirs and features.get("avx512f"):
         numba.config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
 
 

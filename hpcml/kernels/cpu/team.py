@@ -14,7 +14,8 @@ import atexit
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ LEAST = 1 << 14
 """Work that is worth a thread's while; a unit is one element of simple arithmetic."""
 RANGES = 4
 """Ranges for each thread: who was kept from work leaves some to the others."""
-MOST = 256  # threads
 MULTIPLE = 16
 """Ranges begin at multiples of so many rows, where there are many: whole vectors, cache lines."""
 SPINS, YIELDS = 2000, 2000
@@ -98,24 +98,20 @@ class Divided:
         """Do all rows."""
         count, work = self.over(*args)
         shares = work // LEAST
-        if shares > 1 and (threads := backend.threads()) > 1:
-            shares = min(shares, threads, MOST)
-            if _team.acquire(shares):
-                try:
-                    self._together(args, count, shares)
-                finally:
-                    _team.release()
-                return
-        self.compiled(*args, 0, count)
-
-    def _together(self, args: tuple[Any, ...], count: int, shares: int) -> None:
-        step = -(-count // (shares * self.ranges))
+        if shares < 2 or (threads := backend.threads()) < 2:
+            self.compiled(*args, 0, count)
+            return
+        shares = min(shares, threads, backend.MOST_THREADS)
+        step = max(-(-count // (shares * self.ranges)), 1)
         if count >= MULTIPLE * shares * self.ranges:
             step = -(-step // MULTIPLE) * MULTIPLE
-        if not launch(_team.board, self._address(args), count, step, shares, args):
-            raise MemoryError(
-                f"{self.compiled.py_func.__name__}: no memory for what a thread notes down"
-            )
+        with _team.for_this_thread(shares) as board:
+            if board is None:  # the same ranges: a BLAS may sum other ones otherwise
+                for low in range(0, count, step):
+                    self.compiled(*args, low, min(low + step, count))
+            elif not launch(board, self._address(args), count, step, shares, args):
+                name = self.compiled.py_func.__name__
+                raise MemoryError(f"{name}: no memory for what a thread notes down")
 
     def _address(self, args: tuple[Any, ...]) -> int:
         """Where the machine code for such arguments is: for the type of the first float array."""
@@ -139,23 +135,25 @@ class Team:
             os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        self.board = np.zeros(NEXT + LINE * MOST, np.int64)
+        self.board = np.zeros(NEXT + LINE * backend.MOST_THREADS, np.int64)
         self._members: list[_Member] = []
         self._taken = threading.Lock()
 
-    def acquire(self, threads: int) -> bool:
-        """Wake members for so many threads with the caller; False if another has the team."""
+    @contextmanager
+    def for_this_thread(self, threads: int) -> Iterator[Any]:
+        """The board, with members awake for so many threads; None if another thread has it."""
         if not self._taken.acquire(blocking=False):
-            return False
-        while len(self._members) < threads - 1:
-            self._members.append(_Member(self.board, len(self._members) + 1))
-        for member in self._members[: threads - 1]:
-            member.wake()
-        return True
-
-    def release(self) -> None:
-        """The job is done."""
-        self._taken.release()
+            yield None
+            return
+        try:
+            with suppress(RuntimeError):  # the system gives no more threads: fewer will do
+                while len(self._members) < threads - 1:
+                    self._members.append(_Member(self.board, len(self._members) + 1))
+            for member in self._members[: threads - 1]:
+                member.wake()
+            yield self.board
+        finally:
+            self._taken.release()
 
     def _end(self) -> None:
         for member in self._members:
@@ -175,8 +173,7 @@ class _Member:
 
     def wake(self) -> None:
         """See that it looks at the board."""
-        if self._asleep:
-            self._asleep = False
+        if self._asleep and self._bell.locked():
             self._bell.release()
 
     def end(self) -> None:
@@ -191,6 +188,7 @@ class _Member:
             self._asleep = True
             if not self._over:
                 self._bell.acquire()
+            self._asleep = False
 
 
 def _float_of(arguments: tuple[Any, ...]) -> np.dtype[Any] | None:
