@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import hpcml
+from hpcml import backend
 from hpcml.comm import Mesh
 from hpcml.errors import UserError
+from hpcml.kernels.cpu import team
 from hpcml.parallel import Step
 from hpcml.train.weights import fingerprint
 from tests.parallel.cases import CLIP, KINDS, decay_matrices, make
@@ -131,3 +133,15 @@ def test_without_it_bits_may_differ() -> None:
     one, four = hpcml.run(program, ranks=1)[0], hpcml.run(program, ranks=4)[0]
     assert (one != four).any()
     np.testing.assert_allclose(one, four, atol=1e-3)
+
+
+@cases("run", RUNS, ids="-".join)
+def test_nor_on_which_rank_has_the_threads(
+    run: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ranks in one process one at a time has its team; the others do the same ranges alone."""
+    monkeypatch.setattr(backend, "_threads", 2)
+    monkeypatch.setattr(team, "LEAST", 1)
+    expected = in_threads(1, *run)
+    for ranks in (2, 3, 4):
+        assert in_threads(ranks, *run) == expected
