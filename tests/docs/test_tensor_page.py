@@ -1,0 +1,44 @@
+"""The example of docs/tensor.md as it stands there, alone and on ranks."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.comm.jobs import ROOT, child_environment, mpiexec
+
+PAGE = (ROOT / "docs" / "tensor.md").read_text(encoding="utf-8")
+VALUES = {0: 65 * 32 * 2 + 2 * 32 * 101 + 101 + 32, 2: 33 * 32 * 2 + 2 * 32 * 51 + 51 + 32,
+          3: 22 * 32 * 2 + 2 * 32 * 34 + 34 + 32}  # fmt: skip
+
+
+def example() -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    return str(block)
+
+
+def said(folder: Path, ranks: int) -> tuple[float, int]:
+    """The loss and the number of values that the example ends with."""
+    script = folder / "example.py"
+    script.write_text(example())
+    launcher = [mpiexec(), "-n", str(ranks)] if ranks else []
+    done = subprocess.run(
+        [*launcher, sys.executable, "-W", "error", str(script)], env=child_environment(),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.fullmatch(r"loss (\d\.\d{4}), (\d+) values on this rank\n", done.stdout)
+    assert found, done.stdout + done.stderr
+    return float(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_learn_what_one_learns(tmp_path: Path, ranks: int) -> None:
+    alone, whole = said(tmp_path, 0)
+    loss, held = said(tmp_path, ranks)
+    assert alone < 0.2 and loss == pytest.approx(alone, abs=2e-3)
+    assert (whole, held) == (VALUES[0], VALUES[ranks])
