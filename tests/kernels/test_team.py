@@ -214,19 +214,36 @@ def test_a_thread_that_cannot_start_is_done_without(
     assert bits(out) == bits(expected)
 
 
-def test_a_member_that_sleeps_is_woken(threads: Callable[[int], None]) -> None:
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for something that another thread does."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def test_a_member_that_sleeps_is_woken(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It serves until there has been nothing to do for a while, and once more for the next job."""
+    served, serve = [], team.serve
+
+    def counted(*args: Any) -> None:
+        served.append(args)
+        serve(*args)
+
+    monkeypatch.setattr(team, "serve", counted)
+    monkeypatch.setattr(team, "_team", team.Team())
     threads(2)
     x = randoms("float32", (1000,))[0]
     out = np.empty_like(x)
     k = kernels.of(x)
-    k.gelu(x, out)
-    (member,) = team._team._members[:1]
-    deadline = time.monotonic() + 30
-    while not member._asleep:
-        assert time.monotonic() < deadline, "it never sleeps"
-        time.sleep(0.01)
-    k.gelu(x, out)
-    assert not member._asleep or time.monotonic() < deadline
+    for wakings in (1, 2, 3):
+        k.gelu(x, out)
+        until(lambda number=wakings: len(served) == number, "it was not woken")  # type: ignore[misc]
+        (member,) = team._team._members
+        until(lambda member=member: member._asleep, "it never sleeps")  # type: ignore[misc]
+    team._team._end()
 
 
 TEAM = """
