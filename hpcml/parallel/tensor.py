@@ -101,22 +101,24 @@ class VocabParallelEmbedding(Module):
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, target: Any, axis: Axis, *, ignore_index: int = -100
+    logits: Tensor, target: Any, axis: Axis, *, classes: int, ignore_index: int = -100
 ) -> Tensor:
     """The mean of -log softmax(logits)[target], the classes divided: `S(-1)` -> `I`.
 
-    logits (N, this rank's classes), blocks in the order of the ranks; target (N), numbers of
-    classes of all ranks; `ignore_index` does not count. The ranks exchange three numbers a row,
-    not the logits (Shoeybi et al. 2019, section 3): the largest logarithm of a sum of exponentials,
-    their sum relative to it, and the logit of the target.
+    logits (N, this rank's block of the `classes`), as of a `ColumnParallelLinear`; target (N),
+    numbers of classes of all ranks; `ignore_index` does not count. The ranks exchange three numbers
+    a row, not the logits (Shoeybi et al. 2019, section 3): the largest logit, the sum of
+    exponentials relative to it, and the logit of the target.
     """
+    mine = _block("classes", classes, axis)
+    if logits.ndim != 2 or logits.shape[1] != mine[1] - mine[0]:
+        raise ValueError(
+            f"logits {logits.shape}: of {classes} classes this rank has {mine[1] - mine[0]}"
+        )
     if axis.size == 1:
         return F.cross_entropy(logits, target, ignore_index=ignore_index)
-    counts = axis.allgather_object(logits.shape[-1])
-    first = sum(counts[: axis.rank])
-    mine = (first, first + counts[axis.rank])
     numbers = np.asarray(target.data if isinstance(target, Tensor) else target)
-    _check_range("target", numbers[numbers != ignore_index], sum(counts))
+    _check_range("target", numbers[numbers != ignore_index], classes)
     return _cross_entropy(logits, numbers, axis=axis, mine=mine, ignore_index=ignore_index)
 
 
@@ -166,8 +168,18 @@ def _check_range(what: str, numbers: Array, count: int) -> None:
 
 
 def _divide(parameter: Parameter, dim: int, ranges: tuple[Range, ...], axis: Axis) -> None:
-    if axis.size > 1:
-        parameter.divide(Part(parameter.shape, dim, ranges), axis.name)
+    """Divide a parameter, once: one that two layers share must be divided alike for both."""
+    if axis.size == 1:
+        return
+    before = parameter.part
+    part = Part(parameter.shape if before is None else before.shape, dim, ranges)
+    if before is None:
+        parameter.divide(part, axis.name)
+    elif before != part:
+        raise UserError(
+            f"{parameter.name} is shared and divided already, along dim {before.dim}: take a layer "
+            "that divides it alike, or do not share it"
+        )
 
 
 def _block(what: str, n: int, axis: Axis) -> Range:

@@ -84,7 +84,7 @@ def same_as_serial(axis: Axis) -> None:
         expected = F.cross_entropy(serial(tokens), target)
         expected.backward()
         before = axis.ledger.snapshot()
-        loss = vocab_parallel_cross_entropy(parallel(tokens), target, axis)
+        loss = vocab_parallel_cross_entropy(parallel(tokens), target, axis, classes=VOCAB)
         loss.backward()
         counts = axis.ledger.snapshot() - before
     assert abs(loss.item() - expected.item()) < 1e-12
@@ -149,7 +149,7 @@ def test_tokens_and_targets_out_of_range(on_ranks: OnRanks, wrong: int) -> None:
         head = ColumnParallelLinear(nn.Linear(WIDTH, VOCAB), axis)
         logits = head(Tensor(np.ones((1, WIDTH), np.float32)))
         with pytest.raises(IndexError, match=f"{wrong} is outside 0..{VOCAB - 1}"):
-            vocab_parallel_cross_entropy(logits, np.array([wrong]), axis)
+            vocab_parallel_cross_entropy(logits, np.array([wrong]), axis, classes=VOCAB)
 
     on_ranks(program)
 
@@ -161,3 +161,41 @@ def test_what_cannot_be_divided_is_one_line_with_a_remedy() -> None:
             ColumnParallelLinear(nn.Linear(4, 2), axis)
 
     run(program, ranks=3)
+
+
+def test_a_tied_head_is_divided_once(on_ranks: OnRanks) -> None:
+    """Values and the gradient of both uses are those of one rank; another division is refused."""
+
+    def program(axis: Axis) -> None:
+        def tied() -> tuple[nn.Embedding, nn.Linear]:
+            table, head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
+            head.weight = table.weight
+            fp64(nn.Sequential(table, head))
+            return table, head
+
+        tokens, target = batch()
+        with rng.samples(5, 0):
+            (table, head), (whole, last) = tied(), tied()
+            F.cross_entropy(last(whole(tokens)), target).backward()
+            first, column = VocabParallelEmbedding(table, axis), ColumnParallelLinear(head, axis)
+            logits = column(first(tokens))
+            vocab_parallel_cross_entropy(logits, target, axis, classes=VOCAB).backward()
+        part = table.weight.part
+        index = ... if part is None else part.index
+        assert table.weight.data.tobytes() == whole.weight.data[index].tobytes()
+        found, expected = table.weight.grad.numpy(), whole.weight.grad.numpy()[index]
+        np.testing.assert_allclose(found, expected, 1e-12, 1e-14)
+        if axis.size > 1:
+            with pytest.raises(UserError, match="shared and divided already, along dim 0"):
+                RowParallelLinear(head, axis)
+
+    on_ranks(program)
+
+
+def test_logits_that_are_not_this_ranks_classes(on_ranks: OnRanks) -> None:
+    def program(axis: Axis) -> None:
+        with pytest.raises(ValueError, match=f"of {VOCAB} classes this rank has"):
+            vocab_parallel_cross_entropy(Tensor(np.ones((1, VOCAB + 1))), np.array([0]), axis,
+                                         classes=VOCAB)  # fmt: skip
+
+    on_ranks(program)
