@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from hpcml import backend, rng
+from hpcml import rng
 from hpcml.comm import Mesh, launch
 from hpcml.comm.guard import agree
 from hpcml.errors import UserError
@@ -82,8 +82,8 @@ def parallelize(
         divided = modes.groups_of(
             mesh, mode, model, {"stage": zero, "shard_ranks": shard_ranks, "split": zero_split}
         )
-    if launch.read().size > 1 and not backend.threads(default=False):
-        agree(mesh.world, partial(threads.share, mesh))
+    if launch.read().size > 1:
+        agree(mesh.world, partial(threads.share, mesh, keep=True))
     seed = rng.seed() if seed is None else seed
     model.name_parts()
     given = groups(model) if groups else list(model.parameters())

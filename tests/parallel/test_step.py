@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hpcml
-from hpcml import nn
+from hpcml import backend, nn
 from hpcml.autograd import Tensor
 from hpcml.comm import Mesh
 from hpcml.data import Batches
@@ -299,3 +299,11 @@ def test_loss_that_is_no_mean() -> None:
     step: Step = make("own", serial_mesh(), loss=nn.MSELoss(reduction="none"))
     with pytest.raises(UserError, match="one element"):
         step(KINDS["own"].batch(5, 0))
+
+
+def test_threads_of_some_ranks_only(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that were given a number keep it, the others take theirs: nobody waits for ever."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(backend, "_threads", 2 if mesh.rank == 0 else 0)
+    hpcml.parallelize(nn.Linear(2, 1), loss=nn.MSELoss(), optimizer=SGD, lr=0.1, mesh=mesh)
+    assert backend.threads() == (2 if mesh.rank == 0 else 1)
