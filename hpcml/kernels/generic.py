@@ -213,24 +213,24 @@ def random_normal(key: int, start: int, out: Array) -> None:
     out[...] = both[start - even :][: out.size]
 
 
-def _keep(key: int, c1: Array, c2: Array, c3: Array, n: int, threshold: int) -> Array:
-    """Mask (broadcast of c1, c2, c3) + (n,): word j of counter (*, c1, c2, c3) >= threshold."""
-    m = xp(c1)
-    blocks = m.arange((n + 3) >> 2, dtype=np.uint64)
-    words = m.stack(_philox(key, blocks, c1[..., None], c2[..., None], c3[..., None]), -1)
-    return words.reshape(*words.shape[:-2], 4 * len(blocks))[..., :n] >= np.uint64(threshold)
+def dropout(
+    x: Array, key: int, first: int, threshold: int, runs: Array, period: int, out: Array
+) -> None:
+    """out = x / (1 - p) where kept, 0 elsewhere; row r is of sample first + r; threshold = p 2^32.
 
-
-def dropout(x: Array, key: int, first: int, threshold: int, out: Array) -> None:
-    """out = x / (1 - p) where kept, 0 elsewhere; row r is sample first + r; threshold = p 2^32."""
-    m = xp(x)
-    sample = m.arange(x.shape[0], dtype=np.uint64) + np.uint64(first)
-    low, high, tile = sample & np.uint64(0xFFFFFFFF), sample >> np.uint64(32), 4096
-    for number, start in enumerate(range(0, x.shape[1], tile)):
-        part = x[:, start : start + tile]
-        c1 = m.full_like(sample, number)
-        keep = _keep(key, c1, low, high, part.shape[1], threshold)
-        out[:, start : start + tile] = m.where(keep, part / (1 - threshold / 2**32), 0)
+    runs: (first, count) of neighbours in the whole sample, again every `period` elements.
+    """
+    m, u8, tile = xp(x), np.uint64, 4096
+    one = m.concatenate([m.arange(0), *(m.arange(i, i + n) for i, n in runs.tolist())])
+    times = x.shape[1] // max(one.size, 1)
+    place = (m.arange(times)[:, None] * period + one).reshape(-1).astype(u8)
+    blocks, block = m.unique(place >> u8(2), return_inverse=True)
+    c0, c1 = blocks % u8(tile // 4), blocks // u8(tile // 4)
+    for r in range(x.shape[0]):
+        sample = m.full_like(blocks, int(first) + r)
+        words = m.stack(_philox(key, c0, c1, sample & u8(0xFFFFFFFF), sample >> u8(32)), 1)
+        kept = words[block, place & u8(3)] >= u8(threshold)
+        out[r] = m.where(kept, x[r] / (1 - threshold / 2**32), 0)
 
 
 def _probabilities(
@@ -247,38 +247,48 @@ def _probabilities(
     return m.exp(scores - lse[..., None]), lse
 
 
-def _attention_mask(q: Array, keys: int, key: int, first: int, threshold: int) -> Array | float:
+def _attention_mask(
+    q: Array, keys: int, key: int, first: int, threshold: int, head: int, row0: int, key0: int
+) -> Array | float:
     if threshold == 0:
         return 1.0
     m, u8 = xp(q), np.uint64
     batch, heads, queries, _ = q.shape
-    shape = (batch, heads, queries)
-    sample = (m.arange(batch, dtype=u8) + u8(first))[:, None, None]
-    head = m.arange(heads, dtype=u8)[None, :, None] ^ ((sample >> u8(32)) << u8(16))
-    query = m.broadcast_to(m.arange(queries, dtype=u8), shape)
-    low = m.broadcast_to(sample & u8(0xFFFFFFFF), shape)
-    keep = _keep(key, query, m.broadcast_to(head, shape), low, keys, threshold)
-    return keep / (1 - threshold / 2**32)
+    sample = (m.arange(batch, dtype=u8) + u8(first))[:, None, None, None]
+    c2 = m.arange(head, head + heads, dtype=u8)[:, None, None] ^ ((sample >> u8(32)) << u8(16))
+    c1 = m.arange(row0, row0 + queries, dtype=u8)[:, None]
+    blocks = m.arange(key0 >> 2, (key0 + keys + 3) >> 2, dtype=u8)
+    words = m.stack(_philox(key, blocks, c1, c2, sample & u8(0xFFFFFFFF)), -1)
+    words = words.reshape(batch, heads, queries, 4 * blocks.size)[..., key0 & 3 :][..., :keys]
+    return (words >= u8(threshold)) / (1 - threshold / 2**32)
 
 
 def attention(
     q: Array, k: Array, v: Array, scale: float, causal: bool, key: int, first: int, threshold: int,
-    out: Array, lse: Array,
+    head: int, row0: int, key0: int, out: Array, lse: Array,
 ) -> None:  # fmt: skip
-    """out = dropout(softmax(scale q k^T)) v over (B, H, T, D); lse (B, H, T) = log sum exp."""
+    """out = dropout(softmax(scale q k^T)) v over (B, H, T, D); lse (B, H, T) = log sum exp.
+
+    head, row0, key0: in the mask, the numbers of the first head, query and key.
+    """
     p, lse[...] = _probabilities(q, k, scale, causal, None)
-    out[...] = (p * _attention_mask(q, k.shape[2], key, first, threshold)) @ v
+    mask = _attention_mask(q, k.shape[2], key, first, threshold, head, row0, key0)
+    out[...] = (p * mask) @ v
 
 
 def attention_backward(
     q: Array, k: Array, v: Array, out: Array, lse: Array, g: Array, scale: float, causal: bool,
-    key: int, first: int, threshold: int, dq: Array, dk: Array, dv: Array,
+    key: int, first: int, threshold: int, head: int, row0: int, key0: int, more: bool,
+    dq: Array, dk: Array, dv: Array,
 ) -> None:  # fmt: skip
-    """Gradients of `attention` with respect to q, k, v for the output's gradient g (B, H, T, D)."""
+    """Gradients of `attention` with respect to q, k, v for the output's gradient g (B, H, T, D).
+
+    more: add them to what dq, dk and dv hold.
+    """
     p, _ = _probabilities(q, k, scale, causal, lse)
-    mask = _attention_mask(q, k.shape[2], key, first, threshold)
+    mask = _attention_mask(q, k.shape[2], key, first, threshold, head, row0, key0)
     delta = (g * out).sum(-1, keepdims=True)
     ds = p * ((g @ v.swapaxes(-1, -2)) * mask - delta) * scale
-    dq[...] = ds @ k
-    dk[...] = ds.swapaxes(-1, -2) @ q
-    dv[...] = (p * mask).swapaxes(-1, -2) @ g
+    gradients = ds @ k, ds.swapaxes(-1, -2) @ q, (p * mask).swapaxes(-1, -2) @ g
+    for target, gradient in zip((dq, dk, dv), gradients, strict=True):
+        target[...] = target + gradient if more else gradient

@@ -11,6 +11,7 @@ from hpcml.autograd import Tensor
 from hpcml.autograd.operators import array_of
 from hpcml.autograd.ops import attention, fused, pointwise, shape
 from hpcml.autograd.ops import linear as products
+from hpcml.nn.part import Part, Range
 
 
 def linear(input: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,19 +64,40 @@ def layer_norm(
 
 
 def dropout(
-    input: Tensor, p: float = 0.5, training: bool = True, *, name: str = "dropout"
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    name: str = "dropout",
+    part: Part | None = None,
 ) -> Tensor:
     """Zero elements with probability p and scale the rest by 1 / (1 - p); nothing in evaluation.
 
     Dimension 0 counts samples; a sample's mask depends on its number in the run and on `name`.
+    part: which part of a whole tensor `input` is, divided along another dim: its mask is the one
+    that the whole has there. Raises ValueError if `input` has not the shape of the part.
     """
     if not 0 <= p <= 1:
         raise ValueError(f"dropout: p={p} must lie between 0 and 1")
+    runs = None if part is None else _runs(part, input.shape)
     if not training or p == 0:
         return input
     if p == 1:
         return input * 0.0
-    return fused.dropout(input, p=p, name=name)
+    return fused.dropout(input, p=p, name=name, part=runs)
+
+
+def _runs(part: Part, shape: tuple[int, ...]) -> tuple[list[Range], int]:
+    """Where the elements of a sample of a part lie: (first, count) of neighbours, and a period."""
+    whole = part.shape[part.dim]
+    within = all(0 <= first <= end <= whole for first, end in part.ranges)
+    if part.dim < 1 or part.own != shape or not within:
+        raise ValueError(
+            f"dropout({shape}): this is not {part}: a part has the shape {part.own} of its ranges, "
+            "which lie within the whole, and its dim is not 0, which counts samples"
+        )
+    inner = math.prod(part.shape[part.dim + 1 :])
+    return [(first * inner, (end - first) * inner) for first, end in part.ranges], whole * inner
 
 
 def embedding(input: Any, weight: Tensor) -> Tensor:
@@ -151,13 +173,16 @@ def packed_self_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     name: str = "attention",
+    *,
+    first_head: int = 0,
 ) -> Tensor:
     """Self-attention of projections [q | k | v] side by side: (B, T, 3 E) -> (B, T, E).
 
-    Reads and writes the packed array directly, without splitting or transposing it.
+    Reads and writes the packed array directly, without splitting or transposing it. first_head: the
+    number of the first of these heads among those of all ranks, which dropout goes by.
     """
     return attention.packed_attention(
-        qkv, heads=num_heads, causal=is_causal, p=dropout_p, name=name
+        qkv, heads=num_heads, causal=is_causal, p=dropout_p, name=name, head=first_head
     )
 
 

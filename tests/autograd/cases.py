@@ -121,12 +121,16 @@ TABLE: dict[Primitive, list[Case]] = {
         (lambda w, i=i: fused.embedding(w, np.array(i, np.int32)), [normal(5, 3)])
         for i in ([[0, 4], [4, 4]], [2], 3, [[]])
     ],
-    fused.dropout: [seeded(fused.dropout, s, p=0.4) for s in SHAPES],
+    fused.dropout: [
+        *[seeded(fused.dropout, s, p=0.4) for s in SHAPES],
+        seeded(fused.dropout, (2, 3, 4), p=0.4, part=([(1, 3), (7, 1)], 11)),
+    ],
     attention.packed_attention: [
         keyed(attention.packed_attention, (2, 5, 12), heads=2, causal=True),
         keyed(attention.packed_attention, (1, 1, 3), heads=1, causal=False),
         keyed(attention.packed_attention, (0, 4, 6), heads=2, causal=True),
         seeded(attention.packed_attention, (2, 70, 6), heads=1, causal=True, p=0.3),
+        seeded(attention.packed_attention, (1, 5, 12), heads=2, causal=False, p=0.3, head=3),
     ],
     attention.attention: [
         keyed(attention.attention, (2, 2, 5, 3), (2, 2, 7, 3), (2, 2, 7, 3), causal=False),

@@ -12,6 +12,7 @@ from hpcml.autograd import Context, Tensor, primitive
 from hpcml.autograd.ops import shape
 from hpcml.errors import UserError
 from hpcml.nn import functional as F
+from hpcml.nn.part import Part
 from tests.autograd.support import Array, leaf, normal
 
 A, B = Tensor(normal(2, 3)), Tensor(normal(4, 5))
@@ -78,6 +79,15 @@ def test_shapes_that_do_not_fit(name: str, function: Callable[[], Any]) -> None:
         (ValueError, lambda: F.mse_loss(A, B), ["mse_loss", "(2, 3)", "(4, 5)"]),
         (ValueError, lambda: F.mse_loss(A, A, reduction="x"), ['"x"', '"sum"']),
         (ValueError, lambda: F.dropout(A, 1.5), ["p=1.5", "0 and 1"]),
+        *[
+            (ValueError, lambda part=part: F.dropout(A, part=part), ["dropout((2, 3))", str(part)])
+            for part in (
+                Part((2, 4), 1, ((0, 2),)),
+                Part((2, 3), 1, ((1, 4),)),
+                Part((3, 3), 0, ((0, 2),)),
+                Part((2, 3, 1), 1, ((0, 3),)),
+            )
+        ],
         (ValueError, lambda: F.scaled_dot_product_attention(A, A, A), ["attention(", "(2, 3)"]),
         (
             ValueError,

@@ -18,8 +18,9 @@ CASES = [
 ]  # fmt: skip
 KEY = np.uint64(0xFEDCBA9876543210)
 FIRST = np.uint64((1 << 33) + 5)  # past 32 bits: both halves of a sample's number count
-NEVER = np.uint32(0)
-SOMETIMES = np.uint32(0.3 * 2**32)
+NEVER = np.uint32(0), 0, 0, 0
+SOMETIMES = np.uint32(0.3 * 2**32), 0, 0, 0
+WITHIN = np.uint32(0.3 * 2**32), 3, 70, 5  # of more heads and of a longer sequence
 
 
 @pytest.fixture(params=DTYPES, autouse=True)
@@ -29,22 +30,22 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 
 def forward(
-    module: Any, q: Array, k: Array, v: Array, causal: bool, threshold: Any = NEVER
+    module: Any, q: Array, k: Array, v: Array, causal: bool, drop: Any = NEVER
 ) -> tuple[Array, Array]:
     out, lse = np.full(q.shape, np.nan, q.dtype), np.full(q.shape[:3], np.nan, q.dtype)
     scale = q.dtype.type(q.shape[3] ** -0.5)
-    module.attention(q, k, v, scale, causal, KEY, FIRST, threshold, out, lse)
+    module.attention(q, k, v, scale, causal, KEY, FIRST, *drop, out, lse)
     return out, lse
 
 
 def backward(
-    module: Any, q: Array, k: Array, v: Array, g: Array, causal: bool, threshold: Any = NEVER
+    module: Any, q: Array, k: Array, v: Array, g: Array, causal: bool, drop: Any = NEVER
 ) -> list[Array]:
-    out, lse = forward(module, q, k, v, causal, threshold)
+    out, lse = forward(module, q, k, v, causal, drop)
     gradients = [np.full(a.shape, np.nan, a.dtype) for a in (q, k, v)]
     scale = q.dtype.type(q.shape[3] ** -0.5)
     module.attention_backward(
-        q, k, v, out, lse, g, scale, causal, KEY, FIRST, threshold, *gradients
+        q, k, v, out, lse, g, scale, causal, KEY, FIRST, *drop, False, *gradients
     )
     return gradients
 
@@ -56,19 +57,17 @@ def inputs(dtype: str, case: tuple[int, ...]) -> list[Array]:
     return randoms(dtype, q, k, k, q)
 
 
-@pytest.mark.parametrize("threshold", [NEVER, SOMETIMES])
+@pytest.mark.parametrize("drop", [NEVER, SOMETIMES, WITHIN])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_attention(case: tuple[int, ...], causal: bool, threshold: Any, dtype: str) -> None:
+def test_attention(case: tuple[int, ...], causal: bool, drop: Any, dtype: str) -> None:
     arrays = inputs(dtype, case)
     doubles = [a.astype(np.float64) for a in arrays]
-    expected = forward(generic, *doubles[:3], causal, threshold)
-    for actual, wanted in zip(forward(cpu, *arrays[:3], causal, threshold), expected, strict=True):
+    expected = forward(generic, *doubles[:3], causal, drop)
+    for actual, wanted in zip(forward(cpu, *arrays[:3], causal, drop), expected, strict=True):
         close(actual, wanted, dtype)
-    wanted_gradients = backward(generic, *doubles, causal, threshold)
-    for actual, wanted in zip(
-        backward(cpu, *arrays, causal, threshold), wanted_gradients, strict=True
-    ):
+    wanted_gradients = backward(generic, *doubles, causal, drop)
+    for actual, wanted in zip(backward(cpu, *arrays, causal, drop), wanted_gradients, strict=True):
         assert np.isfinite(actual).all()  # every element is written
         close(actual, wanted, dtype, 5, scale=1.0)
 
@@ -96,10 +95,10 @@ def test_packed_projections_need_no_copies(causal: bool, dtype: str) -> None:
     q, k, v = (packed[:, :, i].swapaxes(1, 2) for i in range(3))
     dq, dk, dv = (gradient[:, :, i].swapaxes(1, 2) for i in range(3))
     lse, scale = np.empty((batch, heads, time), dtype), packed.dtype.type(depth**-0.5)
-    common = (scale, causal, KEY, FIRST, NEVER)
+    common = (scale, causal, KEY, FIRST, *NEVER)
     turned = out.swapaxes(1, 2)
     cpu.attention(q, k, v, *common, turned, lse)
-    cpu.attention_backward(q, k, v, turned, lse, g.swapaxes(1, 2), *common, dq, dk, dv)
+    cpu.attention_backward(q, k, v, turned, lse, g.swapaxes(1, 2), *common, False, dq, dk, dv)
     copies = [np.ascontiguousarray(a) for a in (q, k, v, g.swapaxes(1, 2))]
     expected = [*forward(cpu, *copies[:3], causal), *backward(cpu, *copies, causal)]
     for actual, wanted in zip((turned, lse, dq, dk, dv), expected, strict=True):
@@ -130,7 +129,7 @@ def test_dropout_drops_as_often_as_asked_and_keeps_the_mean(dtype: str) -> None:
     out, _ = forward(cpu, q, k, v, False, SOMETIMES)
     assert np.mean(out == 0) == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / out.size))
     kept = out[out != 0]
-    close(kept, np.full(kept.size, 1 / 64 / (1 - SOMETIMES / 2**32)), dtype)
+    close(kept, np.full(kept.size, 1 / 64 / (1 - SOMETIMES[0] / 2**32)), dtype)
     assert len({row.tobytes() for row in (out != 0).reshape(-1, 64)}) == 2 * 3 * 64
 
 
@@ -140,8 +139,45 @@ def test_a_sample_s_mask_depends_on_its_number_alone(dtype: str) -> None:
     out, lse = np.empty_like(whole[1:]), np.empty_like(whole[1:, :, :, 0])
     later = np.uint64(FIRST + np.uint64(1))
     scale = whole.dtype.type(0.5)
-    cpu.attention(*(a[1:] for a in arrays), scale, True, KEY, later, SOMETIMES, out, lse)
+    cpu.attention(*(a[1:] for a in arrays), scale, True, KEY, later, *SOMETIMES, out, lse)
     assert bits(out) == bits(whole[1:])
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 5, 66])
+@pytest.mark.parametrize("module", [cpu, generic])
+def test_a_block_has_the_mask_of_the_whole(module: Any, start: int, dtype: str) -> None:
+    """Of some heads, queries and keys, the first key at any place within a block of four."""
+    head, query, keys = 2, 3, 70
+    zeros = np.zeros((2, 4, keys, keys), dtype)
+    ones = np.broadcast_to(np.eye(keys, dtype=dtype), zeros.shape)
+    whole, _ = forward(module, zeros, zeros, ones, False, SOMETIMES)
+    q, k = zeros[:, head:, query:], zeros[:, head:, start:]
+    v = ones[:, head:, start:].copy()
+    part, _ = forward(module, q, k, v, False, (SOMETIMES[0], head, query, start))
+    np.testing.assert_array_equal(
+        part[..., start:] != 0, whole[:, head:, query:, start:] != 0, strict=True
+    )
+
+
+@pytest.mark.parametrize("module", [cpu, generic])
+def test_gradients_of_blocks_of_keys_add_up(module: Any, dtype: str) -> None:
+    """With the output and the sums of all keys; causal where a block is that of the queries."""
+    q, k, v, g = inputs(dtype, (2, 3, 80, 80, 8))
+    expected = backward(module, q, k, v, g, True, SOMETIMES)
+    out, lse = forward(module, q, k, v, True, SOMETIMES)
+    found = [np.ones_like(a) for a in (q, k, v)]
+    for first, last in ((0, 13), (13, 80)):
+        for start, end in ((0, 13), (13, 80)):
+            if start > first:
+                continue
+            rows, keys = np.s_[:, :, first:last], np.s_[:, :, start:end]
+            module.attention_backward(
+                q[rows], k[keys], v[keys], out[rows], lse[rows], g[rows], q.dtype.type(8**-0.5),
+                first == start, KEY, FIRST, SOMETIMES[0], 0, first, start, True,
+                found[0][rows], found[1][keys], found[2][keys],
+            )  # fmt: skip
+    for actual, wanted in zip(found, expected, strict=True):
+        close(actual - 1, wanted, dtype, 5)
 
 
 def test_large_scores_are_finite_and_pick_the_largest(dtype: str) -> None:

@@ -78,10 +78,13 @@ def test_a_uniform_number_is_below_one_and_on_a_grid(dtype: str) -> None:
     np.testing.assert_array_equal(out * 2**24 % 1, 0)
 
 
-def dropped(x: Array, first: int, probability: float) -> Array:
+def dropped(
+    x: Array, first: int, probability: float, runs: Any = None, period: int = 0, module: Any = cpu
+) -> Array:
     out = np.full_like(x, np.nan)
     threshold = np.uint32(probability * 2**32)
-    cpu.dropout(x, KEY, np.uint64(first), threshold, out)
+    whole = [(0, x.shape[1])] if runs is None else runs
+    module.dropout(x, KEY, np.uint64(first), threshold, np.array(whole), period, out)
     return out
 
 
@@ -89,11 +92,37 @@ def dropped(x: Array, first: int, probability: float) -> Array:
 @pytest.mark.parametrize("first", [0, 2**32 - 1])
 def test_dropout(first: int, shape: tuple[int, int], dtype: str) -> None:
     (x,) = randoms(dtype, shape)
-    expected = np.empty(shape)
-    generic.dropout(x.astype(np.float64), KEY, first, int(0.3 * 2**32), expected)
+    expected = dropped(x.astype(np.float64), first, 0.3, module=generic)
     out = dropped(x, first, 0.3)
     np.testing.assert_array_equal(out == 0, expected == 0)
     close(out, expected, dtype)
+
+
+def test_a_mask_is_what_it_always_was(dtype: str) -> None:
+    """The elements of sample 7 that are dropped: a run that is resumed needs the same ones."""
+    gone = np.flatnonzero(dropped(np.ones((1, 2 * TILE), dtype), 7, 0.01) == 0)
+    assert gone[:6].tolist() == [116, 185, 211, 229, 236, 242]
+    assert gone[gone >= TILE][:2].tolist() == [4276, 4508]
+
+
+# runs of neighbours, how far apart they come again, how often
+PARTS = [
+    ([(0, 300)], 300, 1), ([(1, 1)], 2, 7), ([(3, 10), (20, 1)], 40, 9), ([(5, 64)], 70, 130),
+    ([(0, 0), (6, 5), (11, 2)], 13, 4), ([(TILE - 3, 9)], 2 * TILE, 3), ([(0, 0)], 5, 3),
+    ([(TILE + 2, 2 * TILE), (3 * TILE + 5, TILE)], 5 * TILE, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("runs", "period", "times"), PARTS)
+def test_a_part_of_a_sample_has_the_mask_of_the_whole(
+    runs: Any, period: int, times: int, dtype: str
+) -> None:
+    (x,) = randoms(dtype, (3, times * period))
+    places = [t * period + i for t in range(times) for a, n in runs for i in range(a, a + n)]
+    part = np.ascontiguousarray(x[:, places])
+    expected = dropped(x, 2**32 - 2, 0.4)[:, places]
+    assert bits(dropped(part, 2**32 - 2, 0.4, runs, period)) == bits(expected)
+    close(dropped(part, 2**32 - 2, 0.4, runs, period, generic), expected, dtype)
 
 
 def test_dropout_of_a_sample_depends_on_its_number_alone(dtype: str) -> None:

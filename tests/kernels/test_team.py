@@ -65,15 +65,18 @@ def calls(dtype: str, rows: int, width: int = 33) -> Iterator[tuple[str, list[An
     yield made("cross_entropy_backward", x, index, -1, mean, inverse, y, out=(5,))
     yield made("embedding_backward", g, index, y[:width] * 0 if rows > width else
                np.zeros((width, width), dtype), out=(2,))  # fmt: skip
-    yield made("dropout", x, np.uint64(5), np.uint64(2), np.uint32(1 << 30), y, out=(4,))
+    runs = np.array([[3, 10], [20, 1]])
+    yield made("dropout", x, np.uint64(5), np.uint64(2), np.uint32(1 << 30), runs, 40, y, out=(6,))
     for causal in (False, True):
         q, k, v, do = randoms(dtype, *[(rows, 3, 5, 4)] * 4)
         out, lse = np.empty_like(q), np.empty((rows, 3, 5), dtype)
-        how = (real(0.5), causal, np.uint64(5), np.uint64(2), np.uint32(1 << 30))
-        yield made("attention", q, k, v, *how, out, lse, out=(8, 9))
+        how = (real(0.5), causal, np.uint64(5), np.uint64(2), np.uint32(1 << 30), 1, 2, 3)
+        yield made("attention", q, k, v, *how, out, lse, out=(11, 12))
         kernels.of(q).attention(q, k, v, *how, out, lse)
-        grads = [np.empty_like(q) for _ in range(3)]
-        yield made("attention_backward", q, k, v, out, lse, do, *how, *grads, out=(11, 12, 13))
+        for more in (False, True):
+            grads = [g.copy() for g in (k, v, q)]
+            yield made("attention_backward", q, k, v, out, lse, do, *how, more, *grads,
+                       out=(15, 16, 17))  # fmt: skip
     if dtype == "float32":
         yield made("widen", half, flat, False, out=(1,))
         yield made("narrow", flat, half, False, out=(1,))

@@ -12,6 +12,7 @@ import pytest
 from hpcml import nn, rng
 from hpcml.autograd import Tensor
 from hpcml.nn import functional as F
+from hpcml.nn.part import Part, blocks
 from tests.autograd.support import Array, leaf, normal
 
 P = 0.3
@@ -108,6 +109,37 @@ def test_masks_depend_on_sample_seed_and_use(name: str) -> None:
         one, two = use(Tensor(x)).numpy(), use(Tensor(x)).numpy()
     np.testing.assert_array_equal(one, values)
     assert not np.allclose(one, two)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(("shape", "dim"), [((3, 70, 65), 1), ((3, 70, 65), 2), ((2, 5000), 1)])
+def test_a_part_has_the_mask_of_the_whole(shape: tuple[int, ...], dim: int, ranks: int) -> None:
+    """What the ranks have in one block each, or in two as in a zigzag, forward and backward."""
+    x = normal(*shape)
+    whole = evaluate(lambda y: F.dropout(y, P), x, 1, 10)
+    cut, halves = blocks(shape[dim], ranks), blocks(shape[dim], 2 * ranks)
+    pairs = zip(halves[:ranks], halves[: ranks - 1 : -1], strict=True)
+    for ranges in [*((one,) for one in cut), *pairs]:
+        part = Part(shape, dim, ranges)
+        found = evaluate(lambda y, part=part: F.dropout(y, P, part=part), x[part.index], 1, 10)
+        for mine, theirs in zip(found, whole, strict=True):
+            np.testing.assert_array_equal(mine, theirs[part.index])
+
+
+def test_a_part_may_be_empty() -> None:
+    for ranges in ((), ((2, 2),)):
+        part = Part((2, 3, 4), 1, ranges)
+        assert F.dropout(leaf(np.empty((2, 0, 4))), part=part).shape == (2, 0, 4)
+
+
+def test_some_heads_have_the_masks_they_have_among_all() -> None:
+    x, heads = normal(2, 9, 3, 4, 5), 4
+    with rng.samples(1, 10):
+        whole = F.packed_self_attention(Tensor(x.reshape(2, 9, -1)), heads, P, True).numpy()
+    with rng.samples(1, 10):
+        mine = Tensor(x[:, :, :, 1:3].reshape(2, 9, -1))
+        part = F.packed_self_attention(mine, 2, P, True, first_head=1).numpy()
+    np.testing.assert_allclose(part, whole[:, :, 5:15], 1e-12, 1e-14)
 
 
 def test_names_tell_modules_apart() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,18 @@ from hpcml.autograd.ops.fused import threshold
 from hpcml.autograd.record import Context, empty, primitive
 from hpcml.backend import Array
 
-_NO_DROPOUT = np.uint64(0), np.uint64(0), np.uint32(0)  # key, first sample, threshold
+
+class Plan(NamedTuple):
+    """What the attention kernels are told besides arrays, in their order."""
+
+    scale: Any
+    causal: bool
+    key: Any
+    sample: Any
+    threshold: Any
+    head: int
+    query: int = 0
+    position: int = 0
 
 
 def _heads(x: Array, heads: int) -> Array:
@@ -22,30 +33,32 @@ def _heads(x: Array, heads: int) -> Array:
     return x.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
 
 
-def _prepare(
-    ctx: Context, q: Array, scale: float | None, causal: bool, p: float, name: str
-) -> None:
+def plan(
+    q: Array, causal: bool, p: float, name: str, scale: float | None = None, head: int = 0
+) -> Plan:
+    """The plan of attention to all keys for q (B, H, T, D); `head` is the number of its first."""
     if q.shape[3] == 0:
         raise ValueError(f"q {q.shape}: a head needs a size of at least 1")
     factor = q.dtype.type(1 / math.sqrt(q.shape[3]) if scale is None else scale)
-    drop = _NO_DROPOUT
-    if p > 0:
-        key, first = rng.draw(name)
-        drop = np.uint64(key), np.uint64(first), np.uint32(threshold(p))
-    ctx.attributes = (factor, causal, *drop)
+    key, sample = rng.draw(name) if p > 0 else (0, 0)
+    return Plan(factor, causal, np.uint64(key), np.uint64(sample), np.uint32(threshold(p)), head)
 
 
 @primitive
 def packed_attention(
-    ctx: Context, qkv: Array, *, heads: int, causal: bool, p: float = 0.0, name: str = "attention"
-) -> Array:
-    """Self-attention of packed projections: qkv (B, T, 3 C), [q | k | v] -> (B, T, C)."""
+    ctx: Context, qkv: Array, *,
+    heads: int, causal: bool, p: float = 0.0, name: str = "attention", head: int = 0,
+) -> Array:  # fmt: skip
+    """Self-attention of packed projections: qkv (B, T, 3 C), [q | k | v] -> (B, T, C).
+
+    head: the number of the first head, where these are some of those that attention has.
+    """
     batch, length, width = qkv.shape
     if heads < 1 or width % (3 * heads):
         raise ValueError(f"width {width} is not 3 * heads({heads}) * a head size")
     qkv = floats(qkv)
     q, k, v = _thirds(qkv, heads)
-    _prepare(ctx, q, None, causal, p, name)
+    ctx.attributes = plan(q, causal, p, name, head=head)
     out, lse = ctx.empty((batch, length, width // 3), qkv), empty((batch, heads, length), qkv)
     kernels.of(qkv).attention(q, k, v, *ctx.attributes, _heads(out, heads), lse)
     ctx.save(qkv, out, lse)
@@ -64,7 +77,7 @@ def packed_attention_qkv(ctx: Context, g: Array) -> Array:
     result = ctx.empty(qkv.shape, qkv)
     kernels.of(qkv).attention_backward(
         *_thirds(qkv, heads), _heads(out, heads), lse, _heads(contiguous(g), heads),
-        *ctx.attributes, *_thirds(result, heads),
+        *ctx.attributes, False, *_thirds(result, heads),
     )  # fmt: skip
     return result
 
@@ -83,7 +96,7 @@ def attention(
         raise ValueError(f"q {q.shape}, k {k.shape}: queries need at least one key")
     same_type(ctx, "q", "k", "v")
     q, k, v = _row_major(q), _row_major(k), _row_major(v)
-    _prepare(ctx, q, scale, causal, p, name)
+    ctx.attributes = plan(q, causal, p, name, scale)
     out, lse = ctx.empty(q.shape, q), empty(q.shape[:3], q)
     kernels.of(q).attention(q, k, v, *ctx.attributes, out, lse)
     ctx.save(q, k, v, out, lse)
@@ -101,7 +114,9 @@ def _attention_gradients(ctx: Context, g: Array) -> Any:
 
     def compute() -> tuple[Array, Array, Array]:
         grads = empty(q.shape, q), empty(k.shape, k), empty(v.shape, v)
-        kernels.of(q).attention_backward(q, k, v, out, lse, _row_major(g), *ctx.attributes, *grads)
+        kernels.of(q).attention_backward(
+            q, k, v, out, lse, _row_major(g), *ctx.attributes, False, *grads
+        )
         return grads
 
     return ctx.shared(compute)

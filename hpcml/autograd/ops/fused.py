@@ -200,14 +200,22 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1)
 
 
+Runs = tuple[list[tuple[int, int]], int]
+"""Elements of a sample: (first, count) of neighbours, and after how many come the same again."""
+
+
 @primitive
-def dropout(ctx: Context, x: Array, *, p: float, name: str) -> Array:
+def dropout(ctx: Context, x: Array, *, p: float, name: str, part: Runs | None = None) -> Array:
     """Zero each element with probability p, scale the others by 1 / (1 - p).
 
     Dimension 0 counts samples: the mask of one depends on its number in the run and on `name`.
+    part: the elements that x has of each; by default all.
     """
     key, first = rng.draw(name)
-    ctx.attributes = np.uint64(key), np.uint64(first), np.uint32(threshold(p))
+    size = x.size // x.shape[0] if x.ndim and x.size else x.size
+    runs, period = part or ([(0, size)], size)
+    where = np.array(runs, np.int64).reshape(-1, 2), period
+    ctx.attributes = np.uint64(key), np.uint64(first), np.uint32(threshold(p)), *where
     return _drop(ctx, floats(x))
 
 

@@ -75,12 +75,15 @@ def _hide(row: Any, t: int, keys: int, causal: bool) -> Any:
 
 
 @inline
-def _drop(p: Any, key: Any, sample: Any, h: int, t: int, n: int, threshold: Any, keep: Any) -> Any:
-    """Make the mask of query t of a sample and head; return the scale of what is kept."""
+def _drop(key: Any, sample: Any, h: int, t: int, s: int, n: int, threshold: Any, keep: Any) -> Any:
+    """Make the mask of query t of a sample and head for n keys from s on.
+
+    Return it, a part of `keep`, and the scale of what is kept.
+    """
     low = u4(sample & LOW)
     head = u4(u8(h) ^ ((sample >> HALF) << u8(16)))
-    keep_row(key, u4(t), head, low, threshold, keep, n)
-    return p.dtype.type(1.0 / (1.0 - threshold / 4294967296.0))
+    mask = keep_row(key, u4(t), head, low, threshold, s, n, keep)
+    return mask, keep.dtype.type(1.0 / (1.0 - threshold / 4294967296.0))
 
 
 def _pairs(q: Any, k: Any, *_: Any) -> tuple[int, int]:
@@ -88,22 +91,23 @@ def _pairs(q: Any, k: Any, *_: Any) -> tuple[int, int]:
     return q.shape[0] * q.shape[1], q.size * k.shape[2] // 16
 
 
-@divided("void(R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], T, boolean, uint64, uint64, uint32,"
-        " T[:,:,:,:], T[:,:,::1])", _pairs)  # fmt: skip
+@divided("void(R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], T, boolean, uint64, uint64, uint32, int64,"
+        " int64, int64, T[:,:,:,:], T[:,:,:])", _pairs)  # fmt: skip
 def attention(
     q: Any, k: Any, v: Any, scale: Any, causal: bool, key: Any, first: Any, threshold: Any,
-    out: Any, lse: Any, low: int, high: int,
+    head: int, row0: int, key0: int, out: Any, lse: Any, low: int, high: int,
 ) -> None:  # fmt: skip
     """out = dropout(softmax(scale q k^T)) v; lse (B, H, T) = log sum exp of each row's scores.
 
     `causal`: query t sees keys 0..t. Dropout has probability threshold / 2^32 and is a function of
-    (key, sample first + b, head, query, key position).
+    (key, sample first + b, head + h, query row0 + t, key key0 + s): the arrays may be a block of
+    a longer sequence, and some of its heads.
     """
     _, heads, queries, depth = q.shape
     length, size = k.shape[2], q.itemsize
     one, zero = q.dtype.type(1), q.dtype.type(0)
     s = np.empty((TILE, length), q.dtype)
-    keep = np.empty(length + 4, q.dtype)
+    keep = np.empty(length + 6, q.dtype)  # whole blocks of 4 words
     for pair in range(low, high):
         b, h = pair // heads, pair % heads
         for start in range(0, queries, TILE):
@@ -120,9 +124,11 @@ def attention(
                 lse[b, h, t] = most + math.log(total)
                 factor = one / total
                 if threshold > 0:
-                    factor *= _drop(q, key, first + u8(b), h, t, seen, threshold, keep)
+                    mask, kept = _drop(key, first + u8(b), head + h, row0 + t, key0, seen,
+                                       threshold, keep)  # fmt: skip
+                    factor *= kept
                     for j in range(seen):
-                        row[j] *= keep[j]
+                        row[j] *= mask[j]
                 for j in range(width):
                     row[j] *= factor
                 row[width:keys] = zero
@@ -131,18 +137,25 @@ def attention(
                  out.strides[2] // size)  # fmt: skip
 
 
-@divided("void(R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], R[:,:,::1], R[:,:,:,:], T, boolean,"
-        " uint64, uint64, uint32, T[:,:,:,:], T[:,:,:,:], T[:,:,:,:])", _pairs)  # fmt: skip
+@divided("void(R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], R[:,:,:], R[:,:,:,:], T, boolean,"
+        " uint64, uint64, uint32, int64, int64, int64, boolean, T[:,:,:,:], T[:,:,:,:],"
+        " T[:,:,:,:])", _pairs)  # fmt: skip
 def attention_backward(
     q: Any, k: Any, v: Any, out: Any, lse: Any, g: Any, scale: Any, causal: bool,
-    key: Any, first: Any, threshold: Any, dq: Any, dk: Any, dv: Any, low: int, high: int,
+    key: Any, first: Any, threshold: Any, head: int, row0: int, key0: int, more: bool,
+    dq: Any, dk: Any, dv: Any, low: int, high: int,
 ) -> None:  # fmt: skip
-    """Gradients of `attention` with respect to q, k, v for the output's gradient g (B, H, T, D)."""
+    """Gradients of `attention` with respect to q, k, v for the output's gradient g (B, H, T, D).
+
+    `more`: they are added to what dq, dk and dv hold. Where k and v are a block of the keys, out
+    and lse are those of attention to all of them, and the gradients what this block contributes.
+    """
     _, heads, queries, depth = q.shape
     length, size = k.shape[2], q.itemsize
     one, zero = q.dtype.type(1), q.dtype.type(0)
+    before = one if more else zero
     p, ds = np.empty((TILE, length), q.dtype), np.empty((TILE, length), q.dtype)
-    keep = np.empty(length + 4, q.dtype)
+    keep = np.empty(length + 6, q.dtype)  # whole blocks of 4 words
     ldq, ldk, ldv = q.strides[2] // size, k.strides[2] // size, v.strides[2] // size
     ldg = g.strides[2] // size
     lddq, lddk, lddv = dq.strides[2] // size, dk.strides[2] // size, dv.strides[2] // size
@@ -150,13 +163,14 @@ def attention_backward(
         b, h = pair // heads, pair % heads
         # Keys that no query sees have a gradient of zero.
         for t in range(min(queries, length) if causal or queries == 0 else length, length):
-            dk[b, h, t, :] = zero
-            dv[b, h, t, :] = zero
+            if not more:
+                dk[b, h, t, :] = zero
+                dv[b, h, t, :] = zero
         # Last tile first: it reaches all keys, so it can overwrite dk and dv, the others add.
         for start in range((queries - 1) // TILE * TILE, -1, -TILE):
             rows = min(TILE, queries - start)
             keys = min(start + rows, length) if causal else length
-            add = zero if start + TILE >= queries else one
+            add = before if start + TILE >= queries else one
             _scores(q, k, b, h, start, rows, keys, scale, p)
             gemm(PLAIN, TRANSPOSED, rows, keys, depth, one, _at(g, b, h, start), ldg,
                  _at(v, b, h, 0), ldv, zero, ds.ctypes.data, length)  # fmt: skip
@@ -168,9 +182,10 @@ def attention_backward(
                 for j in range(width):
                     prob[j] = exp(prob[j] - shift)
                 if threshold > 0:
-                    factor = _drop(q, key, first + u8(b), h, t, seen, threshold, keep)
+                    mask, factor = _drop(key, first + u8(b), head + h, row0 + t, key0, seen,
+                                         threshold, keep)  # fmt: skip
                     for j in range(seen):
-                        kept = keep[j] * factor
+                        kept = mask[j] * factor
                         grad[j] = prob[j] * (grad[j] * kept - delta) * scale
                         prob[j] *= kept
                 else:
@@ -179,7 +194,7 @@ def attention_backward(
                 prob[seen:keys] = zero
                 grad[seen:keys] = zero
             gemm(PLAIN, PLAIN, rows, depth, keys, one, ds.ctypes.data, length,
-                 _at(k, b, h, 0), ldk, zero, _at(dq, b, h, start), lddq)  # fmt: skip
+                 _at(k, b, h, 0), ldk, before, _at(dq, b, h, start), lddq)  # fmt: skip
             gemm(TRANSPOSED, PLAIN, keys, depth, rows, one, ds.ctypes.data, length,
                  _at(q, b, h, start), ldq, add, _at(dk, b, h, 0), lddk)  # fmt: skip
             gemm(TRANSPOSED, PLAIN, keys, depth, rows, one, p.ctypes.data, length,

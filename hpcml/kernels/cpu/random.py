@@ -87,34 +87,54 @@ def random_normal(key: Any, start: int, out: Any) -> None:
 
 
 @inline
-def keep_row(key: Any, c1: Any, c2: Any, c3: Any, threshold: Any, keep: Any, n: int) -> None:
-    """keep[j] = 1 where word j of counter (*, c1, c2, c3) reaches `threshold`, else 0, for j < n.
+def keep_row(
+    key: Any, c1: Any, c2: Any, c3: Any, threshold: Any, start: int, n: int, keep: Any
+) -> Any:
+    """Of words start to start + n - 1 of counter (*, c1, c2, c3): 1 if it is kept, else 0.
 
-    `keep` has room for n rounded up to a multiple of 4.
+    It is kept from `threshold` on. The result is a part of `keep`, which has room for whole blocks
+    of words: n + 6 numbers.
     """
     one, zero = keep.dtype.type(1), keep.dtype.type(0)
-    for block in range((n + 3) >> 2):
-        w0, w1, w2, w3 = philox(key, u4(block), c1, c2, c3)
+    first, skip = start >> 2, start & 3
+    for block in range((skip + n + 3) >> 2):
+        w0, w1, w2, w3 = philox(key, u4(first + block), c1, c2, c3)
         keep[4 * block] = one if w0 >= threshold else zero
         keep[4 * block + 1] = one if w1 >= threshold else zero
         keep[4 * block + 2] = one if w2 >= threshold else zero
         keep[4 * block + 3] = one if w3 >= threshold else zero
+    return keep[skip : skip + n]
 
 
-@divided("void(R[:, ::1], uint64, uint64, uint32, T[:, ::1])", rows)
-def dropout(x: Any, key: Any, first: Any, threshold: Any, out: Any, low: int, high: int) -> None:
-    """out = x / (1 - p) where kept, 0 elsewhere; row r is global sample first + r.
+@divided("void(R[:, ::1], uint64, uint64, uint32, I[:, ::1], int64, T[:, ::1])", rows)
+def dropout(
+    x: Any, key: Any, first: Any, threshold: Any, runs: Any, period: int, out: Any,
+    low: int, high: int,
+) -> None:  # fmt: skip
+    """out = x / (1 - p) where kept, 0 elsewhere; row r is a part of global sample first + r.
 
-    `threshold` is p * 2^32. The gradient is the same function of the output's gradient.
+    `threshold` is p * 2^32. `runs` (K, 2): first element, in the whole sample, and number of the
+    neighbours that a row has one after the other; after the last run come the same ones `period`
+    elements further on, until the row ends. The word of an element goes by its place in the whole.
+    The gradient is the same function of the output's gradient.
     """
-    n = x.shape[1]
+    n, count = x.shape[1], runs.shape[0]
     scale = x.dtype.type(1.0 / (1.0 - threshold / 4294967296.0))
-    keep = np.empty(TILE, x.dtype)
+    keep = np.empty(TILE, x.dtype)  # a run within a tile ends with a block
     for r in range(low, high):
         sample = first + u8(r)
         c2, c3 = u4(sample & LOW), u4(sample >> HALF)
-        for start in range(0, n, TILE):
-            stop = min(start + TILE, n)
-            keep_row(key, u4(start // TILE), c2, c3, threshold, keep, stop - start)
-            for j in range(start, stop):
-                out[r, j] = x[r, j] * (keep[j - start] * scale)
+        done, run, base = 0, 0, 0
+        while done < n:
+            place, end = base + runs[run, 0], base + runs[run, 0] + runs[run, 1]
+            while place < end:
+                tile, within = place // TILE, place % TILE
+                m = min(end - place, TILE - within)
+                kept = keep_row(key, u4(tile), c2, c3, threshold, within, m, keep)
+                given, result = x[r, done : done + m], out[r, done : done + m]
+                for j in range(m):
+                    result[j] = given[j] * (kept[j] * scale)
+                done, place = done + m, place + m
+            run += 1
+            if run == count:
+                run, base = 0, base + period
