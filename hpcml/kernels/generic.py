@@ -172,9 +172,8 @@ def embedding_backward(g: Array, index: Array, table: Array) -> None:
 
 
 def _philox(key: int, c0: Array, c1: Array, c2: Array, c3: Array) -> list[Array]:
-    m = xp(c0)
     u8, low, half = np.uint64, np.uint64(0xFFFFFFFF), np.uint64(32)
-    c = list(m.broadcast_arrays(c0, c1, c2, c3))
+    c = list(xp(c0).broadcast_arrays(c0, c1, c2, c3))
     k0, k1 = int(key) & 0xFFFFFFFF, int(key) >> 32
     for _ in range(10):
         a, b = u8(0xD2511F53) * c[0], u8(0xCD9E8D57) * c[2]
@@ -220,17 +219,16 @@ def dropout(
 
     runs: (first, count) of neighbours in the whole sample, again every `period` elements.
     """
-    m, u8, tile = xp(x), np.uint64, 4096
+    m, u8 = xp(x), np.uint64
     one = m.concatenate([m.arange(0), *(m.arange(i, i + n) for i, n in runs.tolist())])
     times = x.shape[1] // max(one.size, 1)
     place = (m.arange(times)[:, None] * period + one).reshape(-1).astype(u8)
     blocks, block = m.unique(place >> u8(2), return_inverse=True)
-    c0, c1 = blocks % u8(tile // 4), blocks // u8(tile // 4)
+    c0, c1 = blocks & u8(1023), blocks >> u8(10)  # in tiles of 4096 elements
     for r in range(x.shape[0]):
         sample = m.full_like(blocks, int(first) + r)
         words = m.stack(_philox(key, c0, c1, sample & u8(0xFFFFFFFF), sample >> u8(32)), 1)
-        kept = words[block, place & u8(3)] >= u8(threshold)
-        out[r] = m.where(kept, x[r] / (1 - threshold / 2**32), 0)
+        out[r] = (words[block, place & u8(3)] >= u8(threshold)) * x[r] / (1 - threshold / 2**32)
 
 
 def _probabilities(
@@ -259,7 +257,7 @@ def _attention_mask(
     c1 = m.arange(row0, row0 + queries, dtype=u8)[:, None]
     blocks = m.arange(key0 >> 2, (key0 + keys + 3) >> 2, dtype=u8)
     words = m.stack(_philox(key, blocks, c1, c2, sample & u8(0xFFFFFFFF)), -1)
-    words = words.reshape(batch, heads, queries, 4 * blocks.size)[..., key0 & 3 :][..., :keys]
+    words = words.reshape(*words.shape[:3], 4 * blocks.size)[..., key0 & 3 :][..., :keys]
     return (words >= u8(threshold)) / (1 - threshold / 2**32)
 
 
@@ -274,6 +272,13 @@ def attention(
     p, lse[...] = _probabilities(q, k, scale, causal, None)
     mask = _attention_mask(q, k.shape[2], key, first, threshold, head, row0, key0)
     out[...] = (p * mask) @ v
+
+
+def join_attention(out: Array, lse: Array, other: Array, total: Array) -> None:
+    """Make of attention to some keys (out, lse) that to these and others (other, total)."""
+    both = xp(lse).logaddexp(lse, total)
+    first, second = (xp(lse).exp(part - both)[..., None] for part in (lse, total))
+    out[...], lse[...] = out * first + other * second, both
 
 
 def attention_backward(

@@ -159,6 +159,22 @@ def test_a_block_has_the_mask_of_the_whole(module: Any, start: int, dtype: str) 
     )
 
 
+@pytest.mark.parametrize("keys", [1, 7, 69])
+@pytest.mark.parametrize("module", [cpu, generic])
+def test_attention_to_some_keys_and_to_the_others_is_that_to_all(
+    module: Any, keys: int, dtype: str
+) -> None:
+    q, k, v, _ = inputs(dtype, (2, 3, 33, 70, 5))
+    k[0, :, keys:] *= 30  # sums of which the exponential would overflow
+    out, lse = forward(module, q, k[:, :, :keys], v[:, :, :keys], False)
+    others = forward(module, q, k[:, :, keys:], v[:, :, keys:], False)
+    packed = np.zeros((2, 33, 3, 5), dtype).swapaxes(1, 2)  # heads side by side
+    packed[...] = out
+    module.join_attention(packed, lse, *others)
+    for actual, wanted in zip((packed, lse), forward(module, q, k, v, False), strict=True):
+        close(actual, wanted, dtype)
+
+
 @pytest.mark.parametrize("module", [cpu, generic])
 def test_gradients_of_blocks_of_keys_add_up(module: Any, dtype: str) -> None:
     """With the output and the sums of all keys; causal where a block is that of the queries."""

@@ -73,6 +73,7 @@ def calls(dtype: str, rows: int, width: int = 33) -> Iterator[tuple[str, list[An
         how = (real(0.5), causal, np.uint64(5), np.uint64(2), np.uint32(1 << 30), 1, 2, 3)
         yield made("attention", q, k, v, *how, out, lse, out=(11, 12))
         kernels.of(q).attention(q, k, v, *how, out, lse)
+        yield made("join_attention", q, lse, k, -lse, out=(0, 1))
         for more in (False, True):
             grads = [g.copy() for g in (k, v, q)]
             yield made("attention_backward", q, k, v, out, lse, do, *how, more, *grads,

@@ -36,10 +36,10 @@ def _heads(x: Array, heads: int) -> Array:
 def plan(
     q: Array, causal: bool, p: float, name: str, scale: float | None = None, head: int = 0
 ) -> Plan:
-    """The plan of attention to all keys for q (B, H, T, D); `head` is the number of its first."""
-    if q.shape[3] == 0:
+    """The plan of attention to all keys for q (..., D); `head` is the number of its first head."""
+    if q.shape[-1] == 0:
         raise ValueError(f"q {q.shape}: a head needs a size of at least 1")
-    factor = q.dtype.type(1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    factor = q.dtype.type(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     key, sample = rng.draw(name) if p > 0 else (0, 0)
     return Plan(factor, causal, np.uint64(key), np.uint64(sample), np.uint32(threshold(p)), head)
 

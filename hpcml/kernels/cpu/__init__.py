@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from hpcml import backend
 from hpcml.kernels.cpu import blas, brain, halves, jit, shared
-from hpcml.kernels.cpu.attention import attention, attention_backward
+from hpcml.kernels.cpu.attention import attention, attention_backward, join_attention
 from hpcml.kernels.cpu.pointwise import (
     adam_update,
     block_squares,
@@ -55,6 +55,7 @@ __all__ = [
     "gelu_tanh",
     "gelu_tanh_backward",
     "halves",
+    "join_attention",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_weight_gradient",

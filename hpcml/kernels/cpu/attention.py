@@ -137,6 +137,33 @@ def attention(
                  out.strides[2] // size)  # fmt: skip
 
 
+def _outputs(out: Any, *_: Any) -> tuple[int, int]:
+    """The pairs of a sample and a head, as above: a thread has the same ones."""
+    return out.shape[0] * out.shape[1], out.size
+
+
+@divided("void(T[:,:,:,:], T[:,:,:], R[:,:,:,:], R[:,:,:])", _outputs)
+def join_attention(out: Any, lse: Any, other: Any, total: Any, low: int, high: int) -> None:
+    """Make of attention to some keys (out, lse) that to these and others (other, total).
+
+    A weighted mean of both, with the sums of exponentials as weights: sums over keys of softmax in
+    blocks (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax").
+    """
+    _, heads, queries, depth = out.shape
+    for pair in range(low, high):
+        b, h = pair // heads, pair % heads
+        for t in range(queries):
+            x, y = lse[b, h, t], total[b, h, t]
+            most = max(x, y)
+            first, second = exp(x - most), exp(y - most)
+            both = first + second
+            first, second = first / both, second / both
+            lse[b, h, t] = most + math.log(both)
+            row, more = _row(out, b, h, t), _row(other, b, h, t)
+            for j in range(depth):
+                row[j] = first * row[j] + second * more[j]
+
+
 @divided("void(R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], R[:,:,:,:], R[:,:,:], R[:,:,:,:], T, boolean,"
         " uint64, uint64, uint32, int64, int64, int64, boolean, T[:,:,:,:], T[:,:,:,:],"
         " T[:,:,:,:])", _pairs)  # fmt: skip
