@@ -153,11 +153,15 @@ def cross_entropy(logits: Array, target: Array, ignore: int, loss: Array, lse: A
 def cross_entropy_backward(
     logits: Array, target: Array, ignore: int, lse: Array, g: Array, out: Array
 ) -> None:
-    """out[r] = g[r] * (softmax(logits[r]) - onehot(target[r])); 0 where target is `ignore`."""
+    """out[r] = g[r] * (softmax(logits[r]) - onehot(target[r])); 0 where target is `ignore`.
+
+    A target beyond the classes has them on another rank, which subtracts its one there.
+    """
     m = xp(logits)
     used = target != ignore
     out[...] = m.exp(logits - lse[:, None])
-    out[m.arange(len(target)), m.where(used, target, 0)] -= 1
+    rows = m.flatnonzero(used & (target < logits.shape[1]))
+    out[rows, target[rows]] -= 1
     out *= m.where(used, g, 0)[:, None]
 
 

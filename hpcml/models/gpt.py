@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from hpcml.autograd import Tensor
 from hpcml.nn import (
     GELU,
     Constant,
+    CrossEntropyLoss,
     Dropout,
     Embedding,
     LayerNorm,
@@ -19,8 +20,8 @@ from hpcml.nn import (
     Module,
     ModuleList,
     Normal,
+    PackedAttention,
 )
-from hpcml.nn import functional as F
 
 
 class SelfAttention(Module):
@@ -31,16 +32,15 @@ class SelfAttention(Module):
         if heads < 1 or width % heads:
             fitting = [n for n in range(1, 65) if width % n == 0]
             raise ValueError(f"heads={heads} must divide width={width}: take one of {fitting}")
-        self.heads, self.dropout = heads, dropout
         self.c_attn = Linear(width, 3 * width, bias)
+        self.attention = PackedAttention(heads, dropout, is_causal=True)
         self.c_proj = Linear(width, width, bias)
         self.resid_dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, width) -> (B, T, width)."""
-        p = self.dropout if self.training else 0.0
-        y = F.packed_self_attention(self.c_attn(x), self.heads, p, True, f"{self.name}.attention")
-        return self.resid_dropout(self.c_proj(y))  # type: ignore[no-any-return]
+        y = self.c_proj(self.attention(self.c_attn(x)))
+        return self.resid_dropout(y)  # type: ignore[no-any-return]
 
 
 class MLP(Module):
@@ -104,6 +104,17 @@ class GPT(Module):
     the same sizes loads as it is.
     """
 
+    splits: ClassVar = {
+        "transformer.wte": "vocab",
+        "transformer.wpe": "positions",
+        "*.attn.c_attn": "qkv",
+        "*.attn.attention": "heads",
+        "*.mlp.c_fc": "column",
+        "*.c_proj": "row",
+        "lm_head": "output",
+    }
+    """What tensor parallelism makes of the layers; see `hpcml.parallel.tensor.divide`."""
+
     def __init__(
         self,
         vocab_size: int,
@@ -157,6 +168,13 @@ class GPT(Module):
 class NextTokenLoss(Module):
     """Mean cross-entropy of logits (B, T, vocab) against the tokens that follow (B, T)."""
 
+    takes_divided_classes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross_entropy = CrossEntropyLoss()
+
     def forward(self, logits: Tensor, target: Any) -> Tensor:
         """Logits (B, T, vocab) and integers (B, T) -> one number."""
-        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1))
+        rows = logits.reshape(-1, logits.shape[-1])
+        return self.cross_entropy(rows, target.reshape(-1))  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Serial layers: modules, parameters and functions under PyTorch's names."""
 
 from hpcml.nn import functional
-from hpcml.nn.attention import MultiheadAttention
+from hpcml.nn.attention import MultiheadAttention, PackedAttention
 from hpcml.nn.layers import (
     GELU,
     CrossEntropyLoss,
@@ -34,6 +34,7 @@ __all__ = [
     "ModuleList",
     "MultiheadAttention",
     "Normal",
+    "PackedAttention",
     "Parameter",
     "ReLU",
     "Sequential",

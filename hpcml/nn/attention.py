@@ -16,6 +16,27 @@ from hpcml.nn.module import Module
 from hpcml.nn.parameter import Constant, Parameter, Uniform
 
 
+class PackedAttention(Module):
+    """Self-attention of projections [q | k | v] side by side: (B, T, 3 E) -> (B, T, E).
+
+    What lies between the projections, without parameters of its own: the part of an attention that
+    tensor parallelism divides by heads and context parallelism by positions.
+    """
+
+    def __init__(self, num_heads: int, dropout: float = 0.0, is_causal: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.dropout, self.is_causal = num_heads, dropout, is_causal
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """(B, T, 3 E) -> (B, T, E)."""
+        p = self.dropout if self.training else 0.0
+        return F.packed_self_attention(qkv, self.num_heads, p, self.is_causal, self.name)
+
+    def extra_repr(self) -> str:
+        """Heads, dropout, and whether causal."""
+        return f"{self.num_heads}, dropout={self.dropout}, is_causal={self.is_causal}"
+
+
 class MultiheadAttention(Module):
     """Attention of `num_heads` heads with input and output projections.
 

@@ -188,6 +188,7 @@ class Module:
         """Qualified name -> values; a shared parameter under each of its names.
 
         Not copied, unless they are sharded: then all ranks gather them here, one unit at a time.
+        Of a tensor that tensor-parallel ranks divide, this rank's part (whole: `Step.gathered`).
         """
         state = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
@@ -201,13 +202,15 @@ class Module:
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Copy values in by name: arrays, tensors of ours or of PyTorch.
 
+        Of a tensor that ranks divide, all of it or this rank's part.
+
         strict: the names must be exactly those of `state_dict`. All problems are told at once.
         """
         own = dict(self.named_parameters(remove_duplicate=False))
         problems = [
-            f"{name} has shape {tuple(value.shape)}, not {own[name].shape}"
+            f"{name} has shape {tuple(value.shape)}, not {own[name].whole_shape}"
             for name, value in state.items()
-            if name in own and tuple(value.shape) != own[name].shape
+            if name in own and tuple(value.shape) not in (own[name].shape, own[name].whole_shape)
         ]
         if strict:
             problems += [f"{name} is missing" for name in own if name not in state]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,7 +98,7 @@ class Parameter(Tensor):
     """
 
     __slots__ = ("_dtype", "_place", "_shape", "home", "init", "keeper", "layout", "name", "part",
-                 "unit")  # fmt: skip
+                 "parts", "unit")  # fmt: skip
     is_parameter = True
 
     def __init__(
@@ -121,6 +122,7 @@ class Parameter(Tensor):
         self.init: Init = init or Constant()
         self.layout: dict[str, str] = {}  # axis -> state; replicated where nothing is said
         self.part: Part | None = None  # what this rank holds of a tensor that ranks divide
+        self.parts: tuple[Part, ...] = ()  # and what each rank of that axis does
         self.name = rng.anonymous()  # until a model gives it its own
         if data is None:
             assert shape is not None
@@ -164,8 +166,12 @@ class Parameter(Tensor):
     def assign(self, values: Array) -> None:
         """Copy values in; first values that have not been made are not made for it.
 
-        On all ranks alike, where an optimizer keeps the values in a form of its own.
+        Those of the whole tensor may be given where this rank has a part of it. On all ranks alike,
+        where an optimizer keeps the values in a form of its own.
         """
+        if self.part is not None and values.shape == self.part.shape != self._shape:
+            whole, values = values, np.empty(self._shape, values.dtype)
+            self.part.take(whole, values)
         if self.keeper is not None:
             self.keeper.store(self, values)
             return
@@ -177,6 +183,11 @@ class Parameter(Tensor):
     def shape(self) -> tuple[int, ...]:
         """Sizes of the dimensions."""
         return self._shape
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Sizes of the tensor of which this rank may hold a part."""
+        return self._shape if self.part is None else self.part.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -203,15 +214,18 @@ class Parameter(Tensor):
         if half:
             kernels.narrow(wide, out)
 
-    def divide(self, part: Part, axis: str) -> None:
+    def divide(self, parts: Sequence[Part], rank: int, axis: str) -> None:
         """Keep only a part of the tensor, as every rank of the axis does; before training.
 
-        First values are those that the part has in the whole. An optimizer takes it from then on.
+        parts: of all ranks of the axis. First values are those that the part has in the whole. An
+        optimizer takes it from then on.
         """
+        part = parts[rank]
         assert part.shape == self._shape, f"{part} of {self._shape}"
         if self._array is not None:
-            self._array = self._array[part.index].copy()
-        self.part, self._shape = part, part.own
+            whole, self._array = self._array, memory.empty(part.own, self._dtype, "params")
+            part.take(whole, self._array)
+        self.part, self.parts, self._shape = part, tuple(parts), part.own
         self.layout[axis] = f"S({part.dim})"
         self.gradient = self.keeper = None
 

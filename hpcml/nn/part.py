@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from hpcml.backend import Array
+
 Range = tuple[int, int]
 
 
@@ -31,6 +33,23 @@ class Part:
         """What gives the part of an array of the whole tensor, and its place there."""
         places = [i for first, end in self.ranges for i in range(first, end)]
         return (*(slice(None),) * self.dim, places)
+
+    def pieces(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """Where each range lies: (index in the part, index in the whole)."""
+        before, place = (slice(None),) * self.dim, 0
+        for first, end in self.ranges:
+            yield (*before, slice(place, place + end - first)), (*before, slice(first, end))
+            place += end - first
+
+    def take(self, whole: Array, out: Array) -> None:
+        """Copy the part of a whole array into `out`."""
+        for here, there in self.pieces():
+            out[here] = whole[there]
+
+    def put(self, own: Array, whole: Array) -> None:
+        """Copy the part into its place in the whole."""
+        for here, there in self.pieces():
+            whole[there] = own[here]
 
     def runs(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
         """Where `count` elements of the flattened part, from `start` on, lie in the whole.

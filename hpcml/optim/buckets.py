@@ -91,6 +91,7 @@ class Bucket:
             after = starts[last + 1] if last + 1 < len(starts) else self.size
             self.runs.append((group, slice(starts[first], after)))
         self.trained = bool(members) and members[0][1] >= 0
+        self.layout = dict(members[0][0].layout)  # of all its parameters
 
     def number(self, parameter: Parameter) -> int:
         """The place of a parameter among those of the bucket."""
@@ -112,13 +113,12 @@ def plan(
 ) -> list[Bucket]:
     """Cut each unit into buckets of whole parameters, in order, of at most `limit` bytes.
 
-    A parameter above the limit has a bucket for itself. What is not trained is kept apart.
+    A parameter above the limit has a bucket for itself. What is not trained is kept apart, and so
+    are layouts: ranks that divide some parameters have the others in the same buckets.
     """
     buckets = []
     for number, unit in enumerate(units):
-        for _, members in groupby(
-            sorted(unit, key=lambda member: member[1] < 0), key=lambda member: member[1] < 0
-        ):
+        for _, members in groupby(sorted(unit, key=_kind), key=_kind):
             rest: list[tuple[Parameter, int]] = []
             nbytes = 0
             for parameter, group in members:
@@ -130,6 +130,11 @@ def plan(
                 nbytes += more
             buckets.append(_bucket(rest, number, sharding))
     return buckets
+
+
+def _kind(member: tuple[Parameter, int]) -> tuple[bool, list[tuple[str, str]]]:
+    parameter, group = member
+    return group < 0, sorted(parameter.layout.items())
 
 
 def _grain(content: int, align: int) -> int:

@@ -12,7 +12,9 @@ from hpcml.comm.guard import agree
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
-from hpcml.parallel import groups, modes, threads
+from hpcml.parallel import groups, modes, tensor, threads
+from hpcml.parallel.data import broadcast_parameters
+from hpcml.parallel.shards import detach
 from hpcml.parallel.step import LossFunction, Step
 from hpcml.parallel.zero import Zero
 
@@ -39,6 +41,7 @@ def parallelize(
     staleness: int = 0,
     sync_steps: int = 0,
     elastic: float = 0.0,
+    sequence_parallel: bool = False,
     **settings: Any,
 ) -> Step:
     """Make a training step of a serially written model: `loss_value = step(batch)`.
@@ -46,8 +49,11 @@ def parallelize(
     loss: called as loss(model(*inputs), target) for a batch (*inputs, target); it must be a mean
         over samples, because microbatches count by their samples (not by the targets that an
         `ignore_index` leaves). None: the model is called with the whole batch and returns the loss.
+        One that takes divided classes (`nn.CrossEntropyLoss`) gets this rank's with tensor
+        parallelism, any other all outputs.
     optimizer: a class such as `hpcml.optim.AdamW`, made with `settings` (lr=..., ...).
-    mesh: where to run; all ranks along "dp" by default.
+    mesh: where to run; all ranks along "dp" by default. Axes "tp" and "cp" divide the model as its
+        `splits` declare (`hpcml.parallel.tensor`).
     zero: stage of ZeRO: 0 copies everything; 1 divides the optimizer's state among the ranks, 2 the
         gradients too, 3 the parameters too.
     microbatch: samples computed at once; 0 for a rank's whole share.
@@ -67,6 +73,7 @@ def parallelize(
         background and may miss `staleness` updates. After training, call `step.settle()`.
     elastic: with "async", ranks train by themselves and are drawn to a common centre by this
         factor every `period` steps; `staleness` then counts such rounds.
+    sequence_parallel: tensor-parallel ranks divide sequences where they do not divide features.
 
     Without a number of threads (`backend.set_threads`) the processes of a node share its cores, or
     each has OMP_NUM_THREADS. Raises UserError for what this version cannot do.
@@ -86,6 +93,9 @@ def parallelize(
         agree(mesh.world, partial(threads.share, mesh, keep=True))
     seed = rng.seed() if seed is None else seed
     model.name_parts()
+    detach(model.parameters())
+    broadcast_parameters(model, mesh["cp", "tp"])  # before they are divided
+    division = tensor.divide(model, loss, mesh, sequence_parallel=sequence_parallel)
     given = groups(model) if groups else list(model.parameters())
     with rng.samples(seed, 0):  # first values depend on the seed and the names alone
         made = optimizer(given, **settings)
@@ -97,14 +107,17 @@ def parallelize(
             model, made, divided,
             bucket_mb=bucket_mb, overlap=overlap, deterministic=mesh.deterministic,
         )  # fmt: skip
-    return make(model, loss, mesh, states, microbatch=microbatch, grad_clip=grad_clip, seed=seed)
+    return make(
+        model, division, mesh, states, microbatch=microbatch, grad_clip=grad_clip, seed=seed
+    )
 
 
 def _check(mesh: Mesh, microbatch: int, grad_clip: float, bucket_mb: float) -> None:
     """Refuse what can never be."""
-    others = {name: size for name, size in mesh.sizes.items() if size > 1 and name != "dp"}
+    known = ("dp", "cp", "tp")
+    others = {name: size for name, size in mesh.sizes.items() if size > 1 and name not in known}
     if others:
-        raise UserError(f"mesh {others}: only dp is available in this version: use Mesh(dp=...)")
+        raise UserError(f"mesh {others}: only {', '.join(known)} are available in this version")
     if microbatch < 0:
         raise UserError(f"microbatch={microbatch} must be 0 (a rank's whole share) or more")
     if not grad_clip >= 0:

@@ -71,6 +71,8 @@ def broadcast_parameters(model: Module, axis: Axis) -> None:
 
     First values that have not been made yet are the same everywhere: they depend on no rank.
     """
+    if axis.size == 1:
+        return
     for parameter in model.parameters():
         if parameter.has_values:
             axis.broadcast(parameter.data, out=parameter.data)

@@ -109,6 +109,10 @@ class Gradients:
             for bucket in self._buckets:
                 if groups.replica.size > 1:
                     groups.replica.allreduce(self._own[bucket], out=self._own[bucket])
+        for bucket in self._buckets:
+            if bucket.layout.get(groups.tp.name) == "R":  # ranks used it for different positions
+                part = bucket.grad if sharding.stage == 0 else self._own[bucket]
+                groups.tp.allreduce(part, out=part)
         if sharding.whole("grads"):
             self._let_lie(at_home=True)
             for parameter in self.storage.parameters:

@@ -19,16 +19,18 @@ from hpcml.optim.buckets import Sharding
 class Groups:
     """Axes of data parallelism, and how the states are divided among them.
 
-    dp: every data-parallel rank. all: those whose gradients are summed; the same, unless the mode
-    of data parallelism keeps ranks apart. shard: the ranks that divide one copy of the states; at
+    dp: every data-parallel rank, and every context-parallel one, as these too have all parameters.
+    all: those whose gradients are summed; the same, unless the mode of data parallelism keeps ranks
+    apart. shard: the ranks that divide one copy of the states; at
     stage 0 all of them (they divide the work of a reduction). replica: the ranks that hold the same
-    part.
+    part. tp: the ranks that divide tensors.
     """
 
     dp: Axis
     all: Axis
     shard: Axis
     replica: Axis
+    tp: Axis
     sharding: Sharding
     shared: Mapping[str, Axis] = field(default_factory=dict)
     """Kinds of state on which collectives of an axis work in place, all of it at once."""
@@ -43,7 +45,7 @@ class Groups:
 
 def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Groups:
     """The groups of a mesh: `ranks` divide a copy of the states (0: all). Collective."""
-    axis = mesh["dp"]
+    axis = mesh["dp", "cp"]
     if stage not in (0, 1, 2, 3):
         raise UserError(f"zero.stage={stage} must be 0, 1, 2 or 3")
     if ranks < 0 or (ranks and axis.size % ranks):
@@ -54,14 +56,16 @@ def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Grou
         )
     shard, replica = axis, Axis("dp.replica", ledger=mesh.ledger)
     if stage and ranks not in (0, axis.size):
-        replica, shard = mesh.split("dp", ranks, ("replica", "shard"))
+        replica, shard = mesh.split(("dp", "cp"), ranks, ("replica", "shard"))
     # Not the parameters: GEMM reads them all the time, and shared memory has small pages.
     in_place = ["grads"] if stage < 2 else []
     sharding = Sharding(stage, shard.size, shard.rank, layers)
-    return Groups(axis, axis, shard, replica, sharding, dict.fromkeys(in_place, shard))
+    shared = dict.fromkeys(in_place, shard)
+    return Groups(axis, axis, shard, replica, mesh["tp"], sharding, shared)
 
 
 def apart(mesh: Mesh, shared: Iterable[str]) -> Groups:
     """Every rank for itself; the kinds in `shared` lie where all dp ranks can reduce them."""
     alone = Axis("dp.own", ledger=mesh.ledger)
-    return Groups(mesh["dp"], alone, alone, alone, Sharding(), dict.fromkeys(shared, mesh["dp"]))
+    dp, in_place = mesh["dp"], dict.fromkeys(shared, mesh["dp"])
+    return Groups(dp, alone, alone, alone, mesh["tp"], Sharding(), in_place)

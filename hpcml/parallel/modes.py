@@ -31,6 +31,13 @@ def choose(
     _needs("sync_steps", sync_steps, 0, mode == "local", "mode=local")
     _needs("staleness", staleness, 0, mode == "async", "mode=async")
     _needs("elastic", elastic, 0, mode == "async", "mode=async")
+    divided = {name: mesh[name].size for name in ("tp", "cp") if mesh[name].size > 1}
+    if mode != "sync" and divided:
+        name, size = divided.popitem()
+        raise UserError(
+            f"data_parallel.mode={mode} with mesh.{name}={size}: ranks that divide a model keep "
+            f"together: use mode=sync, or mesh.{name}=1"
+        )
     ranks = mesh["dp"].size
     if elastic * ranks > 1:
         raise UserError(

@@ -9,6 +9,9 @@ until another is fetched: backward begins with the one with which forward ended.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import prod
+
+import numpy as np
 
 from hpcml import memory
 from hpcml.backend import Array
@@ -169,6 +172,9 @@ class Unit:
         self.slots = []
 
 
+HeldOf = Callable[[Bucket], tuple[Array, bool]]
+
+
 def detach(parameters: Iterable[Parameter]) -> None:
     """Give parameters that lie in parts their whole values, to be laid out anew. Collective."""
     wholes = []
@@ -214,7 +220,7 @@ def gathered(
     parameters: Iterable[tuple[str, Parameter]],
     storage: FlatStorage,
     axis: Axis,
-    held_of: Callable[[Bucket], tuple[Array, bool]],
+    held_of: HeldOf,
 ) -> Iterator[tuple[str, Array]]:
     """Each parameter by name with its part of an array, of one bucket at a time. Collective.
 
@@ -240,3 +246,21 @@ def gathered(
                 whole = room[: bucket.size]
                 gather(bucket, held, whole, axis, storage.sharding)
         yield name, bucket.view(whole, bucket.number(parameter))
+
+
+def assemble(parameter: Parameter, own: Array, axis: Axis) -> Array:
+    """The whole of an array of which this rank has the part that it has of a parameter. Collective.
+
+    own: this rank's part of the values, or of something like them; it is the whole of a parameter
+    that the ranks of the axis do not divide.
+    """
+    if parameter.part is None:
+        return own
+    sizes = [prod(part.own) for part in parameter.parts]
+    flat = axis.allgather(np.ascontiguousarray(own).reshape(-1), counts=sizes)
+    whole = np.empty(parameter.whole_shape, own.dtype)
+    start = 0
+    for part, size in zip(parameter.parts, sizes, strict=True):
+        part.put(flat[start : start + size].reshape(part.own), whole)
+        start += size
+    return whole

@@ -24,6 +24,7 @@ from hpcml.parallel.finite import describe
 from hpcml.parallel.limits import advised
 from hpcml.parallel.precision import LossScaler
 from hpcml.parallel.replicas import ReplicaError, check_replicas
+from hpcml.parallel.tensor import Division
 from hpcml.parallel.zero import Zero
 
 LossFunction = Callable[..., Tensor]
@@ -45,10 +46,11 @@ class Step:
     """How late gradients were, where they may be."""
 
     def __init__(
-        self, model: Module, loss: LossFunction | None, mesh: Mesh, zero: Zero, *,
+        self, model: Module, division: Division, mesh: Mesh, zero: Zero, *,
         microbatch: int, grad_clip: float, seed: int,
     ) -> None:  # fmt: skip
-        self.model, self.loss, self.mesh, self.zero = model, loss, mesh, zero
+        self.model, self.mesh, self.zero = model, mesh, zero
+        self.division, self.loss = division, division.loss
         self.optimizer, self.groups = zero.optimizer, zero.groups
         self.microbatch, self.grad_clip, self.seed = microbatch, grad_clip, seed
         self.axis = mesh["dp"]
@@ -165,7 +167,13 @@ class Step:
     @property
     def collective(self) -> bool:
         """Whether it takes all ranks to know the parameters."""
-        return self.axis.size > 1 and (self.apart or self.groups.sharding.stage > 0)
+        if self.groups.tp.size > 1:
+            return True
+        return self.groups.dp.size > 1 and (self.apart or self.groups.sharding.stage > 0)
+
+    def whole_outputs(self) -> AbstractContextManager[None]:
+        """Within, calling the model gives whole outputs on every rank. Its calls are collective."""
+        return self.division.whole_outputs()
 
     @_quiet
     def evaluate(self, batches: Iterable[Any]) -> float:
@@ -208,14 +216,16 @@ class Step:
 
     def check_replicas(self) -> None:
         """Raise `ReplicaError` unless what several ranks hold is the same to the bit."""
-        axis = self.axis if self.groups.sharding.whole("params") else self.groups.replica
+        groups = self.groups
+        axis = groups.dp if groups.sharding.whole("params") else groups.replica
         found = ""
         with self.settled():
-            try:
-                check_replicas(self.zero.replicas(), axis)
-            except ReplicaError as error:
-                found = str(error)
-        reports = list(filter(None, self.axis.allgather_object(found)))
+            for along, whole in ((axis, False), (groups.tp, True)):
+                try:
+                    check_replicas(self.zero.replicas(whole), along)
+                except ReplicaError as error:
+                    found = found or str(error)
+        reports = list(filter(None, self.mesh.world.allgather_object(found)))
         if reports:
             raise ReplicaError(reports[0])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from math import prod
 
 from hpcml.errors import UserError
 from hpcml.nn import Module, ModuleList, Parameter, Sequential
@@ -59,7 +60,7 @@ def divide(model: Module, chosen: Sequence[Parameter]) -> list[list[Parameter]]:
     """The `chosen` parameters of a model by unit, each once, in order of definition.
 
     Small neighbours are joined as long as the result is no larger than the largest unit: fewer
-    messages, no more memory.
+    messages, no more memory. Sizes are those of whole tensors: the same on ranks that divide them.
     """
     wanted, seen = {id(p) for p in chosen}, set[int]()
     found: list[list[Parameter]] = []
@@ -75,7 +76,7 @@ def divide(model: Module, chosen: Sequence[Parameter]) -> list[list[Parameter]]:
 
 
 def _join(units: Sequence[list[Parameter]]) -> list[list[Parameter]]:
-    sizes = [sum(p.numel() for p in unit) for unit in units]
+    sizes = [sum(prod(p.whole_shape) for p in unit) for unit in units]
     largest, joined, size = max(sizes), [list(units[0])], sizes[0]
     for unit, more in zip(units[1:], sizes[1:], strict=True):
         if size + more <= largest:

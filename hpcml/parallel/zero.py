@@ -9,11 +9,14 @@ it, and the others get the result from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import tee
+
+import numpy as np
 
 from hpcml import memory
 from hpcml.backend import Array
-from hpcml.nn import Module
+from hpcml.nn import Module, Parameter
 from hpcml.optim import Optimizer
 from hpcml.parallel import units
 from hpcml.parallel.arena import Arena
@@ -21,7 +24,7 @@ from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.gradients import Gradients
 from hpcml.parallel.groups import Groups
 from hpcml.parallel.limits import advised
-from hpcml.parallel.shards import Shards, detach, gather, gathered
+from hpcml.parallel.shards import HeldOf, Shards, assemble, detach, gather, gathered
 
 
 class Zero:
@@ -66,6 +69,10 @@ class Zero:
             self._place(int(bucket_mb * (1 << 20) / 2))
         storage = self.storage = optimizer.storage
         self._left_out = [p for p in model.parameters() if id(p) not in storage.home]
+        self._divided = np.repeat(
+            [b.layout.get(groups.tp.name, "").startswith("S") for b in storage.trained],
+            [bucket.grains for bucket in storage.trained],
+        )
         overlap = groups.all.overlaps if overlap is None else overlap
         # Gradients in memory of this rank's own: a layer that only some ranks use has its place on
         # those alone. What is gathered has the same place on all, in memory that they share.
@@ -130,13 +137,17 @@ class Zero:
         self._gradients.finish()
 
     def norm(self) -> float:
-        """Euclidean norm of the whole gradient."""
-        squares = self.storage.squares()
+        """Euclidean norm of the whole gradient: of what ranks divide from all, the rest once."""
+        squares, divided = self.storage.squares(), self._divided
         if self.groups.sharding.stage > 0:
             if not self.deterministic:  # there, additions have one order in every layout
-                squares = squares.sum(keepdims=True)
+                squares = np.array([squares[~divided].sum(), squares[divided].sum()])
+                divided = np.array([False, True])
             self.groups.shard.allreduce(squares, out=squares)
-        return math.sqrt(squares.sum())
+        if self.groups.tp.size == 1:
+            return math.sqrt(squares.sum())
+        parts = self.groups.tp.allreduce(squares[divided].sum(keepdims=True))
+        return math.sqrt(squares[~divided].sum() + parts[0])
 
     def update(self, scale: float = 1.0) -> None:
         """Update what this rank owns, and get from the others what it holds beside.
@@ -160,25 +171,36 @@ class Zero:
         No rank holds more than one bucket beyond what it holds anyway; values are valid until the
         next are asked for. Collective: all ranks go through all of it.
         """
-        named = self.model.named_parameters()
-        return gathered(named, self.storage, self.groups.shard, self.storage.masters)
+        return self._whole(self.model.named_parameters(), self.storage.masters)
 
     def gathered_gradients(self) -> Iterator[tuple[str, Array]]:
         """Likewise the complete gradients of the parameters that are trained."""
         home = self.storage.home
         named = ((name, p) for name, p in self.model.named_parameters() if id(p) in home)
         trained = ((name, p) for name, p in named if home[id(p)].trained)
-        return gathered(trained, self.storage, self.groups.shard, self.storage.sums)
+        return self._whole(trained, self.storage.sums)
 
-    def replicas(self) -> Iterator[tuple[str, Array]]:
-        """What this rank holds and its replicas should hold alike, by parameter."""
+    def _whole(
+        self, named: Iterable[tuple[str, Parameter]], held_of: HeldOf
+    ) -> Iterator[tuple[str, Array]]:
+        """Bring parameters together: over the ranks that divide the states, then the tensors."""
+        known, passed = tee(named)
+        parts = gathered(passed, self.storage, self.groups.shard, held_of)
+        for (name, parameter), (_, array) in zip(known, parts, strict=True):
+            yield name, assemble(parameter, array, self.groups.tp)
+
+    def replicas(self, whole: bool = False) -> Iterator[tuple[str, Array]]:
+        """What this rank holds and its replicas should hold alike, by parameter.
+
+        whole: only of those that tensor-parallel ranks do not divide.
+        """
         held = self.groups.sharding.owned
         for bucket in self.storage.buckets:
             place = held("params", bucket)
             for parameter, part in zip(bucket.parameters, bucket.slices, strict=True):
                 low, high = max(part.start, place.start), min(part.stop, place.stop)
-                if low < high:
+                if low < high and not (whole and parameter.part):
                     yield parameter.name, bucket.data[low - place.start : high - place.start]
         for name, parameter in self.model.named_parameters():
-            if id(parameter) not in self.storage.home:
+            if id(parameter) not in self.storage.home and not (whole and parameter.part):
                 yield name, parameter.data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def end(run: Run, progress: Progress, ending: Ending) -> None:
         used = usage.memory_record(run.mesh.world)  # before the work of the ending itself
         agree(run.mesh.world, lambda: _write(run, ending))
         progress.say(_memory_table(run, used))
-        with run.step.settled():
+        with run.step.settled(), run.step.whole_outputs():
             _show_sample(run, progress, ending)
     else:
         _write(run, ending)
@@ -110,7 +111,7 @@ def _memory_table(run: Run, used: usage.Record) -> str:
     model, sharding = run.step.model, run.step.groups.sharding
     return usage.memory_table(
         used,
-        params=count(model),
+        params=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         stage=sharding.stage,
         ranks=run.step.groups.shard.size,
@@ -128,8 +129,8 @@ def _show_sample(run: Run, progress: Progress, ending: Ending) -> None:
 
 
 def count(model: Module) -> int:
-    """Number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters, of all ranks together."""
+    return sum(math.prod(parameter.whole_shape) for parameter in model.parameters())
 
 
 def sample_text(

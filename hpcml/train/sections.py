@@ -122,11 +122,11 @@ class Mesh:
 
     pp: int = key(1, "pipeline stages", low=1, now=(1,))
     dp: int = key(0, "data parallel (0: all ranks that are left)", low=0)
-    cp: int = key(1, "context parallel, along the sequence", low=1, now=(1,))
+    cp: int = key(1, "context parallel, along the sequence", low=1)
     sp_d: int = key(1, "spatially parallel, along the depth", low=1, now=(1,))
     sp_h: int = key(1, "spatially parallel, along the height", low=1, now=(1,))
     sp_w: int = key(1, "spatially parallel, along the width", low=1, now=(1,))
-    tp: int = key(1, "tensor parallel, within a layer", low=1, now=(1,))
+    tp: int = key(1, "tensor parallel, within a layer", low=1)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,9 @@ class TensorParallel:
     """How layers are split over tensor-parallel ranks."""
 
     split: str = key("megatron", "way to split", choices=("megatron", "naive"), now=("megatron",))
-    sequence_parallel: bool = key(False, "split what lies between, too", now=(False,))
+    sequence_parallel: bool = key(
+        False, "tensor-parallel ranks divide sequences where they do not divide layers"
+    )
 
 
 @dataclass(frozen=True)

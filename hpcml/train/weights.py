@@ -51,7 +51,7 @@ def save(model: Module, entries: Entries, path: Path) -> str:
             _write_header(model, file)
             for name, parameter in model.named_parameters():
                 given, array = next(remaining)
-                assert (name, parameter.shape) == (given, array.shape)
+                assert (name, parameter.whole_shape) == (given, array.shape)
                 stored = _bytes(array)
                 file.write(stored)
                 digest.update(stored)
@@ -165,10 +165,11 @@ def _write_header(model: Module, file: BinaryIO) -> None:
     end = 0
     for name, parameter in model.named_parameters():
         dtype = _stored(parameter.dtype)
-        start, end = end, end + parameter.numel() * dtype.itemsize
+        shape = parameter.whole_shape
+        start, end = end, end + math.prod(shape) * dtype.itemsize
         code = next(code for code, known in _TYPES.items() if known == dtype)
         header[name] = {
-            "dtype": code, "shape": parameter.shape, "data_offsets": (start, end)
+            "dtype": code, "shape": shape, "data_offsets": (start, end)
         }  # fmt: skip
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # values begin at a multiple of 8

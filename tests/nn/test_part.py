@@ -22,6 +22,12 @@ cases = pytest.mark.parametrize
 def test_runs_are_the_elements_of_the_part(part: Part) -> None:
     whole = np.arange(np.prod(part.shape)).reshape(part.shape)
     expected = whole[part.index].reshape(-1)
+    taken, again = np.empty(part.own, int), np.full(part.shape, -1)
+    part.take(whole, taken)
+    part.put(taken, again)
+    np.testing.assert_array_equal(taken.reshape(-1), expected)
+    np.testing.assert_array_equal(again[part.index], taken)
+    assert (again == -1).sum() == whole.size - taken.size
     assert whole[part.index].shape == part.own
     for start in range(expected.size + 1):
         for count in range(expected.size - start + 1):
@@ -45,7 +51,7 @@ def test_first_values_are_those_of_the_whole(
         parameter.to_dtype(whole.dtype if dtype == "float32" else _dtype(dtype))
     if made:
         assert divided.data.shape == part.shape
-    divided.divide(part, "tp")
+    divided.divide([part], 0, "tp")
     assert divided.shape == part.own and divided.layout == {"tp": f"S({part.dim})"}
     assert divided.data.tobytes() == np.ascontiguousarray(whole.data[part.index]).tobytes()
 

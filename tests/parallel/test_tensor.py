@@ -120,9 +120,7 @@ def test_packed_projections_are_divided_by_heads(on_ranks: OnRanks) -> None:
                 for _ in range(2)
             )
             qkv, out = parallel.children()
-            mine = heads // axis.size * size
-            starts = [part * width + axis.rank * mine for part in range(3)]
-            column = ColumnParallelLinear(qkv, axis, [(s, s + mine) for s in starts])
+            column = ColumnParallelLinear(qkv, axis, packed=3)
             row = RowParallelLinear(out, axis)
             first, last = serial.children()
             given, expected_x = Tensor(x, True), Tensor(x.copy(), True)

@@ -112,7 +112,10 @@ def cross_entropy(
 def cross_entropy_backward(
     logits: Any, target: Any, ignore: int, lse: Any, g: Any, out: Any, low: int, high: int
 ) -> None:
-    """out[r] = g[r] * (softmax(logits[r]) - onehot(target[r])); 0 where target is `ignore`."""
+    """out[r] = g[r] * (softmax(logits[r]) - onehot(target[r])); 0 where target is `ignore`.
+
+    A target beyond the classes has them on another rank, which subtracts its one there.
+    """
     n = logits.shape[1]
     for r in range(low, high):
         row, y, t = logits[r], out[r], target[r]
@@ -120,7 +123,7 @@ def cross_entropy_backward(
         shift = lse[r]
         for j in range(n):
             y[j] = scale * exp(row[j] - shift)
-        if t != ignore:
+        if t != ignore and t < n:
             y[t] -= scale
 
 

@@ -1,0 +1,108 @@
+"""Cross-entropy of classes that ranks divide (Shoeybi et al. 2019, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hpcml import collectives, kernels
+from hpcml.autograd import Context, Tensor, primitive
+from hpcml.autograd.record import empty
+from hpcml.backend import Array
+from hpcml.comm import Axis
+from hpcml.nn import Module
+from hpcml.nn.part import Range
+from hpcml.parallel.tensor.parts import block
+from hpcml.parallel.tensor.positions import Positions, pick
+from hpcml.parallel.tensor.vocab import check_range
+
+
+class VocabParallelCrossEntropyLoss(Module):
+    """`nn.CrossEntropyLoss` ("mean") of logits as an `OutputLinear` gives them: -> `I`.
+
+    Logits (N, this rank's classes), or (..., T, classes) flattened to that; targets of all
+    positions, of which a rank takes its own; the mean is over all of them.
+    """
+
+    def __init__(
+        self, axis: Axis, positions: Positions, *, classes: int, ignore_index: int
+    ) -> None:
+        super().__init__()
+        self.axis, self.positions = axis, positions
+        self.classes, self.ignore_index = classes, ignore_index
+
+    def forward(self, input: Tensor, target: Any) -> Tensor:
+        """Logits (N, this rank's classes), targets of all positions -> one number."""
+        numbers = np.asarray(target.data if isinstance(target, Tensor) else target)
+        count, cp = int((numbers != self.ignore_index).sum()), self.positions.cp
+        if cp.size > 1:
+            rows = numbers.reshape(-1, self.positions.length)
+            numbers = pick(rows, self.positions.context)
+        mean = vocab_parallel_cross_entropy(
+            input, numbers.reshape(-1), self.axis, classes=self.classes,
+            ignore_index=self.ignore_index, count=count,
+        )  # fmt: skip
+        return collectives.all_reduce(mean, cp, to="I")
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    target: Any,
+    axis: Axis,
+    *,
+    classes: int,
+    ignore_index: int = -100,
+    count: int | None = None,
+) -> Tensor:
+    """The mean of -log softmax(logits)[target], the classes divided: `S(-1)` -> `I`.
+
+    logits (N, this rank's block of the `classes`), as of a `ColumnParallelLinear`; target (N),
+    numbers of classes of all ranks; `ignore_index` does not count. The ranks exchange three numbers
+    a row, not the logits (Shoeybi et al. 2019, section 3): the largest logarithm of a sum of
+    exponentials, the sum of these relative to it, and the loss of the target relative to it.
+
+    count: by which the sum is divided, where the rows are some of those that the mean is over.
+    """
+    mine = block("classes", classes, axis)
+    if logits.ndim != 2 or logits.shape[1] != mine[1] - mine[0]:
+        raise ValueError(
+            f"logits {logits.shape}: of {classes} classes this rank has {mine[1] - mine[0]}"
+        )
+    numbers = np.asarray(target.data if isinstance(target, Tensor) else target)
+    used = numbers != ignore_index
+    check_range("target", numbers[used], classes)
+    count = int(used.sum()) if count is None else count
+    return _cross_entropy(logits, numbers, axis=axis, mine=mine, used=used, count=count)
+
+
+@primitive
+def _cross_entropy(
+    ctx: Context, logits: Array, target: Array, *,
+    axis: Axis, mine: Range, used: Array, count: int,
+) -> Array:  # fmt: skip
+    outside = mine[1] - mine[0]  # the place of targets whose class another rank has
+    inside = used & (target >= mine[0]) & (target < mine[1])
+    place = np.where(inside, target - mine[0], outside).astype(np.int64)
+    own, lse = empty(target.shape, logits), empty(target.shape, logits)
+    kernels.of(logits).cross_entropy(logits, place, outside, own, lse)
+    most = axis.allreduce(lse, "max")
+    both = empty((2, len(target)), logits)
+    np.exp(lse - most, out=both[0])
+    both[1] = np.where(inside, own + (most - lse), 0)
+    axis.allreduce(both, out=both)
+    rest = np.log(both[0])
+    ctx.attributes = np.where(used, place, -1), count
+    ctx.save(logits, most + rest)
+    total = np.where(used, both[1] + rest, 0).sum(dtype=np.float64)  # many small terms
+    return np.asarray(total / count if count else np.nan, dtype=logits.dtype)
+
+
+@_cross_entropy.adjoint
+def _cross_entropy_logits(ctx: Context, g: Array) -> Array:
+    logits, lse = ctx.saved
+    place, count = ctx.attributes
+    scale = np.full(lse.shape, g / max(count, 1), logits.dtype)
+    out = ctx.empty(logits.shape, logits)
+    kernels.of(logits).cross_entropy_backward(logits, place, -1, lse, scale, out)
+    return out
