@@ -28,6 +28,10 @@ class MLP(Module):
         for width, following in pairwise(sizes):
             layers += [Linear(width, following), _ACTIVATIONS[activation]()]
         self.layers = Sequential(*layers, Linear(sizes[-1], out_features))
+        # In pairs; a layer that is left over is on every tensor-parallel rank.
+        linear = [name for name, layer in self.layers.named_children() if isinstance(layer, Linear)]
+        styles = ["column", "row"] * (len(linear) // 2)
+        self.splits = {f"layers.{name}": s for name, s in zip(linear, styles, strict=False)}
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, in_features) -> (N, out_features)."""

@@ -41,7 +41,9 @@ def parallelize(
     staleness: int = 0,
     sync_steps: int = 0,
     elastic: float = 0.0,
+    tensor_split: str = "megatron",
     sequence_parallel: bool = False,
+    partition_activations: str = "no",
     **settings: Any,
 ) -> Step:
     """Make a training step of a serially written model: `loss_value = step(batch)`.
@@ -73,7 +75,11 @@ def parallelize(
         background and may miss `staleness` updates. After training, call `step.settle()`.
     elastic: with "async", ranks train by themselves and are drawn to a common centre by this
         factor every `period` steps; `staleness` then counts such rounds.
+    tensor_split: "megatron", or "naive" with a sum over the ranks after each layer, to count
+        against.
     sequence_parallel: tensor-parallel ranks divide sequences where they do not divide features.
+    partition_activations: "yes" if each of these ranks keeps its part only of what all would save
+        for backward, and gathers it then (P_a of ZeRO-R); "cpu" to keep it in host memory.
 
     Without a number of threads (`backend.set_threads`) the processes of a node share its cores, or
     each has OMP_NUM_THREADS. Raises UserError for what this version cannot do.
@@ -95,7 +101,10 @@ def parallelize(
     model.name_parts()
     detach(model.parameters())
     broadcast_parameters(model, mesh["cp", "tp"])  # before they are divided
-    division = tensor.divide(model, loss, mesh, sequence_parallel=sequence_parallel)
+    division = tensor.divide(
+        model, loss, mesh, how=tensor_split, sequence_parallel=sequence_parallel,
+        partition_activations=partition_activations,
+    )  # fmt: skip
     given = groups(model) if groups else list(model.parameters())
     with rng.samples(seed, 0):  # first values depend on the seed and the names alone
         made = optimizer(given, **settings)

@@ -11,12 +11,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
 from hpcml import memory
 from hpcml.autograd import saved_tensors_hooks
-from hpcml.backend import Array
+from hpcml.backend import Array, xp
 from hpcml.comm import Axis
 
 SMALLEST = 1 << 10
@@ -24,8 +25,11 @@ SMALLEST = 1 << 10
 
 
 @contextmanager
-def partitioned(axis: Axis) -> Iterator[None]:
+def partitioned(axis: Axis, *, offload: bool = False) -> Iterator[None]:
     """Keep this rank's part of what is saved for backward inside the block.
+
+    offload: in the memory of the host (P_a+cpu), where the parts of a GPU's arrays go and come
+    back from; those of the CPU are there already.
 
     The arrays must be the same on all ranks of `axis`: activations in layout R or I, not those of
     different samples. Backward is then collective over `axis`.
@@ -41,7 +45,7 @@ def partitioned(axis: Axis) -> Iterator[None]:
         known = kept.get(id(array))
         if known is not None and known[0]() is array:  # several uses save one array once
             return known[1]
-        part = _Part.of(array, axis)
+        part = _Part.of(array, axis, offload)
         kept[id(array)] = weakref.ref(array), part
         return part
 
@@ -59,19 +63,28 @@ class _Part:
 
     own: Array
     shape: tuple[int, ...]
+    module: ModuleType
+    """Where the whole is needed: of NumPy or CuPy."""
 
     @staticmethod
-    def of(array: Array, axis: Axis) -> _Part:
+    def of(array: Array, axis: Axis, offload: bool) -> _Part:
         """Copy the elements that this rank keeps; blocks are equal, the last one filled up."""
         block = -(-array.size // axis.size)
         flat = array.reshape(-1)[axis.rank * block : (axis.rank + 1) * block]
-        own = memory.zeros((block,), array.dtype)
-        own[: flat.size] = flat
-        return _Part(own, array.shape)
+        m = xp(array)
+        if m is np or offload:
+            own = memory.zeros((block,), array.dtype)
+            own[: flat.size] = flat if m is np else flat.get()
+        else:
+            own = m.zeros((block,), array.dtype)
+            own[: flat.size] = flat
+        return _Part(own, array.shape, m)
 
     def gather(self, axis: Axis) -> Array:
-        """The whole, from all ranks."""
-        whole = memory.empty((self.own.size * axis.size,), self.own.dtype)
+        """The whole, from all ranks, where it came from."""
+        size = self.own.size * axis.size
+        on_host = xp(self.own) is np
+        whole = (memory if on_host else self.module).empty((size,), self.own.dtype)
         axis.allgather(self.own, out=whole)
         count = int(np.prod(self.shape, dtype=np.int64))
-        return whole[:count].reshape(self.shape)
+        return self.module.asarray(whole[:count].reshape(self.shape))

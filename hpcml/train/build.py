@@ -61,7 +61,8 @@ def build(config: Config, mesh: Mesh) -> Run:
         grad_clip=config.optim.grad_clip, seed=config.run.seed, groups=decay_matrices,
         zero=config.zero.stage, bucket_mb=config.zero.bucket_mb,
         shard_ranks=config.zero.shard_ranks, zero_split=config.zero.split,
-        sequence_parallel=config.tensor.sequence_parallel,
+        tensor_split=config.tensor.split, sequence_parallel=config.tensor.sequence_parallel,
+        partition_activations=config.tensor.partition_activations,
         **{**asdict(together), "overlap": OVERLAP[together.overlap]},
     )  # fmt: skip
     agree(mesh.world, partial(_try_sample, step, data))

@@ -179,9 +179,19 @@ class Pipeline:
 class TensorParallel:
     """How layers are split over tensor-parallel ranks."""
 
-    split: str = key("megatron", "way to split", choices=("megatron", "naive"), now=("megatron",))
+    split: str = key(
+        "megatron",
+        "pairs of layers with one sum (megatron), or a sum after each layer, to count (naive)",
+        choices=("megatron", "naive"),
+    )
     sequence_parallel: bool = key(
         False, "tensor-parallel ranks divide sequences where they do not divide layers"
+    )
+    partition_activations: str = key(
+        "no",
+        "keep a part only of what all ranks save alike, and gather it for backward (cpu: in host "
+        "memory)",
+        choices=("no", "yes", "cpu"),
     )
 
 

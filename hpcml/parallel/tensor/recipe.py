@@ -15,6 +15,7 @@ A model is written serially and declares how its layers are divided, by patterns
 | "positions" | `Embedding` | looks up the positions that this rank has |
 | "output" | `Linear` | "column", as the loss takes it; here sequences end |
 | "divided" | a module between "column" and "row" | its parameters and masks are divided likewise |
+| "replicated" | the same | its parameters are whole, each rank uses them for its features |
 
 A module takes the first pattern that fits. What no pattern names is on every rank, and computes
 the same there; with sequence or context parallelism, each rank's positions.
@@ -23,7 +24,7 @@ the same there; with sequence or context parallelism, each rank's positions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -31,23 +32,13 @@ from typing import Any
 
 from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
-from hpcml.nn import (
-    CrossEntropyLoss,
-    Dropout,
-    Embedding,
-    Linear,
-    Module,
-    PackedAttention,
-    Sequential,
-)
-from hpcml.nn.part import blocks
-from hpcml.parallel.tensor.attention import ParallelAttention, share_heads
-from hpcml.parallel.tensor.dropout import DividedDropout, PositionsDropout
-from hpcml.parallel.tensor.layers import ColumnParallelLinear, OutputLinear, RowParallelLinear
+from hpcml.nn import CrossEntropyLoss, Dropout, Module, Sequential
+from hpcml.parallel.tensor.dropout import PositionsDropout
+from hpcml.parallel.tensor.kept import keep_parts
+from hpcml.parallel.tensor.layers import OutputLinear
 from hpcml.parallel.tensor.loss import VocabParallelCrossEntropyLoss
-from hpcml.parallel.tensor.parts import block, divide_parameter
 from hpcml.parallel.tensor.positions import Positions
-from hpcml.parallel.tensor.vocab import PositionEmbedding, VocabParallelEmbedding
+from hpcml.parallel.tensor.styles import MEGATRON, NAIVE
 
 
 @dataclass
@@ -73,12 +64,23 @@ class Division:
                 output.gathers = gathers
 
 
-def divide(model: Module, loss: Any, mesh: Mesh, *, sequence_parallel: bool = False) -> Division:
+def divide(
+    model: Module,
+    loss: Any,
+    mesh: Mesh,
+    *,
+    how: str = "megatron",
+    sequence_parallel: bool = False,
+    partition_activations: str = "no",
+) -> Division:
     """Divide a model, in place, among the ranks of the mesh's axes "tp" and "cp".
 
     loss: called with the outputs and a target; an `nn.CrossEntropyLoss`, or a module of which
     `takes_divided_classes` is true, gets divided ones, others get all of them. The model's parts
-    must have been named (`name_parts`). Raises UserError for what cannot be divided so.
+    must have been named (`name_parts`). how: "megatron", or "naive" (see `NaiveLinear`).
+    sequence_parallel: see `Positions`. partition_activations: "yes" if a rank keeps its part only
+    of what all would save for backward, "cpu" in host memory (`hpcml.parallel.partition`). Raises
+    UserError for what cannot be divided so.
     """
     if any(parameter.part for parameter in model.parameters()):
         raise UserError(
@@ -88,20 +90,37 @@ def divide(model: Module, loss: Any, mesh: Mesh, *, sequence_parallel: bool = Fa
     axis = mesh["tp"]
     positions = Positions(axis, mesh["cp"], sequence_parallel=sequence_parallel)
     division = Division(axis, positions, loss)
+    _check_options(axis, positions, how, partition_activations)
     if axis.size == 1 and not positions.divided:
         return division
     styles = _styles(model, axis if axis.size > 1 else positions.cp)
     _check_ends(model, styles, positions)
-    _replace(model, {id(m): _STYLES[style](m, division) for m, style in styles})
+    makers = MEGATRON if how == "megatron" else NAIVE
+    _replace(model, {id(m): makers[style](m, positions) for m, style in styles})
+    division.outputs = [m for m in model.modules() if isinstance(m, OutputLinear)]
     if positions.divided:
         dropouts = [m for m in model.modules() if type(m) is Dropout]
         _replace(model, {id(m): PositionsDropout(m, positions) for m in dropouts})
     if positions.cuts:
         for parameter in model.parameters():
             parameter.layout.setdefault(axis.name, "R")  # each rank's gradient is of its positions
+    if partition_activations != "no" and axis.size > 1:
+        keep_parts(model, axis, offload=partition_activations == "cpu")
     model.name_parts()
     _divide_loss(division)
     return division
+
+
+def _check_options(axis: Axis, positions: Positions, how: str, partition: str) -> None:
+    if how not in ("megatron", "naive"):
+        raise UserError(f'tensor.split="{how}" is unknown: use "megatron" or "naive"')
+    if partition not in ("no", "yes", "cpu"):
+        raise UserError(f'tensor.partition_activations="{partition}": use "no", "yes" or "cpu"')
+    if how == "naive" and positions.divided:
+        what = "tensor.sequence_parallel" if positions.cuts else f"mesh.cp={positions.cp.size}"
+        raise UserError(
+            f'{what} with tensor.split="naive", whose ranks have whole sequences: use "megatron"'
+        )
 
 
 def _styles(model: Module, axis: Axis) -> list[tuple[Module, str]]:
@@ -115,9 +134,9 @@ def _styles(model: Module, axis: Axis) -> list[tuple[Module, str]]:
         )
     named = list(model.named_modules())
     for pattern, style in splits.items():
-        if style not in _STYLES:
+        if style not in MEGATRON:
             raise UserError(
-                f'{kind}.splits: "{pattern}": "{style}" is unknown: use one of {", ".join(_STYLES)}'
+                f'{kind}.splits: "{pattern}": "{style}" is unknown: use one of {", ".join(MEGATRON)}'
             )
         if not any(fnmatchcase(name, pattern) for name, _ in named):
             names = ", ".join(name for name, module in named if name and not module._modules)
@@ -175,86 +194,3 @@ def _divide_loss(division: Division) -> None:
     }
     _replace(made, new)
     division.loss = made[0]
-
-
-# --- styles -------------------------------------------------------------------------------------
-
-
-def _take(module: Module, style: str, kind: type[Module]) -> Any:
-    if type(module).forward is not kind.forward:
-        raise UserError(
-            f'splits: "{style}" takes an nn.{kind.__name__}, not {module.name}, which is a '
-            f"{type(module).__name__}"
-        )
-    return module
-
-
-def _linear(style: str, make: Callable[..., Module], **options: Any) -> Callable[..., Module]:
-    def made(module: Module, division: Division) -> Module:
-        linear = _take(module, style, Linear)
-        try:
-            return make(linear, division.axis, positions=division.positions, **options)
-        except UserError as error:
-            raise UserError(f"{module.name}: {error}") from None
-
-    return made
-
-
-def _output(module: Module, division: Division) -> Module:
-    made = _linear("output", OutputLinear)(module, division)
-    assert isinstance(made, OutputLinear)
-    division.outputs.append(made)
-    return made
-
-
-def _vocab(module: Module, division: Division) -> Module:
-    embedding = _take(module, "vocab", Embedding)
-    return VocabParallelEmbedding(embedding, division.axis, positions=division.positions)
-
-
-def _positions(module: Module, division: Division) -> Module:
-    embedding = _take(module, "positions", Embedding)
-    return (
-        PositionEmbedding(embedding, division.positions) if division.positions.divided else module
-    )
-
-
-def _heads(module: Module, division: Division) -> Module:
-    if isinstance(module, PackedAttention):
-        return ParallelAttention(module, division.axis, division.positions)
-    name = next((name for name in ("num_heads", "heads") if hasattr(module, name)), None)
-    if name is None:
-        raise UserError(
-            f'splits: "heads" takes an nn.PackedAttention, or a module with an attribute num_heads '
-            f"or heads, not {module.name}, a {type(module).__name__}"
-        )
-    cp = division.positions.cp.size
-    if cp > 1:
-        raise UserError(
-            f"mesh.cp={cp} needs nn.PackedAttention, which {module.name}, a "
-            f"{type(module).__name__}, is not: set mesh.cp=1"
-        )
-    setattr(module, name, share_heads(getattr(module, name), division.axis)[0])
-    return module
-
-
-def _divided(module: Module, division: Division) -> Module:
-    axis = division.axis
-    for parameter in module.parameters():
-        width = parameter.whole_shape[-1]
-        block(f"{parameter.name}: features", width, axis)
-        cuts = [(ranges,) for ranges in blocks(width, axis.size)]
-        divide_parameter(parameter, len(parameter.whole_shape) - 1, cuts, axis)
-    return DividedDropout(module, division.positions) if type(module) is Dropout else module
-
-
-_STYLES: dict[str, Callable[[Module, Division], Module]] = {
-    "column": _linear("column", ColumnParallelLinear),
-    "row": _linear("row", RowParallelLinear),
-    "qkv": _linear("qkv", ColumnParallelLinear, packed=3),
-    "heads": _heads,
-    "vocab": _vocab,
-    "positions": _positions,
-    "output": _output,
-    "divided": _divided,
-}

@@ -1,0 +1,230 @@
+"""Whole models, divided as they declare, beside the same model of one rank, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import hpcml
+from hpcml import nn
+from hpcml.autograd import Tensor
+from hpcml.comm import Mesh
+from hpcml.comm import run as on_threads
+from hpcml.models import GPT, MLP, NextTokenLoss
+from hpcml.nn import functional as F
+from hpcml.nn.evaluation import evaluating
+from hpcml.parallel import Step
+from tests.parallel.cases import CLIP, Fields, decay_matrices, serial_mesh, values
+
+cases = pytest.mark.parametrize
+VOCAB, LENGTH, STEPS = 13, 7, 3  # which no number of ranks divides
+
+
+class Attention(nn.Module):
+    """Written by hand, as users do: projections of their own, a norm of each head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm = nn.LayerNorm(self.size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (
+            layer(x).reshape(b, t, self.heads, self.size).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        y = F.scaled_dot_product_attention(self.norm(q), self.norm(k), v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(b, t, self.heads * self.size))
+
+
+class Scale(nn.Module):
+    """A factor for each feature."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(shape=(width,), init=nn.Uniform(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Own(nn.Module):
+    """A user's own model: own attention, an odd width inside, a frozen layer, dropout within."""
+
+    splits: ClassVar = {
+        "embed": "vocab",
+        "attention": "heads",
+        "attention.[qkv]": "column",
+        "attention.norm": "replicated",
+        "attention.out": "row",
+        "up": "column",
+        "scale": "divided",
+        "inner": "divided",
+        "down": "row",
+        "head": "output",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = 24
+        self.embed = nn.Embedding(VOCAB, width)
+        self.attention = Attention(width, 12)
+        self.frozen = nn.LayerNorm(width).requires_grad_(False)
+        self.up, self.scale, self.inner = nn.Linear(width, 31), Scale(31), nn.Dropout(0.3)
+        self.down, self.drop = nn.Linear(31, width), nn.Dropout(0.2)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, tokens: Any) -> Tensor:
+        x = self.embed(tokens)
+        x = self.drop(x + self.attention(x))
+        return self.head(x + self.down(self.inner(self.scale(self.up(self.frozen(x)).tanh()))))
+
+
+def squares(outputs: Tensor, target: Tensor) -> Tensor:
+    """A loss that knows nothing of ranks."""
+    return ((outputs - target) ** 2).mean()
+
+
+def _tokens(step: int, size: int = 5) -> Fields:
+    made = np.random.default_rng([1, step]).integers(0, VOCAB, (2, size, LENGTH))
+    return made[0], made[1]
+
+
+def _targets(step: int, size: int = 5) -> Fields:
+    tokens, _ = _tokens(step, size)
+    return tokens, np.random.default_rng([2, step]).normal(size=(size, LENGTH, 5))
+
+
+def _numbers(step: int, size: int = 5) -> Fields:
+    random = np.random.default_rng([3, step])
+    return random.normal(size=(size, 6)), random.integers(0, 4, size)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[int], Fields]]] = {
+    "gpt": (
+        lambda: GPT(VOCAB, LENGTH, layers=2, heads=12, width=24, dropout=0.2),
+        NextTokenLoss(),
+        _tokens,
+    ),
+    "untied": (
+        lambda: GPT(VOCAB, LENGTH, 1, 12, 24, 0.1, bias=False, tie_embeddings=False),
+        NextTokenLoss(),
+        _tokens,
+    ),
+    "mlp": (lambda: MLP(6, 4, (11, 9, 7)), nn.CrossEntropyLoss(), _numbers),
+    "own": (Own, squares, _targets),
+}
+
+
+def make(kind: str, mesh: Mesh, dtype: str = "float64", **options: Any) -> Step:
+    model, loss, _ = MODELS[kind]
+    given: dict[str, Any] = {"lr": 1e-2, "seed": 3, "microbatch": 2, "grad_clip": CLIP, **options}
+    return hpcml.parallelize(
+        model().to(np.dtype(dtype)), loss=loss, optimizer=hpcml.optim.AdamW, mesh=mesh,
+        groups=decay_matrices, **given,
+    )  # fmt: skip
+
+
+def outputs(step: Step, kind: str) -> list[np.ndarray]:
+    """Of the model, for samples and, as text is begun, for the first position alone."""
+    inputs = MODELS[kind][2](0)[0][:2]
+    short = [] if kind == "mlp" else [inputs[:, :1], inputs[:, :2]]
+    with step.settled(), step.whole_outputs(), evaluating(step.model):
+        return [step.model(Tensor(x) if kind == "mlp" else x).numpy() for x in [inputs, *short]]
+
+
+def run(kind: str, mesh: Mesh, **options: Any) -> tuple[Any, ...]:
+    step = make(kind, mesh, **options)
+    losses, norms = [], []
+    for number in range(STEPS):
+        losses.append(step(MODELS[kind][2](number)))
+        norms.append(step.grad_norm)
+    validation = step.evaluate([MODELS[kind][2](9)])
+    return losses, norms, validation, values(step), outputs(step, kind)
+
+
+@cache
+def reference(kind: str) -> tuple[Any, ...]:
+    return run(kind, serial_mesh())
+
+
+def same(kind: str, layout: dict[str, int], options: dict[str, Any]) -> None:
+    found, expected = run(kind, Mesh(**layout), **options), reference(kind)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-11)
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-11)
+    assert found[3].keys() == expected[3].keys()
+    for name, array in expected[3].items():
+        np.testing.assert_allclose(found[3][name], array, rtol=0, atol=1e-11, err_msg=name)
+    for mine, theirs in zip(found[4], expected[4], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-10)
+
+
+SP = {"sequence_parallel": True}
+WAYS: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"tp": 1}, {}),
+    ({"tp": 2}, {}),
+    ({"tp": 2}, SP),
+    ({"tp": 2}, {"tensor_split": "naive"}),
+    ({"tp": 2}, {"partition_activations": "yes"}),
+    ({"tp": 2}, {**SP, "partition_activations": "cpu"}),
+    ({"cp": 2}, {}),
+    ({"cp": 2}, {"zero": 3}),
+    ({"tp": 3}, {}),
+    ({"tp": 3}, {**SP, "zero": 2}),
+    ({"tp": 3}, {"tensor_split": "naive"}),
+    ({"cp": 3}, {"zero": 2}),
+    ({"tp": 4}, {}),
+    ({"tp": 4}, {**SP, "partition_activations": "yes"}),
+    ({"dp": 2, "tp": 2}, {"zero": 1}),
+    ({"dp": 2, "tp": 2}, {"zero": 2, "tensor_split": "naive"}),
+    ({"dp": 2, "tp": 2}, {**SP, "zero": 2}),
+    ({"dp": 2, "tp": 2}, {**SP, "zero": 3, "overlap": True}),
+    ({"dp": 2, "tp": 2}, {"zero": 3, "partition_activations": "yes"}),
+    ({"dp": 2, "cp": 2}, {"zero": 2}),
+    ({"dp": 2, "cp": 2}, {"zero": 1, "shard_ranks": 2}),
+    ({"cp": 2, "tp": 2}, SP),
+    ({"cp": 2, "tp": 2}, {**SP, "zero": 3, "partition_activations": "yes"}),
+    ({"cp": 4}, {"zero": 1}),
+]
+FOR_SEQUENCES = ("gpt", "untied")
+
+
+def fits(kind: str, layout: dict[str, int], options: dict[str, Any]) -> bool:
+    """MLP has no sequences; own attention and dropout within a region know no other positions."""
+    if kind in FOR_SEQUENCES:
+        return kind == "gpt" or "sequence_parallel" in options or "cp" in layout
+    return "cp" not in layout and (kind == "own" or "sequence_parallel" not in options)
+
+
+def _name(value: Any) -> str:
+    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def ranks(layout: dict[str, int]) -> int:
+    return int(np.prod(list(layout.values())))
+
+
+TOGETHER = [(k, *way) for way in WAYS for k in MODELS if fits(k, *way)]
+
+
+@cases(("kind", "layout", "options"), TOGETHER, ids=_name)
+def test_training_is_that_of_one_rank(
+    kind: str, layout: dict[str, int], options: dict[str, Any]
+) -> None:
+    """Losses, norms, validation, parameters and outputs, on ranks that are threads."""
+    on_threads(lambda: same(kind, layout, options), ranks=ranks(layout))
+
+
+@pytest.mark.mpi
+@cases(("kind", "layout", "options"), TOGETHER, ids=_name)
+def test_training_with_mpi(kind: str, layout: dict[str, int], options: dict[str, Any]) -> None:
+    """Likewise on the processes of mpiexec, on as many ranks as there are."""
+    if ranks(layout) == Mesh().size > 1:
+        same(kind, layout, options)
