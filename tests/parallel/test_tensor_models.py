@@ -34,13 +34,13 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(self.size)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, t, _ = x.shape
+        b = x.shape[0]  # not the length: of x a rank may have some positions only
         q, k, v = (
-            layer(x).reshape(b, t, self.heads, self.size).transpose(1, 2)
+            layer(x).reshape(b, -1, self.heads, self.size).transpose(1, 2)
             for layer in (self.q, self.k, self.v)
         )
         y = F.scaled_dot_product_attention(self.norm(q), self.norm(k), v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(b, t, self.heads * self.size))
+        return self.out(y.transpose(1, 2).reshape(b, -1, self.heads * self.size))
 
 
 class Scale(nn.Module):
