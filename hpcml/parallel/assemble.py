@@ -13,7 +13,6 @@ from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
 from hpcml.parallel import groups, modes, tensor, threads
-from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.shards import detach
 from hpcml.parallel.step import LossFunction, Step
 from hpcml.parallel.zero import Zero
@@ -100,7 +99,6 @@ def parallelize(
     seed = rng.seed() if seed is None else seed
     model.name_parts()
     detach(model.parameters())
-    broadcast_parameters(model, mesh["cp", "tp"])  # before they are divided
     division = tensor.divide(
         model, loss, mesh, how=tensor_split, sequence_parallel=sequence_parallel,
         partition_activations=partition_activations,

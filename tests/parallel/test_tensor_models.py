@@ -222,6 +222,48 @@ def test_training_is_that_of_one_rank(
     on_threads(lambda: same(kind, layout, options), ranks=ranks(layout))
 
 
+HALVES = [("bfloat16", 2e-2), ("float16", 2e-3)]
+
+
+@cases(("dtype", "tolerance"), HALVES)
+@cases("options", [{}, SP, {**SP, "zero": 3, "partition_activations": "yes"}], ids=_name)
+@cases("layout", [{"tp": 2}, {"cp": 2}, {"dp": 2, "tp": 2}], ids=_name)
+def test_losses_in_16_bits(
+    layout: dict[str, int], options: dict[str, Any], dtype: str, tolerance: float
+) -> None:
+    def program(mesh: Mesh, **given: Any) -> list[float]:
+        model = GPT(VOCAB, LENGTH, 2, 4, 24, dropout=0.1).to(hpcml.backend.dtype(dtype))
+        step = hpcml.parallelize(
+            model, loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW, lr=1e-3, seed=3, mesh=mesh,
+            **given,
+        )  # fmt: skip
+        return [step(_tokens(number, 4)) for number in range(4)]
+
+    expected = program(serial_mesh())
+    for found in on_threads(lambda: program(Mesh(**layout), **options), ranks=ranks(layout)):
+        np.testing.assert_allclose(found, expected, rtol=tolerance)
+
+
+@cases("layout", [{"tp": 2}, {"tp": 3}, {"tp": 4}, {"dp": 2, "tp": 2}], ids=_name)
+@cases("kind", MODELS)
+def test_first_values_are_those_of_one_rank(kind: str, layout: dict[str, int]) -> None:
+    """To the bit, and no rank has made more than its part."""
+    expected = values(make(kind, serial_mesh()))
+
+    def program() -> None:
+        step = make(kind, Mesh(**layout))
+        for name, array in values(step).items():
+            assert array.tobytes() == expected[name].tobytes(), name
+        for parameter in step.model.parameters():
+            assert parameter.part is None or parameter.data.shape == parameter.part.own
+        again = make(kind, Mesh(**layout), seed=4)
+        again.model.load_state_dict(expected, strict=False)  # a tied head has one name there
+        for name, array in values(again).items():
+            assert array.tobytes() == expected[name].tobytes(), name
+
+    on_threads(program, ranks=ranks(layout))
+
+
 @pytest.mark.mpi
 @cases(("kind", "layout", "options"), TOGETHER, ids=_name)
 def test_training_with_mpi(kind: str, layout: dict[str, int], options: dict[str, Any]) -> None:

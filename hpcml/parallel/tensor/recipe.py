@@ -32,7 +32,8 @@ from typing import Any
 
 from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
-from hpcml.nn import CrossEntropyLoss, Dropout, Module, Sequential
+from hpcml.nn import CrossEntropyLoss, Dropout, LayerNorm, Linear, Module, Sequential
+from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.tensor.dropout import PositionsDropout
 from hpcml.parallel.tensor.kept import keep_parts
 from hpcml.parallel.tensor.layers import OutputLinear
@@ -75,6 +76,8 @@ def divide(
 ) -> Division:
     """Divide a model, in place, among the ranks of the mesh's axes "tp" and "cp".
 
+    Collective; all ranks get the values of the first, where it has any.
+
     loss: called with the outputs and a target; an `nn.CrossEntropyLoss`, or a module of which
     `takes_divided_classes` is true, gets divided ones, others get all of them. The model's parts
     must have been named (`name_parts`). how: "megatron", or "naive" (see `NaiveLinear`).
@@ -87,6 +90,7 @@ def divide(
             f"this {type(model).__name__} is divided among tensor-parallel ranks already: make it "
             "anew, and load its values (load_state_dict of what `gathered` gave)"
         )
+    broadcast_parameters(model, mesh["cp", "tp"])
     axis = mesh["tp"]
     positions = Positions(axis, mesh["cp"], sequence_parallel=sequence_parallel)
     division = Division(axis, positions, loss)
@@ -98,6 +102,7 @@ def divide(
     makers = MEGATRON if how == "megatron" else NAIVE
     _replace(model, {id(m): makers[style](m, positions) for m, style in styles})
     division.outputs = [m for m in model.modules() if isinstance(m, OutputLinear)]
+    _guard(model)
     if positions.divided:
         dropouts = [m for m in model.modules() if type(m) is Dropout]
         _replace(model, {id(m): PositionsDropout(m, positions) for m in dropouts})
@@ -173,6 +178,23 @@ def _replace(model: Module, new: Mapping[int, Module]) -> None:
                           "_backward_hooks"):  # fmt: skip
                 setattr(made, hooks, getattr(child, hooks))
             setattr(parent, name, made)
+
+
+def _guard(model: Module) -> None:
+    """Let layers that every rank has whole refuse divided features, by name."""
+    for module in model.modules():
+        if type(module) in (Linear, LayerNorm):
+            assert isinstance(module, Linear | LayerNorm)
+            module.register_forward_pre_hook(_whole_features)
+
+
+def _whole_features(module: Linear | LayerNorm, inputs: tuple[Any, ...]) -> None:
+    takes = module.in_features if isinstance(module, Linear) else module.normalized_shape[-1]
+    if inputs and inputs[0].shape[-1] != takes:
+        raise UserError(
+            f"{module.name}, a {type(module).__name__} of {takes} features: {inputs[0].shape[-1]} "
+            'came: what a "column" layer has divided goes to a "row" layer, which adds up'
+        )
 
 
 def _divide_loss(division: Division) -> None:
