@@ -54,10 +54,11 @@ def gpt(**options: Any) -> GPT:
     return GPT(13, 6, **{"layers": 1, "heads": 4, "width": 8, **options})
 
 
+PAIR, SP = {"up": "column", "down": "row"}, {"sequence_parallel": True}
 CASES: list[tuple[Any, dict[str, int], dict[str, Any], list[str]]] = [
     (lambda: gpt(heads=2), {"tp": 4}, {}, ["heads=2", "4 ranks", "mesh.tp", "1, 2"]),
     (lambda: gpt(heads=4, width=12), {"tp": 3}, {}, ["heads=4", "3 ranks", "1, 2, 4"]),
-    (lambda: Two({"up": "column", "down": "row"}, 3), {"tp": 4}, {}, ["up:", "outputs=3", "mesh.tp=3"]),
+    (lambda: Two(PAIR, 3), {"tp": 4}, {}, ["up:", "outputs=3", "mesh.tp=3"]),
     (lambda: Two({}), {"tp": 2}, {}, ["Two declares no splits", "mesh.tp=2", "splits ="]),
     (lambda: MLP(6, 4, ()), {"tp": 2}, {}, ["MLP declares no splits", "mesh.tp=1"]),
     (lambda: Two({"upp": "column"}), {"tp": 2}, {}, ['"upp"', "no module", "up, norm, down"]),
@@ -65,13 +66,13 @@ CASES: list[tuple[Any, dict[str, int], dict[str, Any], list[str]]] = [
     (lambda: Two({"norm": "column"}), {"tp": 2}, {}, ["nn.Linear", "norm", "LayerNorm"]),
     (lambda: Two({"norm": "heads"}), {"tp": 2}, {}, ["num_heads", "norm", "LayerNorm"]),
     (WithStrange, {"tp": 2}, {}, ['"column"', "nn.Linear", "up", "Strange"]),
-    (lambda: Two({"up": "column", "down": "row"}, 8, True), {"tp": 2}, {}, ["shared and divided already"]),
-    (lambda: MLP(6, 4), {"tp": 2}, {"sequence_parallel": True}, ["tensor.sequence_parallel", "output and vocab"]),
+    (lambda: Two(PAIR, 8, True), {"tp": 2}, {}, ["shared and divided already"]),
+    (lambda: MLP(6, 4), {"tp": 2}, SP, ["tensor.sequence_parallel", "output and vocab"]),
     (lambda: MLP(6, 4), {"cp": 2}, {}, ["mesh.cp=2", "output and vocab"]),
     (Own, {"cp": 2}, {}, ["mesh.cp=2", "nn.PackedAttention", "attention", "set mesh.cp=1"]),
     (gpt, {"tp": 2}, {"tensor_split": "rows"}, ['tensor.split="rows"', '"naive"']),
     (gpt, {"tp": 2}, {"partition_activations": "all"}, ['"all"', '"cpu"']),
-    (gpt, {"tp": 2}, {"tensor_split": "naive", "sequence_parallel": True}, ["naive", "sequence_parallel"]),
+    (gpt, {"tp": 2}, {**SP, "tensor_split": "naive"}, ["naive", "sequence_parallel"]),
     (gpt, {"cp": 2}, {"tensor_split": "naive"}, ["naive", "mesh.cp=2"]),
     (gpt, {"tp": 2}, {"mode": "local", "period": 2}, ["mode=local", "mesh.tp=2", "mode=sync"]),
     (gpt, {"cp": 2}, {"mode": "async"}, ["mode=async", "mesh.cp=2", "mesh.cp=1"]),

@@ -141,7 +141,8 @@ def _styles(model: Module, axis: Axis) -> list[tuple[Module, str]]:
     for pattern, style in splits.items():
         if style not in MEGATRON:
             raise UserError(
-                f'{kind}.splits: "{pattern}": "{style}" is unknown: use one of {", ".join(MEGATRON)}'
+                f'{kind}.splits: "{pattern}": "{style}" is unknown: use '
+                f"{', '.join(list(MEGATRON)[:-1])} or {list(MEGATRON)[-1]}"
             )
         if not any(fnmatchcase(name, pattern) for name, _ in named):
             names = ", ".join(name for name, module in named if name and not module._modules)
