@@ -12,6 +12,8 @@ def table(report: Row) -> str:
     """What was measured where, and a row for each size or layout."""
     if report["part"] == "memory":
         lines = _memory(report)
+    elif report["part"] == "tensor":
+        lines = _tensor(report)
     elif report["ranks"] == 1:
         lines = _one_rank(report)
     else:
@@ -81,6 +83,21 @@ def _ranks(report: Row) -> str:
     return "\n".join(blocks)
 
 
+def _tensor(report: Row) -> str:
+    """A block for each size, a row for each way to divide it."""
+    blocks = []
+    for size, found in groupby(report["rows"], lambda row: row["size"]):
+        rows = [["", "ms", "times as fast as dp", "calls", "MiB sent", "MiB activations", "states"]]
+        for row in found:
+            cells = ["cannot run", *["-"] * 5]
+            if "ours" in row:
+                cells = [_ms(row["ours"]), f"{row['ratio']:.2f}", str(row["calls"]),
+                         *(_mib(row[name]) for name in ("sent", "activations", "held"))]  # fmt: skip
+            rows.append([row["layout"], *cells])
+        blocks += [f"\n{size}: layers, width, block, batch of all ranks", columns(rows)]
+    return "\n".join(blocks)
+
+
 def _memory(report: Row) -> str:
     peer = report["peer"]
     rows = [["(layers, width, block, batch)", "hpcml MiB"]]
@@ -101,7 +118,8 @@ def _notes(report: Row) -> list[str]:
         if "not_built" in row:
             notes.append(f"{row['size']}: torch.compile: not built: {row['not_built']}")
         if "cannot_run" in row:
-            notes.append(f"{row['size']}: {row['beside']}: cannot run: {row['cannot_run']}")
+            what = row.get("beside", row["layout"])
+            notes.append(f"{row['size']}: {what}: cannot run: {row['cannot_run']}")
     return notes
 
 

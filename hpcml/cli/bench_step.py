@@ -8,7 +8,7 @@ from typing import Any
 from hpcml.comm import launch
 from hpcml.errors import UserError
 
-PARTS, SIZES = ("time", "memory"), ("small", "medium", "large")
+PARTS, SIZES = ("time", "memory", "tensor"), ("small", "medium", "large")
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -26,7 +26,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     """The report, on the first rank. Raises UserError for options that do not go together."""
-    from hpcml.bench import step, step_memory, step_ranks
+    from hpcml.bench import step, step_memory, step_ranks, step_tensor
     from hpcml.comm import Mesh
 
     ranks = launch.read().size
@@ -42,6 +42,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
         if ranks > 1:
             raise UserError(f"--part memory measures 1 rank, not {ranks}: leave out --ranks")
         return step_memory.run(*given)
+    if options.part == "tensor":
+        if ranks == 1 or options.peer:
+            raise UserError("--part tensor divides a model among ranks: add --ranks 2, no --peer")
+        mesh = Mesh()
+        divided = step_tensor.run(mesh, options.sizes, options.threads, options.rounds)
+        return divided if mesh.rank == 0 else None
     if ranks == 1:
         return step.run(*given, options.compile, options.precision)
     mesh = Mesh()
