@@ -7,9 +7,10 @@ computed from them, and outputs before gradients.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ class Finding:
     size: int
     already: bool = False
     """Whether what it was computed from was not finite either."""
+    place: int = 0
+    """How many modules were looked at before."""
 
     def __str__(self) -> str:
         counts = [(self.infinite, "inf"), (self.not_numbers, "nan")]
@@ -45,20 +48,20 @@ def describe(
     model: Module,
     run: Callable[[], Any],
     gradients: Named,
-    agree: Callable[[str], str] = str,
+    agree: Callable[[Finding | None], str] = lambda found: str(found or ""),
 ) -> str:
     """Say in one clause where it began: in values, else in outputs, else in gradients; "" nowhere.
 
     values, gradients: the parameters' by name, in order of definition. model, run: as for
-    `first_bad_module`. agree: makes of what this rank has found ("" for nothing) what all ranks
-    say; called after each of the three, so that all ranks look at the same.
+    `first_bad_module`. agree: makes of what this rank has found (None: nothing) what all ranks say,
+    "" for nothing; called after each of the three, so that all ranks look at the same.
     """
     looks: tuple[Callable[[], Finding | None], ...] = (
         lambda: first_bad_parameter(values),
         lambda: first_bad_module(model, run),
         lambda: first_bad_parameter(gradients, "gradient of"),
     )
-    return next(filter(None, (agree(str(look() or "")) for look in looks)), "")
+    return next(filter(None, (agree(look()) for look in looks)), "")
 
 
 def first_bad_parameter(arrays: Named, what: str = "parameter") -> Finding | None:
@@ -82,11 +85,13 @@ def first_bad_module(model: Module, run: Callable[[], Any]) -> Finding | None:
     (`rng.samples`). Hooks of modules are called again.
     """
     found: list[Finding] = []
+    seen = itertools.count()
 
     def look(what: str, inputs: Any, out: Any) -> None:
-        bad = None if found else next(_bad(out), None)
+        place, bad = next(seen), None if found else next(_bad(out), None)
         if bad is not None:
-            found.append(_finding(what, bad, any(True for _ in _bad(inputs))))
+            already = any(True for _ in _bad(inputs))
+            found.append(replace(_finding(what, bad), already=already, place=place))
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, inputs, out: look(
@@ -140,7 +145,7 @@ def _finite(array: Array) -> bool:
     return array.dtype.kind in "biu" or bool(xp(array).isfinite(array).all())
 
 
-def _finding(what: str, array: Array, already: bool = False) -> Finding:
+def _finding(what: str, array: Array) -> Finding:
     m = xp(array)
     counts = int(m.isinf(array).sum()), int(m.isnan(array).sum())
-    return Finding(what, *counts, array.size, already)
+    return Finding(what, *counts, array.size)

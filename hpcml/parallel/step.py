@@ -20,7 +20,7 @@ from hpcml.optim import clip_scale
 from hpcml.parallel import data
 from hpcml.parallel.background import Staleness
 from hpcml.parallel.batch import as_tensor, samples_of, size_of
-from hpcml.parallel.finite import describe
+from hpcml.parallel.finite import Finding, describe
 from hpcml.parallel.limits import advised
 from hpcml.parallel.precision import LossScaler
 from hpcml.parallel.replicas import ReplicaError, check_replicas
@@ -255,7 +255,12 @@ class Step:
             with rng.samples(self.seed, first + part.start):
                 return self._loss(samples_of(batch, part))
 
-        where = describe(self.gathered(), self.model, run, self.zero.gathered_gradients())
+        def agree(found: Finding | None) -> str:  # of what ranks divide, some may have seen it
+            every = self.mesh["cp", "tp"].allgather_object(found and (found.place, str(found)))
+            return min(filter(None, every), default=(0, ""))[1]
+
+        gradients = self.zero.gathered_gradients()
+        where = describe(self.gathered(), self.model, run, gradients, agree)
         self.zero.end_pass()
         return NonFiniteError(
             f"step {self.optimizer.steps}: loss {losses.sum()}, gradient norm {self.grad_norm}: "

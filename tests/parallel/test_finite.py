@@ -11,7 +11,7 @@ import pytest
 from hpcml import backend, nn, rng
 from hpcml.autograd import Tensor
 from hpcml.models import GPT, NextTokenLoss
-from hpcml.parallel.finite import describe, first_bad_module, first_bad_parameter
+from hpcml.parallel.finite import Finding, describe, first_bad_module, first_bad_parameter
 
 Array = np.ndarray[Any, Any]
 TOKENS = np.arange(12).reshape(2, 6)
@@ -96,14 +96,14 @@ def test_all_parameters_are_asked_for_and_valid_until_the_next() -> None:
 
 def test_what_other_ranks_have_found_counts() -> None:
     model = gpt()
-    told: list[str] = []
+    told: list[Finding | None] = []
 
-    def agree(mine: str) -> str:
+    def agree(mine: Finding | None) -> str:
         told.append(mine)
-        return mine or ("theirs" if len(told) == 2 else "")
+        return str(mine or ("theirs" if len(told) == 2 else ""))
 
     assert describe(values(model), model, lambda: loss(model), [], agree) == "theirs"
-    assert told == ["", ""]
+    assert told == [None, None]
     model.transformer.wte.weight.data[0] = np.nan
     assert "wte" in describe(values(model), model, lambda: loss(model), [], agree)
 
