@@ -91,8 +91,8 @@ def _tensor(report: Row) -> str:
         for row in found:
             cells = ["cannot run", *["-"] * 5]
             if "ours" in row:
-                cells = [_ms(row["ours"]), f"{row['ratio']:.2f}", str(row["calls"]),
-                         *(_mib(row[name]) for name in ("sent", "activations", "held"))]  # fmt: skip
+                sizes = [_mib(row[name]) for name in ("sent", "activations", "held")]
+                cells = [_ms(row["ours"]), f"{row['ratio']:.2f}", str(row["calls"]), *sizes]
             rows.append([row["layout"], *cells])
         blocks += [f"\n{size}: layers, width, block, batch of all ranks", columns(rows)]
     return "\n".join(blocks)

@@ -18,6 +18,7 @@ from hpcml import memory
 from hpcml.bench.rounds import Call, alternate, ratio
 from hpcml.bench.step import SIZES, Row, Size, batch_of, begin, our_step, rest_for, rounds_for
 from hpcml.comm import Mesh
+from hpcml.comm.grid import AXES
 from hpcml.comm.guard import agree
 from hpcml.parallel import Step
 
@@ -51,7 +52,7 @@ def _size(mesh: Mesh, size: Size, threads: int, rounds: int) -> list[Row]:
             continue
         gc.collect()
         before = memory.account().total
-        step = our_step(size, mesh=Mesh(**{"dp": 1, axis: mesh.size}), **options)
+        step = our_step(size, mesh=Mesh({**dict.fromkeys(AXES, 1), axis: mesh.size}), **options)
         rows[name] |= _accounts(mesh, step, batch, before)
         calls[name] = partial(step, batch)
     times = alternate(mesh.world, calls, rounds or rounds_for(size), rest_for(threads))

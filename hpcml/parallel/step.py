@@ -256,8 +256,9 @@ class Step:
                 return self._loss(samples_of(batch, part))
 
         def agree(found: Finding | None) -> str:  # of what ranks divide, some may have seen it
-            every = self.mesh["cp", "tp"].allgather_object(found and (found.place, str(found)))
-            return min(filter(None, every), default=(0, ""))[1]
+            every = self.mesh["cp", "tp"].allgather_object(found)
+            first = min((f for f in every if f), key=lambda f: f.place, default="")
+            return str(first)
 
         gradients = self.zero.gathered_gradients()
         where = describe(self.gathered(), self.model, run, gradients, agree)

@@ -49,7 +49,7 @@ def test_a_copy_that_drifts_is_found(layout: dict[str, int], options: dict[str, 
 
 @cases(("layout", "options"), LAYOUTS)
 def test_what_is_not_finite_is_named(layout: dict[str, int], options: dict[str, Any]) -> None:
-    """A part of a weight on one rank, and an input that makes the outputs of some ranks overflow."""
+    """A weight, of which one rank has the part that is not."""
 
     def program() -> list[str]:
         mesh = Mesh(**layout)
