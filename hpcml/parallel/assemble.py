@@ -121,10 +121,9 @@ def parallelize(
 
 def _check(mesh: Mesh, microbatch: int, grad_clip: float, bucket_mb: float) -> None:
     """Refuse what can never be."""
-    known = ("dp", "cp", "tp")
-    others = {name: size for name, size in mesh.sizes.items() if size > 1 and name not in known}
-    if others:
-        raise UserError(f"mesh {others}: only {', '.join(known)} are available in this version")
+    for name, size in mesh.sizes.items():
+        if size > 1 and name not in ("dp", "cp", "tp"):
+            raise UserError(f"mesh.{name}={size} is not available in this version: mesh.{name}=1")
     if microbatch < 0:
         raise UserError(f"microbatch={microbatch} must be 0 (a rank's whole share) or more")
     if not grad_clip >= 0:
