@@ -29,22 +29,47 @@ def _kernels(x: Array) -> Any:
     return kernels.compiled("float32").brain if x.dtype in HALVES else kernels.of(x)
 
 
-@primitive
-def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
-    """x weight^T + bias: x (..., in), weight (out, in), bias (out) or None -> (..., out)."""
+def check_linear(x: Array, weight: Array, bias: Array | None) -> None:
+    """Raise ValueError unless these are operands of `linear`."""
     if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear(x {x.shape}, weight {weight.shape}): the last size of x must be the second of "
             "weight"
         )
-    same_type(ctx, "x", "weight", "bias")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear(weight {weight.shape}, bias {bias.shape}): bias must be (out,)")
-    ctx.save(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
-    out = ctx.empty((*x.shape[:-1], weight.shape[0]), x)
+
+
+def product(x: Array, weight: Array, bias: Array | None, out: Array) -> None:
+    """out = x weight^T + bias: what `linear` computes, into an array that is there."""
     rows = _rows(x)
     added = rows[:0].reshape(-1) if bias is None else _words(contiguous(bias))
     _kernels(x).linear(rows, _rows(weight), added, _rows(out))
+
+
+def input_gradient(g: Array, weight: Array, out: Array) -> None:
+    """out = g weight: g (..., out), weight (out, in), out (..., in)."""
+    _kernels(g).linear_input_gradient(_rows(g), _rows(weight), _rows(out))
+
+
+def weight_gradient(g: Array, x: Array, out: Array) -> None:
+    """out = g^T x, over all rows: g (..., out), x (..., in), out (out, in)."""
+    _kernels(g).linear_weight_gradient(_rows(g), _rows(x), _rows(out))
+
+
+def bias_gradient(g: Array, out: Array) -> None:
+    """The sum of all rows: g (..., out), not of 16 bits, out (out)."""
+    kernels.of(g).column_sums(_rows(g), out)
+
+
+@primitive
+def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
+    """x weight^T + bias: x (..., in), weight (out, in), bias (out) or None -> (..., out)."""
+    check_linear(x, weight, bias)
+    same_type(ctx, "x", "weight", "bias")
+    ctx.save(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
+    out = ctx.empty((*x.shape[:-1], weight.shape[0]), x)
+    product(x, weight, bias, out)
     return out
 
 
@@ -55,8 +80,7 @@ linear.takes = kernels.multiplies
 def linear_x(ctx: Context, g: Array) -> Array:
     _, weight = ctx.saved
     out = ctx.empty(ctx.shapes[0], g)
-    rows = _rows(g)
-    _kernels(g).linear_input_gradient(rows, _rows(weight), _rows(out))
+    input_gradient(g, weight, out)
     return out
 
 
@@ -64,8 +88,7 @@ def linear_x(ctx: Context, g: Array) -> Array:
 def linear_weight(ctx: Context, g: Array) -> Array:
     x, _ = ctx.saved
     out = ctx.empty(ctx.shapes[1], g)
-    rows = _rows(g)
-    _kernels(g).linear_weight_gradient(rows, _rows(x), _rows(out))
+    weight_gradient(g, x, out)
     return out
 
 
@@ -73,7 +96,7 @@ def linear_weight(ctx: Context, g: Array) -> Array:
 def linear_bias(ctx: Context, g: Array) -> Array:
     g = widened(g)
     out = ctx.empty(ctx.shapes[2], g)
-    kernels.of(g).column_sums(_rows(g), out)
+    bias_gradient(g, out)
     return out
 
 
