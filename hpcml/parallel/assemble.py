@@ -68,7 +68,8 @@ def parallelize(
         for all. It must divide the number of data-parallel ranks.
     zero_split: "blocks", or "layers" for whole layers with an owner each that broadcasts them, the
         naive way, to count against.
-    overlap: communicate in the background during backward; by default where that gains.
+    overlap: communicate in the background: gradients during backward, and beside the products of
+        linear layers what `sequence_parallel` sends; by default where that gains.
     mode: "sync"; "local": every rank updates by itself, and parameters are averaged every `period`
         steps, after `sync_steps` synchronous ones; or "async": gradients are summed in the
         background and may miss `staleness` updates. After training, call `step.settle()`.
@@ -101,7 +102,7 @@ def parallelize(
     detach(model.parameters())
     division = tensor.divide(
         model, loss, mesh, how=tensor_split, sequence_parallel=sequence_parallel,
-        partition_activations=partition_activations,
+        overlap=overlap, partition_activations=partition_activations,
     )  # fmt: skip
     given = groups(model) if groups else list(model.parameters())
     with rng.samples(seed, 0):  # first values depend on the seed and the names alone

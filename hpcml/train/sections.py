@@ -147,7 +147,8 @@ class DataParallel:
     )
     overlap: str = key(
         "auto",
-        "reduce and gather in the background, beside compute (auto: where that gains)",
+        "communicate in the background, beside compute: gradients, zero.stage=3's parameters, what "
+        "tensor.sequence_parallel sends (auto: where that gains, over several nodes)",
         choices=("auto", "always", "never"),
     )
 

@@ -29,7 +29,7 @@ def _kernels(x: Array) -> Any:
     return kernels.compiled("float32").brain if x.dtype in HALVES else kernels.of(x)
 
 
-def check_linear(x: Array, weight: Array, bias: Array | None) -> None:
+def check(x: Array, weight: Array, bias: Array | None) -> None:
     """Raise ValueError unless these are operands of `linear`."""
     if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -65,7 +65,7 @@ def bias_gradient(g: Array, out: Array) -> None:
 @primitive
 def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
     """x weight^T + bias: x (..., in), weight (out, in), bias (out) or None -> (..., out)."""
-    check_linear(x, weight, bias)
+    check(x, weight, bias)
     same_type(ctx, "x", "weight", "bias")
     ctx.save(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
     out = ctx.empty((*x.shape[:-1], weight.shape[0]), x)

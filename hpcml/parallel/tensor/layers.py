@@ -11,6 +11,7 @@ from hpcml.errors import UserError
 from hpcml.nn import Linear, Module
 from hpcml.nn import functional as F
 from hpcml.nn.part import Range, blocks
+from hpcml.parallel.tensor.overlap import gathered_linear, scattered_linear
 from hpcml.parallel.tensor.parts import block, divide_parameter, sizes
 from hpcml.parallel.tensor.positions import Positions
 
@@ -47,8 +48,11 @@ class ColumnParallelLinear(Module):
                 f"{self.in_features} inputs came: what is divided already goes to a "
                 '"row" layer'
             )
-        self.positions.features = self.out_features, self.cuts[self.axis.rank]
-        return F.linear(self.positions.enter(input), self.weight, self.bias)
+        positions = self.positions
+        positions.features = self.out_features, self.cuts[self.axis.rank]
+        if positions.overlaps:
+            return gathered_linear(input, self.weight, self.bias, self.axis, positions.counts)
+        return F.linear(positions.enter(input), self.weight, self.bias)
 
 
 class OutputLinear(ColumnParallelLinear):
@@ -92,7 +96,11 @@ class RowParallelLinear(Module):
                 f"this rank has {self.weight.shape[1]} of {self.in_features}: the layer before it "
                 'must be "column"'
             )
-        total = self.positions.leave(F.linear(input, self.weight))
+        positions = self.positions
+        if positions.overlaps:
+            total = scattered_linear(input, self.weight, self.axis, positions.counts)
+        else:
+            total = positions.leave(F.linear(input, self.weight))
         return total if self.bias is None else total + self.bias
 
 

@@ -22,14 +22,24 @@ from hpcml.parallel.context import zigzag
 class Positions:
     """Ways into, out of and between the regions in which the ranks of `tp` divide features.
 
-    sequence_parallel: between the regions each of these ranks has some positions only. cp: the
-    context-parallel ranks. The layer that takes the tokens says how long they are (`begin`).
+    sequence_parallel: between the regions each of these ranks has some positions only. overlap:
+    these then travel beside the products of linear layers (`hpcml.parallel.tensor.overlap`); None:
+    where that gains (`Axis.overlaps`). cp: the context-parallel ranks. The layer that takes the
+    tokens says how long they are (`begin`).
     """
 
-    def __init__(self, tp: Axis, cp: Axis | None = None, *, sequence_parallel: bool) -> None:
+    def __init__(
+        self,
+        tp: Axis,
+        cp: Axis | None = None,
+        *,
+        sequence_parallel: bool,
+        overlap: bool | None = None,
+    ) -> None:
         self.tp = tp
         self.cp = Axis("cp") if cp is None else cp
         self.cuts = sequence_parallel and tp.size > 1
+        self.overlaps = self.cuts and (tp.overlaps if overlap is None else overlap)
         self.length = 0
         self.features: tuple[int, tuple[Range, ...]] = (0, ())
         """Of the region under way: how many there are, and which this rank has."""

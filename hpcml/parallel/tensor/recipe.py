@@ -72,6 +72,7 @@ def divide(
     *,
     how: str = "megatron",
     sequence_parallel: bool = False,
+    overlap: bool | None = None,
     partition_activations: str = "no",
 ) -> Division:
     """Divide a model, in place, among the ranks of the mesh's axes "tp" and "cp".
@@ -81,9 +82,9 @@ def divide(
     loss: called with the outputs and a target; an `nn.CrossEntropyLoss`, or a module of which
     `takes_divided_classes` is true, gets divided ones, others get all of them. The model's parts
     must have been named (`name_parts`). how: "megatron", or "naive" (see `NaiveLinear`).
-    sequence_parallel: see `Positions`. partition_activations: "yes" if a rank keeps its part only
-    of what all would save for backward, "cpu" in host memory (`hpcml.parallel.partition`). Raises
-    UserError for what cannot be divided so.
+    sequence_parallel, overlap: see `Positions`. partition_activations: "yes" if a rank keeps its
+    part only of what all would save for backward, "cpu" in host memory
+    (`hpcml.parallel.partition`). Raises UserError for what cannot be divided so.
     """
     if any(parameter.part for parameter in model.parameters()):
         raise UserError(
@@ -92,7 +93,7 @@ def divide(
         )
     broadcast_parameters(model, mesh["cp", "tp"])
     axis = mesh["tp"]
-    positions = Positions(axis, mesh["cp"], sequence_parallel=sequence_parallel)
+    positions = Positions(axis, mesh["cp"], sequence_parallel=sequence_parallel, overlap=overlap)
     division = Division(axis, positions, loss)
     _check_options(axis, positions, how, partition_activations)
     if axis.size == 1 and not positions.divided:
