@@ -13,6 +13,7 @@ from hpcml.errors import UserError
 
 COMMANDS = {
     "train": "train a model: hpcml train CONFIG.toml [section.key=value ...]",
+    "check": "compare a parallel run with a serial one: hpcml check CONFIG.toml [key=value ...]",
     "sample": "let a trained model write text: hpcml sample RUN_DIR [--prompt TEXT]",
     "doctor": "say what this machine and its MPI can do: hpcml doctor [--json]",
     "bench": "measure: hpcml bench NAME [--json]",

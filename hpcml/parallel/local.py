@@ -54,9 +54,9 @@ class LocalStep(Step):
         updates = not self._holding
         norms = np.zeros(self.axis.size)
         if updates:
-            factor = self._complete()
+            factor = self.complete()
             own = norms[self.axis.rank] = self.zero.norm() * factor
-        known = self._sum(np.concatenate([losses, norms]))
+        known = self.total(np.concatenate([losses, norms]))
         losses, norms = known[: losses.size], known[losses.size :]
         if updates:
             self.grad_norm = float(norms.mean())
@@ -71,8 +71,9 @@ class LocalStep(Step):
                     self._meet()
         return float(losses.sum())
 
-    def _complete(self) -> float:
-        factor = super()._complete()
+    def complete(self) -> float:
+        """Complete this rank's gradient; over the ranks where the next update is synchronous."""
+        factor = super().complete()
         if self._joint:
             grad = self.optimizer.storage.grad
             self.axis.allreduce(grad, out=grad)

@@ -79,7 +79,7 @@ class StaleStep(Step):
         return super()._accumulate(batch, size, first, fresh=fresh)
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
-        factor = self._complete()
+        factor = self.complete()
         self._sums.slot()[...] = self.optimizer.storage.grad
         request = self.axis.iallreduce(losses, out=losses)
         settings = [_settings(group) for group in self.optimizer.param_groups]

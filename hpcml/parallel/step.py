@@ -73,13 +73,23 @@ class Step:
         along dimension 0, or something that gives such a tuple for a slice and knows its `len`
         (then a rank loads only its own). Raises NonFiniteError, before the update, on all ranks.
         """
+        first = getattr(batch, "first", self.samples)
+        return self._conclude(batch, first, self.compute(batch))
+
+    @_quiet
+    def compute(self, batch: Any) -> Array:
+        """What a call begins with: add a batch's gradient to what is under way.
+
+        Returns the share of each microbatch in the batch's mean loss, where it is this rank's own.
+        `complete` comes next.
+        """
         size, first = size_of(batch), getattr(batch, "first", self.samples)
         at_once = min(size, self.microbatch or -(-size // self.axis.size))
         held, self._held = self._held, 0  # what an error leaves of a gradient is of no use
         with advised(self.optimizer, self.groups.sharding, at_once):
             losses = self._accumulate(batch, size, first, fresh=held == 0)
         self.samples, self._held = first + size, held + size
-        return self._conclude(batch, first, losses)
+        return losses
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Steps inside add to the gradient only; the next one outside updates from all of them.
@@ -126,7 +136,7 @@ class Step:
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
         """Bring the ranks together and update; the loss, given this rank's shares in it."""
-        losses = self._sum(losses)
+        losses = self.total(losses)
         if not np.isfinite(losses).all():
             self.grad_norm = math.nan
             raise self._failure(batch, first, losses)
@@ -134,8 +144,8 @@ class Step:
             self._finish(batch, first, losses)
         return math.fsum(losses)
 
-    def _complete(self) -> float:
-        """Complete the gradient; the factor by which it counts."""
+    def complete(self) -> float:
+        """Complete the gradient over the ranks; the factor by which it counts. Collective."""
         self.zero.finish()
         factor = self._unit / self._held / (self.scaler.scale if self.scaler else 1.0)
         self._held = 0
@@ -143,7 +153,7 @@ class Step:
 
     def _finish(self, batch: Any, first: int, losses: Array) -> None:
         """Reduce the gradients, and update unless they overflowed."""
-        factor = self._complete()
+        factor = self.complete()
         self.grad_norm = self.zero.norm() * factor
         good = math.isfinite(self.grad_norm)
         if not good and (self.scaler is None or self.scaler.exhausted):
@@ -193,7 +203,7 @@ class Step:
                 count += size
         if count == 0:
             raise UserError("evaluate() got no samples: give it at least one batch")
-        mean = float(self._sum(np.array([total]))[0]) / count
+        mean = float(self.total(np.array([total]))[0]) / count
         if not math.isfinite(mean):
             raise NonFiniteError(f"validation loss {mean}: lower the learning rate")
         return mean
@@ -242,7 +252,8 @@ class Step:
             )
         return loss
 
-    def _sum(self, values: Array) -> Array:
+    def total(self, values: Array) -> Array:
+        """Sum over the data-parallel ranks, in place. Collective."""
         return self.axis.allreduce(values, out=values)
 
     def _failure(self, batch: Any, first: int, losses: Array) -> NonFiniteError:

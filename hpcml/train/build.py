@@ -15,8 +15,8 @@ from hpcml.data import Batches, Data, as_data
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
-from hpcml.parallel import Step, parallelize
-from hpcml.train import kinds, weights
+from hpcml.parallel import Step, parallelize, threads
+from hpcml.train import kinds, log, weights
 from hpcml.train.config import Config
 from hpcml.train.log import logger
 from hpcml.train.run_dir import RunDir
@@ -36,6 +36,15 @@ class Run:
     callback: Callable[[dict[str, Any]], Any] | None
 
 
+def begin(config: Config) -> tuple[Mesh, list[dict[str, Any]]]:
+    """The mesh of a configuration, and what each rank runs on. Collective."""
+    mesh = Mesh(deterministic=config.run.deterministic, **asdict(config.mesh))
+    agree(mesh.world, partial(log.setup, mesh.rank))
+    ranks = agree(mesh.world, partial(threads.share, mesh))
+    logger.info("%s on %s, %d thread(s)", mesh, mesh.node.host, ranks[mesh.rank]["threads"])
+    return mesh, ranks
+
+
 def build(config: Config, mesh: Mesh) -> Run:
     """Make everything, all ranks agreeing, the cheap checks first. Collective.
 
@@ -43,33 +52,19 @@ def build(config: Config, mesh: Mesh) -> Run:
     """
     folder = RunDir(config.run.dir)
     agree(mesh.world, partial(folder.check, config.run.overwrite))
-    data = agree(mesh.world, lambda: as_data(kinds.build(config.data, {"seed": config.run.seed})))
-    logger.info("data: %d samples, offering %s", len(data.train), dict(data.info))
+    data = agree(mesh.world, partial(load_data, config))
     model = agree(mesh.world, partial(build_model, config, data.info))
-    chosen = config.loss if config.loss.kind else kinds.choose(config.loss, data.loss)
-    loss = agree(mesh.world, partial(kinds.build, chosen))
+    config = with_loss(config, data)
+    loss = agree(mesh.world, partial(kinds.build, config.loss))
     callback = None
     if config.callback.kind:
         callback = agree(mesh.world, partial(_build_callback, config))
-
-    def optimizer(parameters: Any) -> Optimizer:
-        return kinds.build(config.optim, {}, parameters)  # type: ignore[no-any-return]
-
-    together = config.data_parallel
-    step = parallelize(
-        model, loss=loss, optimizer=optimizer, mesh=mesh, microbatch=config.train.microbatch,
-        grad_clip=config.optim.grad_clip, seed=config.run.seed, groups=decay_matrices,
-        zero=config.zero.stage, bucket_mb=config.zero.bucket_mb,
-        shard_ranks=config.zero.shard_ranks, zero_split=config.zero.split,
-        tensor_split=config.tensor.split, sequence_parallel=config.tensor.sequence_parallel,
-        partition_activations=config.tensor.partition_activations,
-        **{**asdict(together), "overlap": OVERLAP[together.overlap]},
-    )  # fmt: skip
-    agree(mesh.world, partial(_try_sample, step, data))
+    step = make_step(config, mesh, model, loss)
+    agree(mesh.world, partial(try_sample, step, data))
     logger.info("%s, loss and data fit", type(model).__name__)
     claim = partial(folder.claim, config.run.overwrite)
     agree(mesh.world, claim if mesh.rank == 0 else lambda: None)
-    return Run(replace(config, loss=chosen), mesh, data, step, folder, callback)
+    return Run(config, mesh, data, step, folder, callback)
 
 
 def _build_callback(config: Config) -> Callable[[dict[str, Any]], Any]:
@@ -82,6 +77,20 @@ def _build_callback(config: Config) -> Callable[[dict[str, Any]], Any]:
             f"record of a step: {error}"
         ) from None
     return made  # type: ignore[no-any-return]
+
+
+def load_data(config: Config) -> Data:
+    """Make the data of a configuration."""
+    data = as_data(kinds.build(config.data, {"seed": config.run.seed}))
+    logger.info("data: %d samples, offering %s", len(data.train), dict(data.info))
+    return data
+
+
+def with_loss(config: Config, data: Data) -> Config:
+    """The configuration with the loss that suits the data, unless it chose one itself."""
+    if config.loss.kind:
+        return config
+    return replace(config, loss=kinds.choose(config.loss, data.loss))
 
 
 def build_model(config: Config, info: Mapping[str, Any]) -> Module:
@@ -98,6 +107,24 @@ def build_model(config: Config, info: Mapping[str, Any]) -> Module:
     return model
 
 
+def make_step(config: Config, mesh: Mesh, model: Module, loss: Any) -> Step:
+    """The training step of a configuration. Collective."""
+
+    def optimizer(parameters: Any) -> Optimizer:
+        return kinds.build(config.optim, {}, parameters)  # type: ignore[no-any-return]
+
+    together = config.data_parallel
+    return parallelize(
+        model, loss=loss, optimizer=optimizer, mesh=mesh, microbatch=config.train.microbatch,
+        grad_clip=config.optim.grad_clip, seed=config.run.seed, groups=decay_matrices,
+        zero=config.zero.stage, bucket_mb=config.zero.bucket_mb,
+        shard_ranks=config.zero.shard_ranks, zero_split=config.zero.split,
+        tensor_split=config.tensor.split, sequence_parallel=config.tensor.sequence_parallel,
+        partition_activations=config.tensor.partition_activations,
+        **{**asdict(together), "overlap": OVERLAP[together.overlap]},
+    )  # fmt: skip
+
+
 def decay_matrices(model: Module) -> list[dict[str, Any]]:
     """Parameter groups: weight decay for matrices, none for biases and scales, as in GPT-2."""
     parameters = list(model.parameters())
@@ -107,7 +134,7 @@ def decay_matrices(model: Module) -> list[dict[str, Any]]:
     ]
 
 
-def _try_sample(step: Step, data: Data) -> None:
+def try_sample(step: Step, data: Data) -> None:
     """Evaluate two samples, so that a model or loss that does not fit the data says so now."""
     try:
         step.try_batch(next(iter(Batches(data.train, 2, None)))[0:2])

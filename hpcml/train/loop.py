@@ -6,19 +6,15 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from hpcml import memory
-from hpcml.comm import Mesh
-from hpcml.comm.guard import StopFlag, agree
+from hpcml.comm.guard import StopFlag
 from hpcml.data import Batches
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.optim import learning_rate
-from hpcml.parallel import threads
-from hpcml.train import log, results, usage
-from hpcml.train.build import Run, build
+from hpcml.train import results, usage
+from hpcml.train.build import Run, begin, build
 from hpcml.train.config import Config
 from hpcml.train.progress import Progress
 from hpcml.train.results import Ending
@@ -32,10 +28,7 @@ def train(config: Config) -> int:
 
     Raises UserError on all ranks alike for bad input, NonFiniteError for a loss that is no number.
     """
-    mesh = Mesh(deterministic=config.run.deterministic, **asdict(config.mesh))
-    agree(mesh.world, partial(log.setup, mesh.rank))
-    ranks = agree(mesh.world, partial(threads.share, mesh))
-    log.logger.info("%s on %s, %d thread(s)", mesh, mesh.node.host, ranks[mesh.rank]["threads"])
+    mesh, ranks = begin(config)
     gc.collect()  # an earlier run of this process is not this one's memory
     memory.account().reset_peak()
     memory.set_limit(config.device.memory_limit)
