@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -64,14 +63,12 @@ def _json(report: Report) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same with "inf" and null for what JSON has no number for."""
+    """The same with "inf", how far off what is no number is, for which JSON has none."""
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "inf"
-    return value
+    return "inf" if value == float("inf") else value
 
 
 def text(report: Report, *, whole: bool = False) -> str:

@@ -52,7 +52,8 @@ class Cause(NamedTuple):
     axes: list[str]
     """It concerns these, or one of these."""
     ratio: float | None = None
-    """Of the parallel values to the serial ones, on the rank that is farthest off."""
+    """Of the parallel values to the serial ones, on the rank that is farthest off; None if these
+    are all zero, or no numbers."""
 
 
 class _Fit(NamedTuple):
@@ -104,7 +105,8 @@ def explain(event: Event, item: Item | None, row: Row, mesh: Mesh, tolerance: fl
         over = f": look at what is exchanged over {', '.join(together)} there" if together else ""
         found = Cause(f"not explained by a ratio{over}", together)
     assert worst is not None
-    return found._replace(ratio=worst.plain.ratio)
+    ratio = worst.plain.ratio
+    return found._replace(ratio=ratio if np.isfinite(ratio) else None)
 
 
 def _within(event: Event, mesh: Mesh) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -38,18 +39,23 @@ class Print(NamedTuple):
     """A few numbers of an array, by which ranks tell whether they hold the same."""
 
     size: float
+    """Of all elements together, to which differences are relative."""
     total: float
     mixed: float
 
     @staticmethod
-    def of(array: Array) -> Print:
-        """Of any array."""
+    def of(array: Array, least: float = 0.0) -> Print:
+        """Of any array; `least`: what counts as the size of an element that is smaller."""
         flat = np.asarray(array, np.float64).reshape(-1)
+        size = np.maximum(np.abs(flat), least).sum()
         weights = np.cos(np.arange(flat.size))
-        return Print(float(np.abs(flat).sum()), float(flat.sum()), float(flat @ weights))
+        return Print(float(size), float(flat.sum()), float(flat @ weights))
 
     def like(self, other: Print, tolerance: float) -> bool:
-        """Whether both are of the same values, but for rounding."""
+        """Whether both are of the same values, but for rounding; or neither of numbers."""
+        mine, theirs = math.isfinite(self.size), math.isfinite(other.size)
+        if not (mine and theirs):
+            return mine == theirs
         most = tolerance * max(self.size, other.size)
         return all(abs(a - b) <= most for a, b in zip(self, other, strict=True))
 
@@ -134,7 +140,7 @@ def by_samples(event: Event) -> bool:
 
 
 def _mark(item: Item, mesh: Mesh, least: float) -> Mark:
-    own = Print.of(item.serial)
+    own = Print.of(item.serial, least)
     if item.parallel is None:
         return Mark(np.inf, own, None, item.maker, "it was computed serially only")
     part = part_of(item, mesh)
@@ -143,7 +149,8 @@ def _mark(item: Item, mesh: Mesh, least: float) -> Mark:
         along = f" along {', '.join(names)}" if names else ""
         shapes = f"shape {item.parallel.shape} is no part of {item.serial.shape}"
         return Mark(np.inf, own, None, item.maker, shapes + along)
-    whole = Print.of(item.parallel) if item.parallel.shape == item.serial.shape else None
+    same = item.parallel.shape == item.serial.shape
+    whole = Print.of(item.parallel, least) if same else None
     scale = max(_largest(item.serial), least)
     return Mark(distance(item.parallel, part) / (scale or 1.0), own, whole, item.maker)
 

@@ -16,7 +16,7 @@ from hpcml.errors import NonFiniteError, UserError
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("train", "sample", "doctor", "bench"))
+    assert all(name in shown for name in ("train", "check", "sample", "doctor", "bench"))
     assert main([]) == 2
     assert capsys.readouterr().out == shown
     assert main(["--version"]) == 0
