@@ -13,12 +13,12 @@ from hpcml.comm import Mesh
 from hpcml.train.compare import (
     Item,
     Row,
-    by_samples,
     differing,
     distance,
     groups,
     large,
     part_of,
+    together,
 )
 from hpcml.train.watch import LOSS, MODEL, Event
 
@@ -84,13 +84,13 @@ def explain(event: Event, item: Item | None, row: Row, mesh: Mesh, tolerance: fl
     if row.apart:
         text = _DEPENDS.get(event.stage, _DEPENDS_OTHERWISE)
         return Cause(text.format(", ".join(row.apart)), row.apart)
-    together = _within(event, mesh)
+    names = together(event, mesh)
     note = next((mark.note for mark in row.marks if mark and mark.note), "")
     if note:
-        return Cause(note, together)
+        return Cause(note, names)
     whole = all(mark.parallel is not None for mark in row.marks if mark)
     prints = [mark and mark.parallel for mark in row.marks]
-    split = differing(mesh, prints, together, tolerance) if whole else []
+    split = differing(mesh, prints, names, tolerance) if whole else []
     near = min(max(10 * tolerance, 1e-6), 0.05)  # ratios must be told from each other
     mine = None if item is None else _fits(item, mesh, list(groups(split)), near)
     every = mesh.world.allgather_object(mine)
@@ -102,16 +102,11 @@ def explain(event: Event, item: Item | None, row: Row, mesh: Mesh, tolerance: fl
         axes = ", ".join(split)
         found = Cause(f"ranks along {axes} hold different values where all should be alike", split)
     if found is None:
-        over = f": look at what is exchanged over {', '.join(together)} there" if together else ""
-        found = Cause(f"not explained by a ratio{over}", together)
+        over = f": look at what is exchanged over {', '.join(names)} there" if names else ""
+        found = Cause(f"not explained by a ratio{over}", names)
     assert worst is not None
     ratio = worst.plain.ratio
     return found._replace(ratio=ratio if np.isfinite(ratio) else None)
-
-
-def _within(event: Event, mesh: Mesh) -> list[str]:
-    """The axes along which ranks work on the same: not on other samples."""
-    return [name for name in large(mesh) if name != "dp" or not by_samples(event)]
 
 
 def _by_values(event: Event, wrong: Sequence[_Fits], mesh: Mesh, near: float) -> Iterator[Cause]:
@@ -124,7 +119,7 @@ def _by_values(event: Event, wrong: Sequence[_Fits], mesh: Mesh, near: float) ->
                 yield Cause(text.format("*".join(axes)), list(axes))
         yield from _by_ratio(event, known, mesh, near)
     excess = _common([one.excess for one in wrong if one.excess], near)
-    for axes in groups(_within(event, mesh)):
+    for axes in groups(together(event, mesh)):
         if excess is not None and abs(excess + 1 - _size(axes, mesh)) <= near:
             label = "*".join(axes)
             yield Cause(f"the bias is added once by each rank of {label}, before the sum", [*axes])
@@ -137,7 +132,7 @@ def _by_ratio(event: Event, fits: Sequence[_Fit], mesh: Mesh, near: float) -> It
         return
     # The loss counts by samples: the number of data-parallel ranks may be in it by mistake.
     ends = event.stage == "backward" and event.layer.startswith((LOSS, MODEL))
-    names = large(mesh) if ends else _within(event, mesh)
+    names = large(mesh) if ends else together(event, mesh)
     for power, text in (_NORM_RATIOS if event.stage == "norm" else _RATIOS).items():
         fitting = [axes for axes in groups(names)
                    if abs(ratio / _size(axes, mesh) ** power - 1) <= near]  # fmt: skip
@@ -145,7 +140,7 @@ def _by_ratio(event: Event, fits: Sequence[_Fit], mesh: Mesh, near: float) -> It
             labels = " or ".join("*".join(axes) for axes in fitting)
             concerned = [name for name in names if any(name in axes for axes in fitting)]
             yield Cause(text.format(ratio=f"{ratio:.2f}", axes=labels), concerned)
-    yield Cause(f"all values are {ratio:.4g} times the serial ones", _within(event, mesh))
+    yield Cause(f"all values are {ratio:.4g} times the serial ones", together(event, mesh))
 
 
 def _common(fits: Sequence[_Fit], near: float) -> float | None:

@@ -96,15 +96,20 @@ def rows(found: Mapping[Event, Mark], mesh: Mesh, tolerance: float) -> dict[Even
     for event in every[0]:
         of_ranks = [marks.get(event) for marks in every]
         prints = [mark and mark.serial for mark in of_ranks]
-        across = [name for name in large(mesh) if name != "dp" or not by_samples(event)]
         off = max(mark.off for mark in of_ranks if mark)
-        table[event] = Row(off, of_ranks, differing(mesh, prints, across, tolerance))
+        table[event] = Row(off, of_ranks, differing(mesh, prints, together(event, mesh), tolerance))
     return table
 
 
 def large(mesh: Mesh) -> list[str]:
     """The axes of more than one rank."""
     return [name for name, size in mesh.sizes.items() if size > 1]
+
+
+def together(event: Event, mesh: Mesh) -> list[str]:
+    """The axes along which ranks work on the same: activations are of each dp rank's samples."""
+    by_samples = event.stage in ("forward", "backward")
+    return [name for name in large(mesh) if name != "dp" or not by_samples]
 
 
 def groups(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -129,11 +134,6 @@ def differing(
                 yield a, b
 
     return [name for name in names if any(differ(a, b) for a, b in neighbours(name))]
-
-
-def by_samples(event: Event) -> bool:
-    """Whether data-parallel ranks have different samples there."""
-    return event.stage in ("forward", "backward")
 
 
 # --- one item on one rank -----------------------------------------------------------------------
