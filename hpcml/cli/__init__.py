@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": "let a trained model write text: hpcml sample RUN_DIR [--prompt TEXT]",
     "doctor": "say what this machine and its MPI can do: hpcml doctor [--json]",
     "bench": "measure: hpcml bench NAME [--json]",
+    "schedule": "prove pipelines: hpcml schedule show|check|simulate NAME_OR_FILE",
 }
 """Each command is `run(args) -> exit code` of the module `hpcml.cli.<command>`."""
 

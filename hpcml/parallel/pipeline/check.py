@@ -129,22 +129,24 @@ def _updates(schedule: Schedule, places: dict[Action, Place]) -> None:
                 _wrong(schedule, place, f"no update in a synchronous table: {remedy}")
     if schedule.synchronous:
         return
-    for microbatch in _ends(schedule, min(made, default=0)):
+    first = min(made, default=0)
+    expected = _ends(schedule, first)
+    for microbatch in expected:
         for stage in range(schedule.stages):
             if stage not in made[microbatch]:
                 _absent(schedule, Action(stage, Kind.UPDATE, microbatch))
-    expected = set(_ends(schedule, min(made)))
     for action, place in places.items():
         if action.kind is Kind.UPDATE:
             if action.microbatch not in expected:
-                _wrong(schedule, place, f"batches have {min(made) + 1} microbatches: remove it")
+                _wrong(schedule, place, f"batches have {first + 1} microbatches: remove it")
             _not_late(schedule, places, action)
 
 
-def _ends(schedule: Schedule, first: int) -> list[int]:
-    """The microbatches after which updates come, the first of them given."""
+def _ends(schedule: Schedule, first: int) -> dict[int, None]:
+    """The microbatches after which updates come, in order; the first of them is given."""
     every = first + 1 if schedule.weights is Weights.DOUBLE else 1
-    return sorted({*range(every - 1, schedule.microbatches, every), schedule.microbatches - 1})
+    ends = [*range(every - 1, schedule.microbatches, every), schedule.microbatches - 1]
+    return dict.fromkeys(ends)
 
 
 def _not_late(schedule: Schedule, places: dict[Action, Place], update: Action) -> None:
