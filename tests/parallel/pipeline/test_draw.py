@@ -53,6 +53,13 @@ def test_a_column_is_the_shortest_action() -> None:
     ]
 
 
+def test_rounding_leaves_no_gaps() -> None:
+    """Sums of 0.1 are not its multiples."""
+    found = simulate(lower(SCHEDULES["gpipe"](1, 9)), Costs.parse("F=0.1,B=0.1"))
+    forward = " ".join(f"F{m}" for m in range(9))
+    assert grid(found).splitlines()[1] == f"rank 0  {forward} {forward.replace('F', 'B')}"
+
+
 def test_what_takes_no_time_is_not_drawn() -> None:
     assert drawn("0F0 0B0 0U0 0F1 0B1 0U1", "B=0") == ["time    0", "rank 0  F0 F1"]
     assert drawn("0F0 0B0 0U0", "U=1")[1] == "rank 0  F0 B0--- U0"
