@@ -100,8 +100,37 @@ class _Gradients:
                 hook(leaf)
 
 
-def backward(root: Tensor, gradient: Array | None = None) -> None:
-    """Add d root / d leaf to every leaf's gradient; see `Tensor.backward`."""
+class Deferred:
+    """Gradients of parameters that are still to be computed, after those of activations.
+
+    Qi et al. 2023, "Zero bubble pipeline parallelism", section 2: what comes before in a pipeline
+    waits for the gradient of its activations alone.
+    """
+
+    def __init__(self, gradients: _Gradients) -> None:
+        self._gradients = gradients
+        self._steps: list[tuple[Context, list[int], Array]] = []
+
+    def add(self, ctx: Context, which: list[int], g: Array) -> None:
+        """Leave the gradients of some inputs of a use for later."""
+        self._steps.append((ctx, which, g))
+
+    def compute(self) -> None:
+        """Compute them, in the order of backward; once."""
+        steps, self._steps = self._steps[::-1], []
+        with no_grad():
+            while steps:
+                ctx, which, g = steps.pop()
+                for one in which:
+                    self._gradients.compute(ctx, one, g)
+                ctx.release()
+
+
+def backward(root: Tensor, gradient: Array | None = None, *, defer: bool = False) -> Deferred:
+    """Add d root / d leaf to every leaf's gradient; see `Tensor.backward`.
+
+    defer: but those of parameters only when what is returned is told to `compute`.
+    """
     if root.ctx is None:
         raise RuntimeError(
             "backward() on a tensor that no recorded operation made: nothing it was computed from "
@@ -123,19 +152,33 @@ def backward(root: Tensor, gradient: Array | None = None) -> None:
     record: list[Any] = _record(root.ctx)
     gradients = _Gradients(record)
     gradients.of[root.ctx] = (gradient, False)
+    deferred = Deferred(gradients)
     uses = Counter(unit for ctx in record for unit in ctx.units)
     with no_grad():
         for position, ctx in enumerate(record):
             g, _ = gradients.of.pop(ctx)
             if ctx.wide:
                 g = widened(g)
-            for which, needed in enumerate(ctx.needs):
-                if needed:
+            now = [which for which, needed in enumerate(ctx.needs) if needed]
+            later = _of_parameters(ctx, now) if defer else []
+            for which in now:
+                if which not in later:
                     gradients.compute(ctx, which, g)
             units = ctx.units
-            ctx.release()
+            if later:
+                deferred.add(ctx, later, g)
+            else:
+                ctx.release()
             record[position] = None  # what it saved can go now
             for unit in units:
                 uses[unit] -= 1
                 if uses[unit] == 0:  # its values are needed no more
                     unit.done()
+    return deferred
+
+
+def _of_parameters(ctx: Context, which: list[int]) -> list[int]:
+    """The inputs that are parameters, unless the adjoints must be called together."""
+    if ctx.primitive.joint:
+        return []
+    return [one for one in which if getattr(ctx.sources[one], "is_parameter", False)]

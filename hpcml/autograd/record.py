@@ -203,6 +203,7 @@ class Primitive:
         self.forward = forward
         self.name = forward.__name__
         self.moves = False  # see `movement`
+        self.joint = False  # whether all adjoints of a use must be called one after the other
         self.takes: Callable[[np.dtype[Any]], bool] = _no_halves
         """Which 16-bit types it and its adjoints take as they are."""
         self.adjoints: list[Callable[[Context, Array], Array]] = []

@@ -88,6 +88,9 @@ def _gathered_linear(
     return out
 
 
+_gathered_linear.joint = True  # the weight's gradient is computed beside the way of that of x
+
+
 @_gathered_linear.adjoint
 def _gathered_linear_weight(ctx: Context, g: Array) -> Array:
     out = ctx.empty(ctx.shapes[0], _wide(g))
@@ -143,6 +146,9 @@ def _scattered_linear(
     ctx.save(x if ctx.needs[0] else None, weight if ctx.needs[1] else None)
     ctx.attributes = axis, counts
     return out
+
+
+_scattered_linear.joint = True
 
 
 @_scattered_linear.adjoint
