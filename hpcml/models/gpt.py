@@ -82,15 +82,24 @@ class Transformer(Module):
         bias: bool,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.sequence_length = length
         self.wte = Embedding(vocab_size, width)
         self.wpe = Embedding(length, width)
         self.drop = Dropout(dropout)
         self.h = ModuleList(Block(width, heads, dropout, bias) for _ in range(layers))
         self.ln_f = LayerNorm(width, bias=bias)
 
+    def embed(self, tokens: Any) -> Tensor:
+        """Tokens (B, T) -> (B, T, width), before the blocks."""
+        length = tokens.shape[1]
+        if length > self.sequence_length:
+            raise ValueError(f"GPT: {length} tokens, but sequence_length={self.sequence_length}")
+        x = self.wte(tokens) + self.wpe(np.arange(length))
+        return self.drop(x)  # type: ignore[no-any-return]
+
     def forward(self, tokens: Any) -> Tensor:
         """Tokens (B, T) -> (B, T, width)."""
-        x = self.drop(self.wte(tokens) + self.wpe(np.arange(tokens.shape[1])))
+        x = self.embed(tokens)
         for block in self.h:
             x = block(x)
         return self.ln_f(x)  # type: ignore[no-any-return]
@@ -114,6 +123,8 @@ class GPT(Module):
         "lm_head": "output",
     }
     """What tensor parallelism makes of the layers; see `hpcml.parallel.tensor.divide`."""
+    chain = ("transformer.embed", "transformer.h.*", "transformer.ln_f", "lm_head")
+    """What forward calls one after the other: a pipeline may be cut between any two."""
 
     def __init__(
         self,
@@ -132,7 +143,6 @@ class GPT(Module):
                 raise ValueError(f"{name}={size} must be at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
-        self.sequence_length = sequence_length
         self.transformer = Transformer(
             vocab_size, sequence_length, layers, heads, width, dropout, bias
         )
@@ -150,10 +160,6 @@ class GPT(Module):
 
     def forward(self, tokens: Any) -> Tensor:
         """Tokens (B, T) -> logits (B, T, vocab_size)."""
-        if tokens.shape[1] > self.sequence_length:
-            raise ValueError(
-                f"GPT: {tokens.shape[1]} tokens, but sequence_length={self.sequence_length}"
-            )
         return self.lm_head(self.transformer(tokens))  # type: ignore[no-any-return]
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:

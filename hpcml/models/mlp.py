@@ -13,6 +13,8 @@ _ACTIVATIONS = {"relu": ReLU, "gelu": GELU, "tanh": Tanh, "sigmoid": Sigmoid}
 class MLP(Module):
     """(N, in_features) -> (N, out_features) through hidden layers of the given widths."""
 
+    chain = ("flatten", "layers.*")
+
     def __init__(
         self,
         in_features: int,
@@ -33,6 +35,10 @@ class MLP(Module):
         styles = ["column", "row"] * (len(linear) // 2)
         self.splits = {f"layers.{name}": s for name, s in zip(linear, styles, strict=False)}
 
+    def flatten(self, input: Tensor) -> Tensor:
+        """(N, ...) -> (N, in_features)."""
+        return input.flatten(1)
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, in_features) -> (N, out_features)."""
-        return self.layers(input.flatten(1))  # type: ignore[no-any-return]
+        return self.layers(self.flatten(input))  # type: ignore[no-any-return]
