@@ -69,7 +69,7 @@ def clocked(step: Step) -> Iterator[list[float]]:
     zero, seconds = step.zero, []
     begin, end = zero.before_backward, zero.after_backward
 
-    def before(**how: bool) -> None:
+    def before(**how: Any) -> None:
         begin(**how)
         seconds.append(-time.perf_counter())
 

@@ -98,7 +98,7 @@ class Parameter(Tensor):
     """
 
     __slots__ = ("_dtype", "_place", "_shape", "home", "init", "keeper", "layout", "name", "part",
-                 "parts", "unit")  # fmt: skip
+                 "parts", "twins", "unit")  # fmt: skip
     is_parameter = True
 
     def __init__(
@@ -123,6 +123,7 @@ class Parameter(Tensor):
         self.layout: dict[str, str] = {}  # axis -> state; replicated where nothing is said
         self.part: Part | None = None  # what this rank holds of a tensor that ranks divide
         self.parts: tuple[Part, ...] = ()  # and what each rank of that axis does
+        self.twins: tuple[Parameter, ...] = ()  # with the same values, for other uses of it
         self.name = rng.anonymous()  # until a model gives it its own
         if data is None:
             assert shape is not None
@@ -172,6 +173,8 @@ class Parameter(Tensor):
         if self.part is not None and values.shape == self.part.shape != self._shape:
             whole, values = values, np.empty(self._shape, values.dtype)
             self.part.take(whole, values)
+        for twin in self.twins:
+            twin.assign(values)
         if self.keeper is not None:
             self.keeper.store(self, values)
             return

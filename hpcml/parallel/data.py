@@ -7,11 +7,11 @@ synchronous training by gradient averaging).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from hpcml.comm import Axis
-from hpcml.nn import Module
+from hpcml.nn import Parameter
 
 
 class Microbatch(NamedTuple):
@@ -66,13 +66,13 @@ def _samples(size: int, microbatch: int, ranks: int) -> int:
     return microbatch or max(-(-size // ranks), 1)
 
 
-def broadcast_parameters(model: Module, axis: Axis) -> None:
+def broadcast_parameters(parameters: Iterable[Parameter], axis: Axis) -> None:
     """Give all ranks the values of rank 0 where there are any.
 
     First values that have not been made yet are the same everywhere: they depend on no rank.
     """
     if axis.size == 1:
         return
-    for parameter in model.parameters():
+    for parameter in parameters:
         if parameter.has_values:
             axis.broadcast(parameter.data, out=parameter.data)

@@ -15,6 +15,7 @@ of backward, or for buckets on the way in between.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpcml.backend import Array
@@ -29,23 +30,33 @@ from hpcml.parallel.groups import Groups
 class Gradients:
     """Collects the gradients of one step after the other.
 
-    overlap: reduce in the background. ordered: deterministic mode.
+    overlap: reduce in the background. ordered: deterministic mode. stages: those of a pipeline that
+    this rank has, each with its buckets: a backward is through one of them.
     """
 
     def __init__(
-        self, storage: FlatStorage, groups: Groups, arena: Arena, overlap: bool, ordered: bool
+        self,
+        storage: FlatStorage,
+        groups: Groups,
+        arena: Arena,
+        overlap: bool,
+        ordered: bool,
+        stages: Mapping[int, Sequence[Bucket]],
     ) -> None:
         self.storage, self.groups, self.arena = storage, groups, arena
         self.overlap, self.ordered = overlap and groups.all.size > 1, ordered
         self.sharding = storage.sharding
         self._let_lie(at_home=self.sharding.whole("grads"))
-        self._buckets = storage.trained[::-1]  # in the order in which they are reduced
-        self._learned = False
+        # In the order in which they are reduced; `_buckets` are those of the stage in backward.
+        self._orders = {stage: list(buckets)[::-1] for stage, buckets in stages.items()}
+        self._stage, self._buckets = 0, list[Bucket]()
+        self._learned: set[int] = set()
+        self._begun: set[int] = set()  # of which a microbatch is in the sums
         self._ready: dict[Bucket, None] = {}
         self._reduced = 0  # of the buckets, in this backward
-        self._missing = dict.fromkeys(self._buckets, 0)
+        self._missing = dict.fromkeys(storage.trained, 0)
         self._slots: dict[Bucket, Array] = {}
-        self._own = {bucket: self._part(bucket) for bucket in self._buckets}
+        self._own = {bucket: self._part(bucket) for bucket in storage.trained}
         self._pending: list[tuple[Request, Array | None]] = []
         self._active = False
         self._real = self._first = True
@@ -68,7 +79,7 @@ class Gradients:
         if self.sharding.whole("grads"):
             several = rounds > 1 or self.groups.replica.size > 1
             self._let_lie(at_home=not (self.ordered and several))
-        self._first = True
+        self._begun.clear()
         for parameter in self.storage.parameters:
             parameter.gradient = None
 
@@ -76,9 +87,10 @@ class Gradients:
         self.on_way = not at_home
         self.storage.collect_gradients(None if at_home else self)
 
-    def before_backward(self, *, real: bool, last: bool) -> None:
+    def before_backward(self, *, real: bool, last: bool, stage: int) -> None:
         """A microbatch comes; `real`: with samples of this rank; `last`: of the step."""
-        self._real = real
+        self._real, self._first = real, stage not in self._begun
+        self._stage, self._buckets = stage, self._orders[stage]
         self._active = self.on_way or (self.overlap and last)
         if self._active:
             for bucket in self._buckets:
@@ -88,42 +100,49 @@ class Gradients:
         """Reduce what backward left: buckets of which some parameter got no gradient."""
         if not self._active:
             return
-        if not self._learned:
+        if self._stage not in self._learned:
             self._learn()
         for bucket in self._buckets[self._reduced :]:
             self._reduce(bucket)
         self._ready.clear()
-        self._reduced, self._first, self._active = 0, False, False
+        self._begun.add(self._stage)
+        self._reduced, self._active = 0, False
 
     def finish(self) -> None:
         """Complete the sums: each rank then has what its stage holds."""
         self._wait(0)
         sharding, groups = self.sharding, self.groups
+        buckets = [bucket for order in self._orders.values() for bucket in order]
         if self.on_way and sharding.stage == 0:
-            for bucket in self._buckets:
+            for bucket in buckets:
                 groups.all.allgather(self._own[bucket], out=bucket.grad)
         elif not self.on_way and not self.overlap:
             self.storage.finish_gradients()
             self._reduce_at_end()
         if not (self.on_way and self.ordered):  # there the replicas came in their turn
-            for bucket in self._buckets:
+            for bucket in buckets:
                 if groups.replica.size > 1:
                     groups.replica.allreduce(self._own[bucket], out=self._own[bucket])
-        for bucket in self._buckets:
+        for bucket in buckets:
             if bucket.layout.get(groups.tp.name) == "R":  # ranks used it for different positions
-                part = bucket.grad if sharding.stage == 0 else self._own[bucket]
+                part = self.complete(bucket)
                 groups.tp.allreduce(part, out=part)
         if sharding.whole("grads"):
             self._let_lie(at_home=True)
             for parameter in self.storage.parameters:
                 parameter.gradient = parameter.gradient_buffer
 
+    def complete(self, bucket: Bucket) -> Array:
+        """What this rank has of the complete gradient, once it is."""
+        return bucket.grad if self.sharding.stage == 0 else self._own[bucket]
+
     def _reduce_at_end(self) -> None:
         if self.sharding.stage == 0:
             self.groups.all.allreduce(self.storage.grad, out=self.storage.grad)
             return
-        for bucket in self._buckets:
-            self._start(bucket, bucket.grad, background=False)
+        for order in self._orders.values():
+            for bucket in order:
+                self._start(bucket, bucket.grad, background=False)
 
     # --- during backward --------------------------------------------------------------------------
 
@@ -166,7 +185,7 @@ class Gradients:
 
     def _learn(self) -> None:
         """Take the order in which buckets were ready on the first rank for all steps to come."""
-        self._learned = True
+        self._learned.add(self._stage)
         order = [*self._ready, *(b for b in self._buckets if b not in self._ready)]
         numbers = {bucket: number for number, bucket in enumerate(self.storage.trained)}
         for bucket in self._buckets[self._reduced :]:  # in the order so far, once more
@@ -177,7 +196,7 @@ class Gradients:
         if learned != self._buckets:  # buckets that were ready had to wait for their turn
             self._wait(0)
             self.arena.shrink()
-        self._buckets = learned
+        self._buckets = self._orders[self._stage] = learned
 
     def _reduce(self, bucket: Bucket) -> None:
         if not self.on_way:

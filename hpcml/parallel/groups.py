@@ -23,7 +23,7 @@ class Groups:
     all: those whose gradients are summed; the same, unless the mode of data parallelism keeps ranks
     apart. shard: the ranks that divide one copy of the states; at
     stage 0 all of them (they divide the work of a reduction). replica: the ranks that hold the same
-    part. tp: the ranks that divide tensors.
+    part. tp: the ranks that divide tensors. pp: those of the other stages of a pipeline.
     """
 
     dp: Axis
@@ -31,6 +31,7 @@ class Groups:
     shard: Axis
     replica: Axis
     tp: Axis
+    pp: Axis
     sharding: Sharding
     shared: Mapping[str, Axis] = field(default_factory=dict)
     """Kinds of state on which collectives of an axis work in place, all of it at once."""
@@ -61,11 +62,11 @@ def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Grou
     in_place = ["grads"] if stage < 2 else []
     sharding = Sharding(stage, shard.size, shard.rank, layers)
     shared = dict.fromkeys(in_place, shard)
-    return Groups(axis, axis, shard, replica, mesh["tp"], sharding, shared)
+    return Groups(axis, axis, shard, replica, mesh["tp"], mesh["pp"], sharding, shared)
 
 
 def apart(mesh: Mesh, shared: Iterable[str]) -> Groups:
     """Every rank for itself; the kinds in `shared` lie where all dp ranks can reduce them."""
     alone = Axis("dp.own", ledger=mesh.ledger)
     dp, in_place = mesh["dp"], dict.fromkeys(shared, mesh["dp"])
-    return Groups(dp, alone, alone, alone, mesh["tp"], Sharding(), in_place)
+    return Groups(dp, alone, alone, alone, mesh["tp"], mesh["pp"], Sharding(), in_place)

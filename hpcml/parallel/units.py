@@ -56,15 +56,19 @@ def _patterns(model: Module) -> tuple[str, ...]:
     return patterns
 
 
-def divide(model: Module, chosen: Sequence[Parameter]) -> list[list[Parameter]]:
+def divide(
+    model: Module, chosen: Sequence[Parameter], links: Sequence[Sequence[Parameter]] = ()
+) -> list[list[Parameter]]:
     """The `chosen` parameters of a model by unit, each once, in order of definition.
+
+    links: units that are given, and are not joined.
 
     Small neighbours are joined as long as the result is no larger than the largest unit: fewer
     messages, no more memory. Sizes are those of whole tensors: the same on ranks that divide them.
     """
     wanted, seen = {id(p) for p in chosen}, set[int]()
     found: list[list[Parameter]] = []
-    for _, parameters in users(model):
+    for parameters in links or [parameters for _, parameters in users(model)]:
         unit = [p for p in parameters if id(p) in wanted and id(p) not in seen]
         seen.update(map(id, unit))
         if unit:
@@ -72,7 +76,7 @@ def divide(model: Module, chosen: Sequence[Parameter]) -> list[list[Parameter]]:
     elsewhere = [p for p in chosen if id(p) not in seen]  # the optimizer has them, not the model
     if elsewhere:
         found.append(elsewhere)
-    return _join(found)
+    return found if links else _join(found)
 
 
 def _join(units: Sequence[list[Parameter]]) -> list[list[Parameter]]:

@@ -8,11 +8,8 @@ it, and the others get the result from it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import tee
-
-import numpy as np
 
 from hpcml import memory
 from hpcml.backend import Array
@@ -23,7 +20,9 @@ from hpcml.parallel.arena import Arena
 from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.gradients import Gradients
 from hpcml.parallel.groups import Groups
+from hpcml.parallel.held import Held
 from hpcml.parallel.limits import advised
+from hpcml.parallel.norm import norm
 from hpcml.parallel.shards import HeldOf, Shards, assemble, detach, gather, gathered
 
 
@@ -54,39 +53,40 @@ class Zero:
         bucket_mb: float = 25.0,
         overlap: bool | None = None,
         deterministic: bool = False,
+        held: Held | None = None,
     ) -> None:
         """Collective; all ranks get the parameters of the first, where they have values.
 
         bucket_mb: MiB of gradients that are on their way at once, in buckets of half of that: one
         is filled while another is reduced. overlap: communicate in the background; None: where
-        that gains. deterministic: microbatches are added in their order over all ranks.
+        that gains. deterministic: microbatches are added in their order over all ranks. held: what
+        this rank has of the model in a pipeline; by default all.
         """
         self.model, self.optimizer, self.groups = model, optimizer, groups
         self.deterministic = deterministic
-        detach(model.parameters())
-        broadcast_parameters(model, groups.dp)
+        self.held = Held.all_of(model) if held is None else held
+        detach(self.held.parameters)
+        broadcast_parameters(self.held.parameters, groups.dp)
         with advised(optimizer, groups.sharding):
             self._place(int(bucket_mb * (1 << 20) / 2))
         storage = self.storage = optimizer.storage
-        self._left_out = [p for p in model.parameters() if id(p) not in storage.home]
-        self._divided = np.repeat(
-            [b.layout.get(groups.tp.name, "").startswith("S") for b in storage.trained],
-            [bucket.grains for bucket in storage.trained],
-        )
+        self._left_out = [p for p in self.held.parameters if id(p) not in storage.home]
         overlap = groups.all.overlaps if overlap is None else overlap
         # Gradients in memory of this rank's own: a layer that only some ranks use has its place on
         # those alone. What is gathered has the same place on all, in memory that they share.
         own = Arena(lambda size: memory.empty((size,), storage.dtype, "buffers"))
-        self._gradients = Gradients(storage, groups, own, overlap, deterministic)
+        stages = self.held.by_stage(storage.trained)
+        self._gradients = Gradients(storage, groups, own, overlap, deterministic, stages)
         self._shards: Shards | None = None
         if not groups.sharding.whole("params"):
             shared = Arena(lambda size: groups.shard.empty(size, storage.dtype))
-            self._shards = Shards(model, storage, groups.shard, shared, overlap)
+            ahead = overlap and groups.pp.size == 1  # in a pipeline passes are not alike
+            self._shards = Shards(model, storage, groups.shard, shared, ahead)
 
     def _place(self, bucket_bytes: int) -> None:
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         known = {id(p) for p in trained}
-        others = [p for p in self.model.parameters() if id(p) not in known]
+        others = [p for p in self.held.parameters if id(p) not in known]
         chosen = trained
         if self.groups.sharding.whole("params"):
             for parameter in others:
@@ -94,7 +94,7 @@ class Zero:
         else:  # frozen ones are divided too
             chosen = trained + others
         self.optimizer.place(
-            units=units.divide(self.model, chosen),
+            units=units.divide(self.model, chosen, self.held.links),
             bucket_bytes=bucket_bytes,
             sharding=self.groups.sharding,
             allocate=self.groups.allocate,
@@ -118,9 +118,12 @@ class Zero:
             parameter.gradient = None  # else it would add up for ever
         self._gradients.begin(rounds)
 
-    def before_backward(self, *, real: bool = True, last: bool = True) -> None:
-        """A microbatch comes; not `real`: only for company; `last`: of this rank in the step."""
-        self._gradients.before_backward(real=real, last=last)
+    def before_backward(self, *, real: bool = True, last: bool = True, stage: int = 0) -> None:
+        """A microbatch comes; not `real`: only for company; `last`: of this rank in the step.
+
+        stage: of the pipeline, through which backward goes.
+        """
+        self._gradients.before_backward(real=real, last=last, stage=stage)
 
     def after_backward(self) -> None:
         """Its gradients are complete."""
@@ -135,19 +138,12 @@ class Zero:
     def finish(self) -> None:
         """Complete the sums over microbatches and ranks: each rank has those of what it owns."""
         self._gradients.finish()
+        for tie in self.held.ties:
+            tie.add_up(self.storage, self._gradients.complete, self.groups.pp)
 
     def norm(self) -> float:
-        """Euclidean norm of the whole gradient: of what ranks divide from all, the rest once."""
-        squares, divided = self.storage.squares(), self._divided
-        if self.groups.sharding.stage > 0:
-            if not self.deterministic:  # there, additions have one order in every layout
-                squares = np.array([squares[~divided].sum(), squares[divided].sum()])
-                divided = np.array([False, True])
-            self.groups.shard.allreduce(squares, out=squares)
-        if self.groups.tp.size == 1:
-            return math.sqrt(squares.sum())
-        parts = self.groups.tp.allreduce(squares[divided].sum(keepdims=True))
-        return math.sqrt(squares[~divided].sum() + parts[0])
+        """Euclidean norm of the whole gradient, in which every parameter counts once."""
+        return norm(self.storage, self.groups, self.held, ordered=self.deterministic)
 
     def update(self, scale: float = 1.0) -> None:
         """Update what this rank owns, and get from the others what it holds beside.
@@ -171,12 +167,12 @@ class Zero:
         No rank holds more than one bucket beyond what it holds anyway; values are valid until the
         next are asked for. Collective: all ranks go through all of it.
         """
-        return self._whole(self.model.named_parameters(), self.storage.masters)
+        return self._whole(self.held.named, self.storage.masters)
 
     def gathered_gradients(self) -> Iterator[tuple[str, Array]]:
         """Likewise the complete gradients of the parameters that are trained."""
         home = self.storage.home
-        named = ((name, p) for name, p in self.model.named_parameters() if id(p) in home)
+        named = ((name, p) for name, p in self.held.named if id(p) in home)
         trained = ((name, p) for name, p in named if home[id(p)].trained)
         return self._whole(trained, self.storage.sums)
 
@@ -201,6 +197,6 @@ class Zero:
                 low, high = max(part.start, place.start), min(part.stop, place.stop)
                 if low < high and not (whole and parameter.part):
                     yield parameter.name, bucket.data[low - place.start : high - place.start]
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.held.named:
             if id(parameter) not in self.storage.home and not (whole and parameter.part):
                 yield name, parameter.data

@@ -68,7 +68,9 @@ def _copies(config: Config, mesh: Mesh, info: Mapping[str, Any]) -> tuple[Step, 
     """The serial and the parallel step, from the same first values. Collective."""
     models = [agree(mesh.world, partial(build_model, config, info)) for _ in range(2)]
     loss = agree(mesh.world, partial(kinds.build, config.loss))
-    broadcast_parameters(models[0], mesh.world)  # those that are given, as `parallelize` does
+    broadcast_parameters(
+        models[0].parameters(), mesh.world
+    )  # those that are given, as `parallelize` does
     for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         if mine.has_values:
             other.assign(mine.data)

@@ -67,7 +67,7 @@ def stages(links: Sequence[Link], count: int, where: Sequence[int | str] = ()) -
 
 
 def cost(link: Link) -> int:
-    """Multiplications a position in forward: elements of the weights, but not of those looked up."""
+    """Multiplications a position in forward: elements of weights that are not looked up."""
     return sum(
         p.numel()
         for module in link.modules

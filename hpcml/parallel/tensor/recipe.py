@@ -91,7 +91,7 @@ def divide(
             f"this {type(model).__name__} is divided among tensor-parallel ranks already: make it "
             "anew, and load its values (load_state_dict of what `gathered` gave)"
         )
-    broadcast_parameters(model, mesh["cp", "tp"])
+    broadcast_parameters(model.parameters(), mesh["cp", "tp"])
     axis = mesh["tp"]
     positions = Positions(axis, mesh["cp"], sequence_parallel=sequence_parallel, overlap=overlap)
     division = Division(axis, positions, loss)
