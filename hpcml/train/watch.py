@@ -46,9 +46,10 @@ class Place(NamedTuple):
     @staticmethod
     def of(positions: Positions) -> Place:
         """As the layers of a divided model have left it."""
+        features = positions.features or (0, ())
         if not positions.divided:
-            return Place(positions.features)
-        return Place(positions.features, positions.length, positions.own, positions.context)
+            return Place(features)
+        return Place(features, positions.length, positions.own, positions.context)
 
 
 @dataclass

@@ -130,7 +130,7 @@ def test_a_divided_model_is_not_divided_again() -> None:
         model, mesh = gpt(), Mesh(dp=1, tp=2)
         options = {"loss": NextTokenLoss(), "optimizer": hpcml.optim.SGD}
         hpcml.parallelize(model, mesh=mesh, **options)
-        with pytest.raises(UserError, match="divided among tensor-parallel ranks already"):
+        with pytest.raises(UserError, match="divided among ranks already"):
             hpcml.parallelize(model, mesh=mesh, **options)
 
     on_threads(program, ranks=2)

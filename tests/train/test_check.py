@@ -141,6 +141,7 @@ def row(at: str, leave: Callable[[RowParallelLinear, Any], Any]) -> Callable[...
 
 
 def not_reduced(self: RowParallelLinear, product: Any) -> Any:
+    self.positions.features = None
     return product
 
 

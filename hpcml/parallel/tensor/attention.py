@@ -21,11 +21,13 @@ class ParallelAttention(Module):
     def __init__(self, attention: PackedAttention, axis: Axis, positions: Positions) -> None:
         super().__init__()
         self.heads, self.first = share_heads(attention.num_heads, axis)
+        self.num_heads = attention.num_heads
         self.dropout, self.is_causal = attention.dropout, attention.is_causal
         self.positions = positions
 
     def forward(self, qkv: Tensor) -> Tensor:
         """(B, T, 3 E / tp) -> (B, T, E / tp)."""
+        self._enter(qkv.shape[-1])
         p = self.dropout if self.training else 0.0
         if self.positions.cp.size == 1:
             return F.packed_self_attention(
@@ -35,6 +37,19 @@ class ParallelAttention(Module):
             qkv, self.heads, self.positions.cp, self.positions.length, dropout_p=p,
             is_causal=self.is_causal, name=self.name, first_head=self.first,
         )  # fmt: skip
+
+    def _enter(self, width: int) -> None:
+        """Check that these are queries, keys and values of this rank's heads, and say so."""
+        share = width // 3
+        whole = share // max(self.heads, 1) * self.num_heads
+        first = self.first * (share // max(self.heads, 1))
+        packs = tuple((pack * whole + first, pack * whole + first + share) for pack in range(3))
+        if self.heads < self.num_heads and self.positions.features != (3 * whole, packs):
+            raise UserError(
+                f'{self.name}, "heads": its {width} features are not queries, keys and values of '
+                f'{self.heads} of {self.num_heads} heads: declare the layer before it "qkv"'
+            )
+        self.positions.features = whole, ((first, first + share),)
 
 
 def share_heads(heads: int, axis: Axis) -> tuple[int, int]:

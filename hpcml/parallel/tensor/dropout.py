@@ -11,7 +11,7 @@ from hpcml.parallel.tensor.positions import Positions
 
 
 class PositionsDropout(Dropout):
-    """Of this rank's positions, between tensor-parallel regions: (B, T, width)."""
+    """Between tensor-parallel regions, of the positions that this rank has: (B, T, width)."""
 
     def __init__(self, dropout: Dropout, positions: Positions) -> None:
         super().__init__(dropout.p)
@@ -19,11 +19,19 @@ class PositionsDropout(Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Same shape."""
-        part = self.positions.part(input.shape)
-        if part.own != input.shape:
+        if self.p == 0 or not self.training:
+            return input
+        if self.positions.features is not None:
             raise UserError(
-                f"{self.name}: dropout of {input.shape}, where this rank has {part.own} of "
-                f'{part.shape}: between "column" and "row" layers declare it "divided"'
+                f'{self.name}: dropout between "column" and "row" layers: declare it "divided"'
+            )
+        if not self.positions.divided:
+            return F.dropout(input, self.p, self.training, name=self.name)
+        part = self.positions.part(input.shape) if input.ndim > 2 else None
+        if part is None or part.own != input.shape:
+            raise UserError(
+                f"{self.name}: dropout of {input.shape}, which is not (samples, positions, width) "
+                f"of this rank's positions {list(self.positions.own)}"
             )
         return F.dropout(input, self.p, self.training, name=self.name, part=part)
 
@@ -42,6 +50,13 @@ class DividedDropout(Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Same shape."""
-        width, ranges = self.positions.features
+        if self.p == 0 or not self.training:
+            return input
+        width, ranges = self.positions.features or (0, ())
+        if input.shape[-1] != sum(end - first for first, end in ranges):
+            raise UserError(
+                f'{self.name}, "divided": dropout of {input.shape[-1]} features, which is not what '
+                'the "column" layer before it has left'
+            )
         part = Part((*input.shape[:-1], width), input.ndim - 1, ranges)
         return F.dropout(input, self.p, self.training, name=self.name, part=part)

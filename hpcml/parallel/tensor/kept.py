@@ -2,8 +2,8 @@
 
 Rajbhandari et al. 2019, section 6.1. They are those that begin a region in which ranks divide
 features, which save their whole input, and those with parameters that every rank has and trains
-alike, such as a layer norm. What lies within a region is divided already, and with sequence
-parallelism so is what lies between.
+alike, and no layers below them, such as a layer norm. What lies within a region is divided already,
+and with sequence parallelism so is what lies between.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ def keep_parts(model: Module, axis: Axis, *, offload: bool) -> None:
     """Let these layers keep this rank's part only; backward gathers the rest. See `partitioned`."""
     for module in model.modules():
         own = module._parameters.values()
-        alike = own and all(p.part is None and axis.name not in p.layout for p in own)
+        alike = (
+            own
+            and not module._modules
+            and all(p.part is None and axis.name not in p.layout for p in own)
+        )
         if alike or isinstance(module, ColumnParallelLinear):
             module.forward = _within(module.forward, axis, offload)  # type: ignore[method-assign]
 

@@ -66,6 +66,8 @@ class OutputLinear(ColumnParallelLinear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., this rank's outputs), or all of them."""
         out = super().forward(input)
+        self.positions.features = None  # what follows is the loss, which knows
+        self.positions.ended += 1
         if not self.gathers:
             return out
         out = collectives.all_gather(out, self.axis, -1, to="I", counts=sizes(self.cuts))
@@ -98,6 +100,7 @@ class RowParallelLinear(Module):
             )
         positions = self.positions
         if positions.overlaps:
+            positions.features = None
             total = scattered_linear(input, self.weight, self.axis, positions.counts)
         else:
             total = positions.leave(F.linear(input, self.weight))

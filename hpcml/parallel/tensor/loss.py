@@ -11,6 +11,7 @@ from hpcml.autograd import Context, Tensor, primitive
 from hpcml.autograd.record import empty
 from hpcml.backend import Array
 from hpcml.comm import Axis
+from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.nn.part import Range
 from hpcml.parallel.tensor.parts import block
@@ -21,8 +22,8 @@ from hpcml.parallel.tensor.vocab import check_range
 class VocabParallelCrossEntropyLoss(Module):
     """`nn.CrossEntropyLoss` ("mean") of logits as an `OutputLinear` gives them: -> `I`.
 
-    Logits (N, this rank's classes), or (..., T, classes) flattened to that; targets of all
-    positions, of which a rank takes its own; the mean is over all of them.
+    Logits (N, this rank's classes) or (N, this rank's classes, d...); targets of all positions, of
+    which a rank takes its own; the mean is over all of them.
     """
 
     def __init__(
@@ -33,12 +34,19 @@ class VocabParallelCrossEntropyLoss(Module):
         self.classes, self.ignore_index = classes, ignore_index
 
     def forward(self, input: Tensor, target: Any) -> Tensor:
-        """Logits (N, this rank's classes), targets of all positions -> one number."""
+        """Logits of this rank's classes, targets of all positions -> one number."""
         numbers = np.asarray(target.data if isinstance(target, Tensor) else target)
         count, cp = int((numbers != self.ignore_index).sum()), self.positions.cp
+        if input.ndim > 2:  # classes to the last dim
+            input = input.permute(0, *range(2, input.ndim), 1).flatten(0, -2)
         if cp.size > 1:
-            rows = numbers.reshape(-1, self.positions.length)
-            numbers = pick(rows, self.positions.context)
+            length = self.positions.length
+            if numbers.size % max(length, 1):
+                raise UserError(
+                    f"mesh.cp={cp.size}: targets {numbers.shape} for sequences of {length}: give "
+                    "one for each position, or set mesh.cp=1"
+                )
+            numbers = pick(numbers.reshape(-1, length), self.positions.context)
         mean = vocab_parallel_cross_entropy(
             input, numbers.reshape(-1), self.axis, classes=self.classes,
             ignore_index=self.ignore_index, count=count,
@@ -70,6 +78,9 @@ def vocab_parallel_cross_entropy(
             f"logits {logits.shape}: of {classes} classes this rank has {mine[1] - mine[0]}"
         )
     numbers = np.asarray(target.data if isinstance(target, Tensor) else target)
+    if numbers.shape != logits.shape[:1]:
+        raise ValueError(f"logits {logits.shape} need targets of shape {logits.shape[:1]}, not "
+                         f"{numbers.shape}")  # fmt: skip
     used = numbers != ignore_index
     check_range("target", numbers[used], classes)
     count = int(used.sum()) if count is None else count

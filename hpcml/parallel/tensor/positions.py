@@ -13,10 +13,12 @@ from collections.abc import Sequence
 
 from hpcml import collectives
 from hpcml.autograd import Tensor, cat
-from hpcml.backend import Array
+from hpcml.backend import Array, xp
 from hpcml.comm import Axis
 from hpcml.nn.part import Part, Range, blocks
 from hpcml.parallel.context import zigzag
+
+Features = tuple[int, tuple[Range, ...]]
 
 
 class Positions:
@@ -41,8 +43,9 @@ class Positions:
         self.cuts = sequence_parallel and tp.size > 1
         self.overlaps = self.cuts and (tp.overlaps if overlap is None else overlap)
         self.length = 0
-        self.features: tuple[int, tuple[Range, ...]] = (0, ())
-        """Of the region under way: how many there are, and which this rank has."""
+        self.features: Features | None = None
+        """Of the region under way: how many there are, and which this rank has; None between."""
+        self.ended = 0  # outputs in this pass
 
     @property
     def divided(self) -> bool:
@@ -88,6 +91,7 @@ class Positions:
 
     def leave(self, x: Tensor) -> Tensor:
         """Out of a region: sum the parts that the ranks have (Megatron's g, or its converse)."""
+        self.features = None
         if self.cuts:
             return collectives.reduce_scatter(x, self.tp, -2, counts=self.counts)
         return collectives.all_reduce(x, self.tp, to="I")
@@ -110,9 +114,8 @@ class Positions:
 def pick(x: Array, ranges: Sequence[Range], dim: int = -1) -> Array:
     """Some ranges of an array along a dim, one after the other."""
     part = Part(x.shape, dim % x.ndim, tuple(ranges))
-    if len(part.ranges) == 1:
-        return x[next(part.pieces())[1]]
-    return x[part.index]
+    found = [x[there] for _, there in part.pieces()]
+    return found[0] if len(found) == 1 else xp(x).concatenate([x[..., :0], *found], dim)
 
 
 def _filled(ranges: Sequence[Range]) -> tuple[Range, ...]:

@@ -32,14 +32,17 @@ from typing import Any
 
 from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
-from hpcml.nn import CrossEntropyLoss, Dropout, LayerNorm, Linear, Module, Sequential
+from hpcml.nn import CrossEntropyLoss, Module, Sequential
 from hpcml.parallel.data import broadcast_parameters
-from hpcml.parallel.tensor.dropout import PositionsDropout
+from hpcml.parallel.tensor.guard import guard
 from hpcml.parallel.tensor.kept import keep_parts
 from hpcml.parallel.tensor.layers import OutputLinear
 from hpcml.parallel.tensor.loss import VocabParallelCrossEntropyLoss
 from hpcml.parallel.tensor.positions import Positions
-from hpcml.parallel.tensor.styles import MEGATRON, NAIVE
+from hpcml.parallel.tensor.replacing import replace
+from hpcml.parallel.tensor.styles import MEGATRON, NAIVE, Style
+
+_MARK = "_divided_among_ranks"  # an attribute of models that are
 
 
 @dataclass
@@ -86,10 +89,10 @@ def divide(
     part only of what all would save for backward, "cpu" in host memory
     (`hpcml.parallel.partition`). Raises UserError for what cannot be divided so.
     """
-    if any(parameter.part for parameter in model.parameters()):
+    if getattr(model, _MARK, False):
         raise UserError(
-            f"this {type(model).__name__} is divided among tensor-parallel ranks already: make it "
-            "anew, and load its values (load_state_dict of what `gathered` gave)"
+            f"this {type(model).__name__} is divided among ranks already: make it anew, and load "
+            "its values (load_state_dict of what `gathered` gave)"
         )
     broadcast_parameters(model.parameters(), mesh["cp", "tp"])
     axis = mesh["tp"]
@@ -101,12 +104,12 @@ def divide(
     styles = _styles(model, axis if axis.size > 1 else positions.cp)
     _check_ends(model, styles, positions)
     makers = MEGATRON if how == "megatron" else NAIVE
-    _replace(model, {id(m): makers[style](m, positions) for m, style in styles})
+    made = {id(m): _make(makers[style], m, positions) for m, style in styles}
+    setattr(model, _MARK, True)
+    replace(model, made)
     division.outputs = [m for m in model.modules() if isinstance(m, OutputLinear)]
-    _guard(model)
-    if positions.divided:
-        dropouts = [m for m in model.modules() if type(m) is Dropout]
-        _replace(model, {id(m): PositionsDropout(m, positions) for m in dropouts})
+    if how == "megatron":
+        guard(model, positions)
     if positions.cuts:
         for parameter in model.parameters():
             parameter.layout.setdefault(axis.name, "R")  # each rank's gradient is of its positions
@@ -138,7 +141,7 @@ def _styles(model: Module, axis: Axis) -> list[tuple[Module, str]]:
             f"{kind} declares no splits, which mesh.{axis.name}={axis.size} needs: set "
             f'mesh.{axis.name}=1, or splits = {{"*.up": "column", "*.down": "row"}} in the model'
         )
-    named = list(model.named_modules())
+    named = list(_all_names(model))
     for pattern, style in splits.items():
         if style not in MEGATRON:
             raise UserError(
@@ -150,11 +153,24 @@ def _styles(model: Module, axis: Axis) -> list[tuple[Module, str]]:
             raise UserError(
                 f'{kind}.splits: no module is called "{pattern}": there are {names:.200}'
             )
-    found: list[tuple[Module, str]] = []
+    found: dict[int, tuple[Module, str]] = {}
     for name, module in named:
         fitting = [style for pattern, style in splits.items() if fnmatchcase(name, pattern)]
-        found += [(module, style) for style in fitting[:1]]
-    return found
+        for style in fitting[:1]:
+            before = found.setdefault(id(module), (module, style))[1]
+            if before != style:
+                raise UserError(
+                    f'{kind}.splits: {module.name}, which is {name} too, is "{before}" and '
+                    f'"{style}": declare it once'
+                )
+    return list(found.values())
+
+
+def _all_names(model: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
+    """Every name of every module below a model: one that is used twice has several."""
+    for name, child in model._modules.items():
+        yield f"{prefix}{name}", child
+        yield from _all_names(child, f"{prefix}{name}.")
 
 
 def _check_ends(model: Module, styles: list[tuple[Module, str]], positions: Positions) -> None:
@@ -168,35 +184,13 @@ def _check_ends(model: Module, styles: list[tuple[Module, str]], positions: Posi
         )
 
 
-def _replace(model: Module, new: Mapping[int, Module]) -> None:
-    """Put new modules in the place of old ones, wherever these are used."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            made = new.get(id(child))
-            if made is None or made is child:
-                continue
-            made.training = child.training
-            for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks",
-                          "_backward_hooks"):  # fmt: skip
-                setattr(made, hooks, getattr(child, hooks))
-            setattr(parent, name, made)
-
-
-def _guard(model: Module) -> None:
-    """Let layers that every rank has whole refuse divided features, by name."""
-    for module in model.modules():
-        if type(module) in (Linear, LayerNorm):
-            assert isinstance(module, Linear | LayerNorm)
-            module.register_forward_pre_hook(_whole_features)
-
-
-def _whole_features(module: Linear | LayerNorm, inputs: tuple[Any, ...]) -> None:
-    takes = module.in_features if isinstance(module, Linear) else module.normalized_shape[-1]
-    if inputs and inputs[0].shape[-1] != takes:
-        raise UserError(
-            f"{module.name}, a {type(module).__name__} of {takes} features: {inputs[0].shape[-1]} "
-            'came: what a "column" layer has divided goes to a "row" layer, which adds up'
-        )
+def _make(style: Style, module: Module, positions: Positions) -> Module:
+    try:
+        return style(module, positions)
+    except UserError as error:
+        if module.name in str(error):
+            raise
+        raise UserError(f"{module.name}: {error}") from None
 
 
 def _divide_loss(division: Division) -> None:
@@ -216,5 +210,5 @@ def _divide_loss(division: Division) -> None:
         )
         for m in losses
     }
-    _replace(made, new)
+    replace(made, new)
     division.loss = made[0]

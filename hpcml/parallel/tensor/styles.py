@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpcml.errors import UserError
-from hpcml.nn import Dropout, Embedding, Linear, Module, PackedAttention
+from hpcml.nn import Dropout, Embedding, Linear, Module, MultiheadAttention, PackedAttention
 from hpcml.nn.part import blocks
 from hpcml.parallel.tensor.attention import ParallelAttention, share_heads
 from hpcml.parallel.tensor.dropout import DividedDropout
@@ -21,7 +21,7 @@ Style = Callable[[Module, Positions], Module]
 
 
 def _take(module: Module, style: str, kind: type[Module]) -> Any:
-    if type(module).forward is not kind.forward:
+    if not is_plain(module, kind):
         raise UserError(
             f'splits: "{style}" takes an nn.{kind.__name__}, not {module.name}, which is a '
             f"{type(module).__name__}"
@@ -29,13 +29,15 @@ def _take(module: Module, style: str, kind: type[Module]) -> Any:
     return module
 
 
-def _linear(style: str, make: Callable[..., Module], **options: Any) -> Callable[..., Module]:
+def is_plain(module: Module, kind: type[Module]) -> bool:
+    """Whether a module computes what one of this kind does."""
+    return type(module).forward is kind.forward
+
+
+def _linear(style: str, make: Callable[..., Module], **options: Any) -> Style:
     def made(module: Module, positions: Positions) -> Module:
         linear = _take(module, style, Linear)
-        try:
-            return make(linear, positions.tp, positions=positions, **options)
-        except UserError as error:
-            raise UserError(f"{module.name}: {error}") from None
+        return make(linear, positions.tp, positions=positions, **options)
 
     return made
 
@@ -51,13 +53,14 @@ def _positions(module: Module, positions: Positions) -> Module:
 
 
 def _heads(module: Module, positions: Positions) -> Module:
-    if isinstance(module, PackedAttention):
-        return ParallelAttention(module, positions.tp, positions)
+    if is_plain(module, PackedAttention):
+        attention: Any = module
+        return ParallelAttention(attention, positions.tp, positions)
     name = next((name for name in ("num_heads", "heads") if hasattr(module, name)), None)
-    if name is None:
+    if name is None or isinstance(module, PackedAttention | MultiheadAttention):
         raise UserError(
-            f'splits: "heads" takes an nn.PackedAttention, or a module with an attribute num_heads '
-            f"or heads, not {module.name}, a {type(module).__name__}"
+            'splits: "heads" takes an nn.PackedAttention, or a module of your own with a number '
+            f"num_heads or heads, not {module.name}, a {type(module).__name__}"
         )
     cp = positions.cp.size
     if cp > 1:
@@ -76,7 +79,15 @@ def _divided(module: Module, positions: Positions) -> Module:
         block(f"{parameter.name}: features", width, axis)
         cuts = [(ranges,) for ranges in blocks(width, axis.size)]
         divide_parameter(parameter, len(parameter.whole_shape) - 1, cuts, axis)
-    return DividedDropout(module, positions) if type(module) is Dropout else module
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if is_plain(child, Dropout):
+                setattr(parent, name, _divided_dropout(child, positions))
+    return _divided_dropout(module, positions) if is_plain(module, Dropout) else module
+
+
+def _divided_dropout(module: Any, positions: Positions) -> Module:
+    return DividedDropout(module, positions)
 
 
 def _replicated(module: Module, positions: Positions) -> Module:

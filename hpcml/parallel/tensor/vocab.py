@@ -69,7 +69,9 @@ def places(tokens: Array, mine: Range) -> tuple[Array, Array]:
 
 
 def check_range(what: str, numbers: Array, count: int) -> None:
-    """Raise IndexError unless all numbers are of 0 to count - 1."""
+    """Raise IndexError unless all are of 0 to count - 1, TypeError unless they are integers."""
+    if numbers.dtype.kind not in "iu":
+        raise TypeError(f"{what} must be integers, not {numbers.dtype}")
     if numbers.size and not 0 <= numbers.min() <= numbers.max() < count:
         wrong = numbers.min() if numbers.min() < 0 else numbers.max()
         raise IndexError(f"{what} {wrong} is outside 0..{count - 1}")
