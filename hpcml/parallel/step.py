@@ -61,6 +61,7 @@ class Step:
         self._holding = False
         self._held = 0  # samples whose gradients wait for more
         self._unit = 0  # samples that the gradients are divided by
+        self._compared = False  # whether ranks that divide the model have one loss
         self._weight = 1.0  # by which this rank's gradient counts
 
     # --- training -------------------------------------------------------------------------------
@@ -136,6 +137,7 @@ class Step:
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
         """Bring the ranks together and update; the loss, given this rank's shares in it."""
+        self._compare(losses)
         losses = self.total(losses)
         if not np.isfinite(losses).all():
             self.grad_norm = math.nan
@@ -143,6 +145,21 @@ class Step:
         if not self._holding:
             self._finish(batch, first, losses)
         return math.fsum(losses)
+
+    def _compare(self, losses: Array) -> None:
+        """Once, see that ranks which divide the model have one loss: each has all of it."""
+        axis = self.mesh["cp", "tp"]
+        if self._compared or axis.size == 1:
+            return
+        self._compared = True
+        every = axis.allgather(losses.sum(keepdims=True))
+        if not np.allclose(every, every[0], rtol=1e-6, atol=0, equal_nan=True):
+            shown = ", ".join(f"{loss:.9g}" for loss in every)
+            raise UserError(
+                f"ranks that divide {type(self.model).__name__} have different losses ({shown}): "
+                "something that each has whole is made of what it has in part; hpcml check names "
+                "the layer"
+            )
 
     def complete(self) -> float:
         """Complete the gradient over the ranks; the factor by which it counts. Collective."""

@@ -48,7 +48,8 @@ class Run:
         0, "steps between checks that data-parallel copies are the same bits (0: none)", low=0
     )
     deterministic: bool = key(
-        False, "the same bits on any number of ranks, for the same train.microbatch"
+        False,
+        "the same bits on any number of ranks, for the same train.microbatch, mesh.tp and mesh.cp",
     )
     overwrite: bool = key(False, "replace the results in run.dir, if there are any")
     resume: bool = key(False, "go on from the last checkpoint in run.dir", now=(False,))

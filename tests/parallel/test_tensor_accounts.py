@@ -86,6 +86,37 @@ def test_a_layer_costs_four_all_reduces(rings: None, ranks: int) -> None:
     on_threads(program, ranks=ranks)
 
 
+@cases(("options", "forward"), [
+    ({}, {"all_reduce": 2}),
+    ({"sequence_parallel": True}, {"all_gather": 2, "reduce_scatter": 2}),
+    ({"tensor_split": "naive"}, {"all_reduce": 4}),
+], ids=str)  # fmt: skip
+def test_half_of_them_forward(rings: None, options: dict[str, Any], forward: Any) -> None:
+    """Of the calls of a layer and microbatch; the rest comes in backward."""
+
+    def calls(layers: int) -> tuple[dict[str, int], dict[str, int]]:
+        step = make(layers, **options)
+        tokens, target = batch(B)
+        ledger = step.mesh.ledger
+        start = ledger.snapshot()
+        loss = step.loss(step.model(tokens), hpcml.Tensor(target))
+        middle = ledger.snapshot()
+        loss.backward()
+        halves = (middle - start)["tp"], (ledger.snapshot() - middle)["tp"]
+        ahead, back = ({op: count.calls for op, count in half.items()} for half in halves)
+        return ahead, back
+
+    def program() -> None:
+        more, less = calls(2), calls(1)
+        ahead, back = ({op: n - b.get(op, 0) for op, n in a.items() if n > b.get(op, 0)}
+                       for a, b in zip(more, less, strict=True))  # fmt: skip
+        assert ahead == forward
+        naive = {"all_gather": 4} if "tensor_split" in options else None
+        assert back == (naive or dict(zip(forward, list(forward.values())[::-1], strict=True)))
+
+    on_threads(program, ranks=2)
+
+
 @cases("ranks", [2, 3, 4])
 @cases("partition", ["no", "yes"])
 def test_with_sequence_parallelism_the_same_bytes(rings: None, ranks: int, partition: str) -> None:
