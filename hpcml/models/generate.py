@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ from hpcml import rng
 from hpcml.nn import Module
 from hpcml.nn.evaluation import evaluating
 
+Predict = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+"""From tokens (1, T) to logits (1, T, vocabulary)."""
+
 
 def generate(
-    model: Module,
+    model: Module | Predict,
     tokens: np.ndarray[Any, Any],
     count: int,
     *,
@@ -36,11 +40,19 @@ def generate(
     key = rng.key(seed, "generate")
     draws = np.empty(count)
     rng.uniform(key, 0, draws)
-    with evaluating(model):
-        for draw in draws:
-            logits = model(out[None, -length:]).numpy()[0, -1].astype(np.float64)
-            out = np.append(out, _choose(logits, draw, temperature, top_k))
+    predict = _predictor(model) if isinstance(model, Module) else model
+    for draw in draws:
+        logits = predict(out[None, -length:])[0, -1].astype(np.float64)
+        out = np.append(out, _choose(logits, draw, temperature, top_k))
     return out
+
+
+def _predictor(model: Module) -> Predict:
+    def predict(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        with evaluating(model):
+            return model(tokens).numpy()  # type: ignore[no-any-return]
+
+    return predict
 
 
 def _choose(logits: np.ndarray[Any, Any], draw: float, temperature: float, top_k: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,11 @@ from hpcml import rng
 from hpcml.comm import Mesh, launch
 from hpcml.comm.guard import agree
 from hpcml.errors import UserError
-from hpcml.nn import Module
+from hpcml.nn import Module, Sequential
 from hpcml.optim import Optimizer
 from hpcml.parallel import groups, modes, tensor, threads
+from hpcml.parallel.pipeline.assemble import Assembly, assemble, placement
+from hpcml.parallel.pipeline.step import PipelineStep
 from hpcml.parallel.shards import detach
 from hpcml.parallel.step import LossFunction, Step
 from hpcml.parallel.zero import Zero
@@ -43,6 +45,9 @@ def parallelize(
     tensor_split: str = "megatron",
     sequence_parallel: bool = False,
     partition_activations: str = "no",
+    schedule: str = "1f1b",
+    chunks: int = 1,
+    stages: Sequence[int | str] = (),
     **settings: Any,
 ) -> Step:
     """Make a training step of a serially written model: `loss_value = step(batch)`.
@@ -80,6 +85,10 @@ def parallelize(
     sequence_parallel: tensor-parallel ranks divide sequences where they do not divide features.
     partition_activations: "yes" if each of these ranks keeps its part only of what all would save
         for backward, and gathers it then (P_a of ZeRO-R); "cpu" to keep it in host memory.
+    schedule: of the pipeline along the axis "pp", which divides the model's `chain`: "naive",
+        "gpipe", "1f1b", "interleaved", "zero-bubble", a file or `package.module:function`
+        (`hpcml.parallel.pipeline`). chunks: stages that a rank has, with "interleaved". stages:
+        the links with which stages begin, but for the first; balanced by default.
 
     Without a number of threads (`backend.set_threads`) the processes of a node share its cores, or
     each has OMP_NUM_THREADS. Raises UserError for what this version cannot do.
@@ -105,25 +114,57 @@ def parallelize(
         overlap=overlap, partition_activations=partition_activations,
     )  # fmt: skip
     given = groups(model) if groups else list(model.parameters())
+    assembly = cut(model, mesh, schedule, chunks, stages)
+    if assembly is not None:
+        given = assembly.groups(given)
+        if mesh["pp"].size > 1:
+            make = partial(PipelineStep, assembly=assembly, schedule=schedule, chunks=chunks)
     with rng.samples(seed, 0):  # first values depend on the seed and the names alone
-        made = optimizer(given, **settings)
-        if not isinstance(made, Optimizer):
-            raise UserError(
-                f"optimizer made a {type(made).__name__}: it must derive from hpcml.optim.Optimizer"
-            )
+        made = agree(mesh.world, partial(_made, optimizer, given, settings))
         states = Zero(
             model, made, divided,
             bucket_mb=bucket_mb, overlap=overlap, deterministic=mesh.deterministic,
+            held=None if assembly is None else assembly.held,
         )  # fmt: skip
     return make(
         model, division, mesh, states, microbatch=microbatch, grad_clip=grad_clip, seed=seed
     )
 
 
+def _made(make: Callable[..., Optimizer], given: Any, settings: dict[str, Any]) -> Optimizer:
+    made = make(given, **settings)
+    if not isinstance(made, Optimizer):
+        raise UserError(
+            f"optimizer made a {type(made).__name__}: it must derive from hpcml.optim.Optimizer"
+        )
+    return made
+
+
+def cut(
+    model: Module, mesh: Mesh, schedule: str, chunks: int, where: Sequence[int | str]
+) -> Assembly | None:
+    """The stages of a model along the axis "pp"; None where there is no need to cut it.
+
+    In deterministic mode one rank cuts it too, wherever it can be cut: the same bits on any number
+    of ranks need the same sums.
+    """
+    axis = mesh["pp"]
+    if axis.size > 1:
+        rank_of = placement(schedule, axis.size, chunks)
+    elif mesh.deterministic and (hasattr(model, "chain") or type(model) is Sequential):
+        rank_of, where = (0,), ()
+    else:
+        return None
+    return assemble(
+        model, rank=axis.rank, rank_of=rank_of, where=where,
+        apart=mesh.deterministic,
+    )  # fmt: skip
+
+
 def _check(mesh: Mesh, microbatch: int, grad_clip: float, bucket_mb: float) -> None:
     """Refuse what can never be."""
     for name, size in mesh.sizes.items():
-        if size > 1 and name not in ("dp", "cp", "tp"):
+        if size > 1 and name not in ("pp", "dp", "cp", "tp"):
             raise UserError(f"mesh.{name}={size} is not available in this version: mesh.{name}=1")
     if microbatch < 0:
         raise UserError(f"microbatch={microbatch} must be 0 (a rank's whole share) or more")

@@ -40,6 +40,8 @@ class Step:
     is infinite or not-a-number where the step was skipped because its gradient overflowed.
     """
 
+    _stage = 0
+    """Of a pipeline, the first that this rank has."""
     apart = False
     """Whether the ranks' parameters may differ between calls."""
     staleness: Staleness | None = None
@@ -54,6 +56,7 @@ class Step:
         self.optimizer, self.groups = zero.optimizer, zero.groups
         self.microbatch, self.grad_clip, self.seed = microbatch, grad_clip, seed
         self.axis = mesh["dp"]
+        self._owners = self.axis  # of the shares in a loss
         self.samples = 0  # samples of all steps so far, over all ranks
         self.grad_norm = math.nan
         self._dtype = zero.storage.dtype
@@ -198,9 +201,23 @@ class Step:
             return True
         return self.groups.dp.size > 1 and (self.apart or self.groups.sharding.stage > 0)
 
-    def whole_outputs(self) -> AbstractContextManager[None]:
-        """Within, calling the model gives whole outputs on every rank. Its calls are collective."""
-        return self.division.whole_outputs()
+    def predict(self, *inputs: Any) -> Array:
+        """Outputs of the model in evaluation, whole and the same on every rank. Collective.
+
+        inputs: arrays of all samples, as the model takes them.
+        """
+        with self.settled(), self.division.whole_outputs(), evaluating(self.model):
+            outputs = self._outputs([as_tensor(one, self._dtype) for one in inputs])
+            self.zero.end_pass()
+        return outputs
+
+    def _outputs(self, inputs: Sequence[Tensor]) -> Array:
+        made = self.model(*inputs)
+        if not isinstance(made, Tensor):
+            raise UserError(
+                f"predict() of a model that returns a {type(made).__name__}: it must be a tensor"
+            )
+        return made.numpy()
 
     @_quiet
     def evaluate(self, batches: Iterable[Any]) -> float:
@@ -241,6 +258,10 @@ class Step:
         with self.settled():
             yield from self.zero.gathered()
 
+    def gathered_gradients(self) -> Iterator[tuple[str, Array]]:
+        """Likewise the complete gradients of the parameters that are trained."""
+        return self.zero.gathered_gradients()
+
     def check_replicas(self) -> None:
         """Raise `ReplicaError` unless what several ranks hold is the same to the bit."""
         groups = self.groups
@@ -262,6 +283,10 @@ class Step:
             loss = self.model(*arrays)
         else:
             loss = self.loss(self.model(*arrays[:-1]), arrays[-1])
+        return self.checked(loss)
+
+    def checked(self, loss: Any) -> Tensor:
+        """A loss, if it is one."""
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {loss.shape}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserError(
@@ -270,8 +295,8 @@ class Step:
         return loss
 
     def total(self, values: Array) -> Array:
-        """Sum over the data-parallel ranks, in place. Collective."""
-        return self.axis.allreduce(values, out=values)
+        """Sum over the ranks that have different shares, in place. Collective."""
+        return self._owners.allreduce(values, out=values)
 
     def _failure(self, batch: Any, first: int, losses: Array) -> NonFiniteError:
         """The error of a loss or gradient that is not finite, with where that began. Collective."""
@@ -284,11 +309,11 @@ class Step:
                 return self._loss(samples_of(batch, part))
 
         def agree(found: Finding | None) -> str:  # of what ranks divide, some may have seen it
-            every = self.mesh["cp", "tp"].allgather_object(found)
-            first = min((f for f in every if f), key=lambda f: f.place, default="")
-            return str(first)
+            every = self.mesh["pp", "cp", "tp"].allgather_object((self._stage, found))
+            first = min((f for f in every if f[1]), key=_place, default=(0, ""))
+            return str(first[1])
 
-        gradients = self.zero.gathered_gradients()
+        gradients = self.gathered_gradients()
         where = describe(self.gathered(), self.model, run, gradients, agree)
         self.zero.end_pass()
         return NonFiniteError(
@@ -296,3 +321,8 @@ class Step:
             f"training cannot go on; {where or 'nothing is left of where it began'}; lower the "
             "learning rate, clip the gradient or look at the data"
         )
+
+
+def _place(found: tuple[int, Any]) -> tuple[int, int]:
+    stage, finding = found
+    return stage, finding.place

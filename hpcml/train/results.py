@@ -12,7 +12,7 @@ import numpy as np
 from hpcml.comm.guard import agree
 from hpcml.data import Data
 from hpcml.errors import UserError
-from hpcml.models.generate import generate
+from hpcml.models.generate import Predict, generate
 from hpcml.nn import Module
 from hpcml.train import config as configuration
 from hpcml.train import environment, usage, weights
@@ -66,8 +66,7 @@ def end(run: Run, progress: Progress, ending: Ending) -> None:
         used = usage.memory_record(run.mesh.world)  # before the work of the ending itself
         agree(run.mesh.world, lambda: _write(run, ending))
         progress.say(_memory_table(run, used))
-        with run.step.settled(), run.step.whole_outputs():
-            _show_sample(run, progress, ending)
+        _show_sample(run, progress, ending)
     else:
         _write(run, ending)
     losses = [f"loss {ending.loss:.4f}"] if ending.loss is not None else []
@@ -124,7 +123,7 @@ def _show_sample(run: Run, progress: Progress, ending: Ending) -> None:
     """Show what a language model writes. All ranks make it: the model may be in parts on them."""
     wanted = ending.exit == "completed" and run.config.run.log_every > 0
     if wanted and run.data.tokenizer is not None:
-        text = sample_text(run.step.model, run.data, "\n", SAMPLE).strip()
+        text = sample_text(run.step.predict, run.data, "\n", SAMPLE).strip()
         progress.say(f"\nA sample:\n{text}\n")
 
 
@@ -134,8 +133,8 @@ def count(model: Module) -> int:
 
 
 def sample_text(
-    model: Module, data: Data, prompt: str, tokens: int, temperature: float = 0.8, top_k: int = 0,
-    seed: int = 0,
+    model: Module | Predict, data: Data, prompt: str, tokens: int, temperature: float = 0.8,
+    top_k: int = 0, seed: int = 0,
 ) -> str:  # fmt: skip
     """Return `prompt` and the text of `tokens` tokens that the model adds to it."""
     assert data.tokenizer is not None

@@ -16,7 +16,6 @@ from hpcml.comm import Mesh
 from hpcml.comm import run as on_threads
 from hpcml.models import GPT, MLP, NextTokenLoss
 from hpcml.nn import functional as F
-from hpcml.nn.evaluation import evaluating
 from hpcml.parallel import Step
 from tests.parallel.cases import CLIP, Fields, decay_matrices, serial_mesh, values
 
@@ -135,8 +134,7 @@ def outputs(step: Step, kind: str) -> list[np.ndarray]:
     """Of the model, for samples and, as text is begun, for the first position alone."""
     inputs = MODELS[kind][2](0)[0][:2]
     short = [] if kind == "mlp" else [inputs[:, :1], inputs[:, :2]]
-    with step.settled(), step.whole_outputs(), evaluating(step.model):
-        return [step.model(Tensor(x) if kind == "mlp" else x).numpy() for x in [inputs, *short]]
+    return [step.predict(x) for x in [inputs, *short]]
 
 
 def run(kind: str, mesh: Mesh, **options: Any) -> tuple[Any, ...]:

@@ -1,0 +1,158 @@
+"""What each rank of a pipeline has of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcml.errors import UserError
+from hpcml.nn import Module, Parameter
+from hpcml.parallel.held import Held, Tie
+from hpcml.parallel.pipeline.chain import Link, links
+from hpcml.parallel.pipeline.check import check
+from hpcml.parallel.pipeline.find import find
+from hpcml.parallel.pipeline.partition import Stage, stages
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A model cut into stages, as one rank of the pipeline sees it."""
+
+    stages: Mapping[int, Stage]
+    """Those of this rank."""
+    rank_of: tuple[int, ...]
+    """Of every stage its rank."""
+    held: Held
+
+    def groups(self, given: Iterable[Any]) -> list[dict[str, Any]]:
+        """Parameter groups with what this rank has of them."""
+        mine = {id(parameter) for parameter in self.held.parameters}
+        twins = {id(tie.first): tie.twin for tie in self.held.ties}
+        found = []
+        for group in _as_groups(given):
+            both = [
+                p for one in group["params"] for p in (one, twins.get(id(one))) if p is not None
+            ]
+            found.append({**group, "params": [p for p in both if id(p) in mine]})
+        return found
+
+
+def placement(schedule: str, ranks: int, chunks: int) -> tuple[int, ...]:
+    """Of every stage of a schedule its rank; raises UserError for one that cannot be used."""
+    microbatches = None if Path(schedule).exists() else ranks
+    table = find(schedule, ranks, microbatches, chunks if chunks > 1 else None)
+    if not table.synchronous:
+        raise UserError(
+            f'pipeline.schedule="{schedule}" updates between microbatches, which is not available '
+            "in this version: use 1f1b"
+        )
+    check(table)
+    return table.rank_of
+
+
+def assemble(
+    model: Module,
+    *,
+    rank: int,
+    rank_of: Sequence[int],
+    where: Sequence[int | str] = (),
+    apart: bool = False,
+) -> Assembly:
+    """Cut a model into as many stages as `rank_of` has ranks for, and keep those of this rank.
+
+    where: cuts, else they are balanced. apart: every use of a parameter that links share has an
+    accumulator of its own, on one rank too (deterministic mode: where the model is cut must not
+    change the order of additions). Changes the model: parameters of other ranks have no values.
+    """
+    chain = links(model)
+    cut = stages(chain, len(rank_of), where)
+    stage_of_link = {link.name: stage.index for stage in cut for link in stage.links}
+    ties = list(_ties(model, chain, stage_of_link, rank_of, apart))
+    twins = {(link, id(tie.first)): tie.twin for link, tie in ties}
+    named = list(model.named_parameters())
+    order = {id(p): place for place, (_, p) in enumerate(named)}
+    order |= {id(tie.twin): order[id(tie.first)] for _, tie in ties}
+    stage_of: dict[int, int] = {}
+    units = []
+    for link in chain:
+        index = stage_of_link[link.name]
+        if rank_of[index] != rank:
+            continue
+        own = [twins.get((link.name, id(p)), p) for p in link.parameters]
+        own = [p for p in own if stage_of.setdefault(id(p), index) == index]
+        units.append(own)
+    for name, parameter in named:
+        if id(parameter) not in stage_of:
+            parameter.unit = Elsewhere(name)
+    held = Held(
+        [(name, p) for name, p in named if id(p) in stage_of], order, stage_of,
+        [tie for _, tie in ties], units,
+    )  # fmt: skip
+    mine = {stage.index: stage for stage in cut if rank_of[stage.index] == rank}
+    return Assembly(mine, tuple(rank_of), held)
+
+
+class Elsewhere:
+    """The unit of a parameter that another rank of the pipeline has."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def fetch(self) -> None:
+        """There is nothing to fetch it from."""
+        raise UserError(
+            f"{self.name} is on another rank of the pipeline: take it from `Step.gathered`, which "
+            "all ranks call"
+        )
+
+    def done(self) -> None:
+        """Nobody needed it."""
+
+    def drop(self) -> None:
+        """There are no values to forget."""
+
+
+def _ties(
+    model: Module,
+    chain: Sequence[Link],
+    stage_of: Mapping[str, int],
+    rank_of: Sequence[int],
+    apart: bool,
+) -> Iterator[tuple[str, Tie]]:
+    """Twins of parameters that links of different stages share, each with its link's name."""
+    first_link: dict[int, Link] = {}
+    for link in chain:
+        for parameter in link.parameters:
+            owner = first_link.setdefault(id(parameter), link)
+            here, there = stage_of[owner.name], stage_of[link.name]
+            if owner is link or (here == there and not (apart and parameter.requires_grad)):
+                continue
+            twin = _twin(parameter)
+            for module in link.modules:
+                for name, own in module._parameters.items():
+                    if own is parameter:  # the tree of names keeps the first
+                        object.__setattr__(module, name, twin)
+            yield link.name, Tie(parameter, twin, (rank_of[here], rank_of[there]))
+
+
+def _twin(parameter: Parameter) -> Parameter:
+    """Another parameter with the same first values."""
+    twin = Parameter(
+        shape=parameter.shape, init=parameter.init, dtype=parameter.dtype,
+        requires_grad=parameter.requires_grad,
+    )  # fmt: skip
+    twin.name, twin.part, twin.parts = parameter.name, parameter.part, parameter.parts
+    # Buckets of their own on both sides, so that sums of one fit the other.
+    parameter.layout["pp"] = "R"
+    twin.layout = dict(parameter.layout)
+    if parameter.has_values:
+        twin.data = parameter.data.copy()
+    parameter.twins = (*parameter.twins, twin)
+    return twin
+
+
+def _as_groups(given: Iterable[Any]) -> list[dict[str, Any]]:
+    groups = list(given)
+    return groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
