@@ -13,6 +13,7 @@ from hpcml.errors import UserError
 from hpcml.nn import Module, Sequential
 from hpcml.optim import Optimizer
 from hpcml.parallel import groups, modes, tensor, threads
+from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.pipeline.assemble import Assembly, assemble, placement
 from hpcml.parallel.pipeline.step import PipelineStep
 from hpcml.parallel.shards import detach
@@ -149,6 +150,7 @@ def cut(
     of ranks need the same sums.
     """
     axis = mesh["pp"]
+    broadcast_parameters(model.parameters(), axis)
     if axis.size > 1:
         rank_of = placement(schedule, axis.size, chunks)
     elif mesh.deterministic and (hasattr(model, "chain") or type(model) is Sequential):

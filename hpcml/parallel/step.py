@@ -67,6 +67,9 @@ class Step:
         self._compared = False  # whether ranks that divide the model have one loss
         self._weight = 1.0  # by which this rank's gradient counts
 
+    def plan(self, size: int) -> None:
+        """See that a step of `size` samples can be made; raises UserError if not."""
+
     # --- training -------------------------------------------------------------------------------
 
     @_quiet

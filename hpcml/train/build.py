@@ -60,6 +60,7 @@ def build(config: Config, mesh: Mesh) -> Run:
     if config.callback.kind:
         callback = agree(mesh.world, partial(_build_callback, config))
     step = make_step(config, mesh, model, loss)
+    agree(mesh.world, partial(step.plan, config.train.global_batch))
     agree(mesh.world, partial(try_sample, step, data))
     logger.info("%s, loss and data fit", type(model).__name__)
     claim = partial(folder.claim, config.run.overwrite)
@@ -119,7 +120,9 @@ def make_step(config: Config, mesh: Mesh, model: Module, loss: Any) -> Step:
         grad_clip=config.optim.grad_clip, seed=config.run.seed, groups=decay_matrices,
         zero=config.zero.stage, bucket_mb=config.zero.bucket_mb,
         shard_ranks=config.zero.shard_ranks, zero_split=config.zero.split,
-        tensor_split=config.tensor.split, sequence_parallel=config.tensor.sequence_parallel,
+        schedule=config.pipeline.schedule, chunks=config.pipeline.chunks,
+        stages=config.pipeline.stages, tensor_split=config.tensor.split,
+        sequence_parallel=config.tensor.sequence_parallel,
         partition_activations=config.tensor.partition_activations,
         **{**asdict(together), "overlap": OVERLAP[together.overlap]},
     )  # fmt: skip

@@ -107,11 +107,15 @@ def _write(run: Run, ending: Ending) -> None:
 
 
 def _memory_table(run: Run, used: usage.Record) -> str:
-    model, sharding = run.step.model, run.step.groups.sharding
+    sharding, held = run.step.groups.sharding, run.step.zero.held.parameters
+    # Of the rank that has most, as the record.
+    counts = [sum(p.numel() for p in chosen)
+              for chosen in (held, [p for p in held if p.requires_grad])]  # fmt: skip
+    params, trainable = max(run.mesh.world.allgather_object(counts))
     return usage.memory_table(
         used,
-        params=sum(p.numel() for p in model.parameters()),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        params=params,
+        trainable=trainable,
         stage=sharding.stage,
         ranks=run.step.groups.shard.size,
         precision=run.config.train.precision,

@@ -121,7 +121,7 @@ class Train:
 class Mesh:
     """Ranks along each axis; the product is the number of ranks started."""
 
-    pp: int = key(1, "pipeline stages", low=1, now=(1,))
+    pp: int = key(1, "pipeline parallel, stages of the model", low=1)
     dp: int = key(0, "data parallel (0: all ranks that are left)", low=0)
     cp: int = key(1, "context parallel, along the sequence", low=1)
     sp_d: int = key(1, "spatially parallel, along the depth", low=1, now=(1,))
@@ -172,9 +172,15 @@ class Zero:
 class Pipeline:
     """How the stages of a pipeline work through microbatches."""
 
-    schedule: str = key("1f1b", "name, file or package.module:function", now=("1f1b",))
-    chunks: int = key(1, "pieces of the model per rank", low=1, now=(1,))
-    stages: tuple[int | str, ...] = key((), "where to cut (default: balanced)", now=((),))
+    schedule: str = key(
+        "1f1b",
+        "naive, gpipe, 1f1b, interleaved, zero-bubble, a file, or package.module:function of your "
+        "own (see hpcml schedule)",
+    )
+    chunks: int = key(1, "stages of a rank (interleaved)", low=1)
+    stages: tuple[int | str, ...] = key(
+        (), "first link of each stage but the first, by name or number (default: balanced)"
+    )
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def dump_of(made: dict[str, dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize(
     "override",
-    ["mesh.pp=2", "mesh.sp_h=4", "run.resume=true", "pipeline.chunks=2"],
+    ["mesh.sp_w=2", "mesh.sp_h=4", "run.resume=true"],
 )  # fmt: skip
 def test_what_comes_later_is_said_plainly(own: Path, override: str) -> None:
     (own / "job.toml").write_text(dump_of(tables()))

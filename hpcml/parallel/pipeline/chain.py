@@ -119,6 +119,6 @@ def _check(model: Module, made: list[Link]) -> None:
             owner = seen.setdefault(id(module), link.name)
             if owner != link.name and module._parameters:
                 raise UserError(
-                    f'{kind}.chain: "{owner}" and "{link.name}" share the module '
-                    f'"{module.name}": share its weights, or put them into one link'
+                    f'{kind}.chain: "{owner}" and "{link.name}" both have the module '
+                    f'"{module.name}": make a module of one of them, or one link of both'
                 )

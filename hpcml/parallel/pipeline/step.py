@@ -113,7 +113,12 @@ class PipelineStep(Step):
             if number > 0 and rank_of[number - 1] != self.pipeline.rank:
                 coming = self._transfers.receive(rank_of[number - 1], (number, key))
                 values = tuple(map(Tensor, coming.wait()))
-            out = self.run_stage(number, values, inputs)
+            try:
+                out = self.run_stage(number, values, inputs)
+            except Exception as error:
+                if number < self._last and rank_of[number + 1] != self.pipeline.rank:
+                    self._transfers.fail(rank_of[number + 1], (number + 1, key), str(error))
+                raise
             values = out if isinstance(out, tuple) else (out,)
             if number < self._last and rank_of[number + 1] != self.pipeline.rank:
                 arrays = [value.data for value in values]

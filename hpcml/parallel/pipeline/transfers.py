@@ -12,6 +12,7 @@ from hpcml import backend, memory
 from hpcml.backend import Array
 from hpcml.comm import Axis
 from hpcml.comm.request import Request
+from hpcml.errors import UserError
 
 _HEADER = 1024
 """Bytes of the message that tells shapes, the first time."""
@@ -49,20 +50,30 @@ class Transfers:
         """Begin to send; the arrays must not change any more."""
         if key not in self._told:
             self._told.add(key)
-            shapes = [(array.shape, array.dtype.name) for array in arrays]
-            header = np.zeros(_HEADER, np.uint8)
-            text = json.dumps(shapes).encode()
-            assert len(text) < _HEADER, f"{len(arrays)} arrays between stages"
-            header[: len(text)] = np.frombuffer(text, np.uint8)
-            self._going.append(self.axis.isend(header, peer))
+            self._tell([(array.shape, array.dtype.name) for array in arrays], peer)
         self._going = [request for request in self._going if not request.test()]
         self._going += [self.axis.isend(array, peer) for array in arrays]
 
+    def fail(self, peer: int, key: Any, why: str) -> None:
+        """Send why there is nothing to send, where the receiver asks for shapes first."""
+        if key not in self._told:
+            self._tell(why[: _HEADER // 8], peer)
+            self.finish()
+
+    def _tell(self, what: Shapes | str, peer: int) -> None:
+        text = json.dumps(what).encode()
+        assert len(text) <= _HEADER, "too many arrays between two stages"
+        header = np.zeros(_HEADER, np.uint8)
+        header[: len(text)] = np.frombuffer(text, np.uint8)
+        self._going.append(self.axis.isend(header, peer))
+
     def receive(self, peer: int, key: Any) -> Incoming:
-        """Begin to receive what the peer sends next."""
+        """Begin to receive what the peer sends next; raises UserError if there is nothing."""
         if key not in self._known:
             header = self.axis.recv(np.empty(_HEADER, np.uint8), peer)
             found = json.loads(header.tobytes().rstrip(b"\0"))
+            if isinstance(found, str):
+                raise UserError(found)
             self._known[key] = [(tuple(shape), name) for shape, name in found]
         arrays = [memory.empty(shape, backend.dtype(name)) for shape, name in self._known[key]]
         return Incoming(arrays, [self.axis.irecv(array, peer) for array in arrays])
