@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +24,16 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> int:
     """Run pytest with this command's arguments; its exit status, or 1 if it was cut short."""
+    # Of this rank's own. When pytest ends it clears away what it takes for remains of earlier runs:
+    # folders of the neighbours too, which then complain about each other.
+    folder = tempfile.mkdtemp(prefix="hpcml-rank-")
+    try:
+        return _run(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(folder: str) -> int:
     board = Board(Path(os.environ[VARIABLE]))
     orphans.adopt()
     pid = os.fork()
@@ -29,7 +41,7 @@ def main() -> int:
         _end_with_parent()
         import pytest
 
-        return int(pytest.main())
+        return int(pytest.main([*sys.argv[1:], f"--basetemp={folder}/tests"]))
     status = _await(pid)
     code = os.waitstatus_to_exitcode(status)
     for position in board.positions():
