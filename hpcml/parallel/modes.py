@@ -31,7 +31,7 @@ def choose(
     _needs("sync_steps", sync_steps, 0, mode == "local", "mode=local")
     _needs("staleness", staleness, 0, mode == "async", "mode=async")
     _needs("elastic", elastic, 0, mode == "async", "mode=async")
-    divided = {name: mesh[name].size for name in ("tp", "cp") if mesh[name].size > 1}
+    divided = {name: mesh[name].size for name in ("pp", "tp", "cp") if mesh[name].size > 1}
     if mode != "sync" and divided:
         name, size = divided.popitem()
         raise UserError(

@@ -177,7 +177,7 @@ class Pipeline:
         "naive, gpipe, 1f1b, interleaved, zero-bubble, a file, or package.module:function of your "
         "own (see hpcml schedule)",
     )
-    chunks: int = key(1, "stages of a rank (interleaved)", low=1)
+    chunks: int = key(1, "stages of a rank (1: as many as the schedule likes)", low=1)
     stages: tuple[int | str, ...] = key(
         (), "first link of each stage but the first, by name or number (default: balanced)"
     )
