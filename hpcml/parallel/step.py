@@ -42,6 +42,8 @@ class Step:
 
     _stage = 0
     """Of a pipeline, the first that this rank has."""
+    current = -1
+    """Of this rank's microbatches in a batch, the one in forward; -1 outside of training."""
     apart = False
     """Whether the ranks' parameters may differ between calls."""
     staleness: Staleness | None = None
@@ -131,7 +133,8 @@ class Step:
             self.zero.begin(2 if self._holding else rounds)
         losses = np.zeros(total)
         factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
-        for part in data.microbatches(size, self.microbatch, self.axis, self.zero.lockstep):
+        parts = data.microbatches(size, self.microbatch, self.axis, self.zero.lockstep)
+        for self.current, part in enumerate(parts):
             self.zero.before_backward(real=part.weight > 0, last=part.last and not self._holding)
             with rng.samples(self.seed, first + part.samples.start):
                 loss = self._loss(samples_of(batch, part.samples))
@@ -139,6 +142,7 @@ class Step:
                     losses[part.number] = loss.item() * part.weight
                 loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
             self.zero.after_backward()
+        self.current = -1
         return losses
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:

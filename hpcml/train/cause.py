@@ -92,7 +92,7 @@ def explain(event: Event, item: Item | None, row: Row, mesh: Mesh, tolerance: fl
     prints = [mark and mark.parallel for mark in row.marks]
     split = differing(mesh, prints, names, tolerance) if whole else []
     near = min(max(10 * tolerance, 1e-6), 0.05)  # ratios must be told from each other
-    mine = None if item is None else _fits(item, mesh, list(groups(split)), near)
+    mine = None if item is None or item.elsewhere else _fits(item, mesh, list(groups(split)), near)
     every = mesh.world.allgather_object(mine)
     wrong = [fits for fits, mark in zip(every, row.marks, strict=True)
              if fits and mark and mark.off > tolerance]  # fmt: skip

@@ -52,6 +52,7 @@ def check(config: Config, mesh: Mesh) -> Report:
     config = with_loss(config, found)
     serial, parallel = _copies(config, mesh, found.info)
     for step in (serial, parallel):
+        agree(mesh.world, partial(step.plan, config.train.global_batch))
         agree(mesh.world, partial(try_sample, step, found))
         step.scaler = None  # both compute without
     report = Report({name: n for name, n in mesh.sizes.items() if n > 1}, config.train.precision)
@@ -106,9 +107,10 @@ def _step(report: Report, serial: Step, parallel: Step, batch: Any) -> None:
     expected = _run(serial, batch, None if first is None else first.number)
     agree(parallel.mesh.world, partial(_require_finite, expected.numbers))
     found = _run(parallel, batch, None if first is None else 0)
+    pipelined = parallel.mesh["pp"].size > 1
     for stage in STAGES:
         if stage != "first values" or report.steps == 1:  # later they are what the update made
-            report.add(stage, _items(stage, expected, found), parallel)
+            report.add(stage, _items(stage, expected, found, pipelined), parallel)
 
 
 def _require_finite(numbers: Mapping[str, float]) -> None:
@@ -129,7 +131,7 @@ def _run(step: Step, batch: Any, number: int | None) -> _Run:
     loss = math.fsum(step.total(losses))
     factor = step.complete()
     norm = step.zero.norm() * factor
-    gradients = _copied(step.zero.gathered_gradients(), factor)
+    gradients = _copied(step.gathered_gradients(), factor)
     step.zero.update(clip_scale(norm, step.grad_clip) * factor)
     changes = {name: array - before[name] for name, array in step.gathered()}
     parameters = {"first values": before, "gradient": gradients, "update": changes}
@@ -140,7 +142,7 @@ def _copied(named: Iterable[tuple[str, Array]], factor: float = 1.0) -> dict[str
     return {name: array * array.dtype.type(factor) for name, array in named}
 
 
-def _items(stage: str, expected: _Run, found: _Run) -> dict[Event, Item]:
+def _items(stage: str, expected: _Run, found: _Run, pipelined: bool) -> dict[Event, Item]:
     """What there is to compare of a stage, in order."""
     if stage in expected.numbers:
         pair = np.array(expected.numbers[stage]), np.array(found.numbers[stage])
@@ -154,17 +156,18 @@ def _items(stage: str, expected: _Run, found: _Run) -> dict[Event, Item]:
             items[Event(stage, layer or MODEL, what)] = Item(array, other, layer or MODEL)
         return items
     return {
-        event: _activation(event, seen, expected, found)
+        event: _activation(event, seen, expected, found, pipelined)
         for event, seen in expected.seen.items()
         if event.stage == stage
     }
 
 
-def _activation(event: Event, seen: Seen, expected: _Run, found: _Run) -> Item:
+def _activation(event: Event, seen: Seen, expected: _Run, found: _Run, pipelined: bool) -> Item:
     item = Item(seen.values, None, seen.maker)
     other = found.seen.get(event)
     if other is not None:
         item.parallel, item.place = other.values, other.place
+    item.elsewhere = other is None and pipelined
     if (event.stage, event.what) == ("forward", "output"):
         item.bias = expected.parameters["first values"].get(f"{event.layer}.bias")
     return item

@@ -33,6 +33,8 @@ class Item:
     """Where a rank may have a part, which part; None where each rank should have the whole."""
     bias: Array | None = None
     """What was added last, by features."""
+    elsewhere: bool = False
+    """Whether another stage of a pipeline may have computed it."""
 
 
 class Print(NamedTuple):
@@ -83,18 +85,23 @@ class Row(NamedTuple):
     """The axes along which the serial run itself is not the same."""
 
 
-def marks(items: Mapping[Event, Item], mesh: Mesh) -> dict[Event, Mark]:
-    """What this rank says of the items of a stage."""
+def marks(items: Mapping[Event, Item], mesh: Mesh) -> dict[Event, Mark | None]:
+    """What this rank says of the items of a stage; None of what is not its to say."""
     most = max((_largest(item.serial) for item in items.values()), default=0.0)
-    return {event: _mark(item, mesh, FLOOR * most) for event, item in items.items()}
+    return {
+        event: None if item.elsewhere else _mark(item, mesh, FLOOR * most)
+        for event, item in items.items()
+    }
 
 
-def rows(found: Mapping[Event, Mark], mesh: Mesh, tolerance: float) -> dict[Event, Row]:
+def rows(found: Mapping[Event, Mark | None], mesh: Mesh, tolerance: float) -> dict[Event, Row]:
     """What all ranks say, in the order of the first. Collective."""
     every = mesh.world.allgather_object(found)
     table = {}
     for event in every[0]:
         of_ranks = [marks.get(event) for marks in every]
+        if not any(of_ranks):  # a module that a pipeline does not call, but its links
+            continue
         prints = [mark and mark.serial for mark in of_ranks]
         off = max(mark.off for mark in of_ranks if mark)
         table[event] = Row(off, of_ranks, differing(mesh, prints, together(event, mesh), tolerance))
@@ -102,8 +109,8 @@ def rows(found: Mapping[Event, Mark], mesh: Mesh, tolerance: float) -> dict[Even
 
 
 def large(mesh: Mesh) -> list[str]:
-    """The axes of more than one rank."""
-    return [name for name, size in mesh.sizes.items() if size > 1]
+    """The axes of more than one rank, but for a pipeline's: its ranks have nothing in common."""
+    return [name for name, size in mesh.sizes.items() if size > 1 and name != "pp"]
 
 
 def together(event: Event, mesh: Mesh) -> list[str]:

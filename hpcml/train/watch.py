@@ -78,7 +78,6 @@ class Watch:
     """In the order in which it was there."""
 
     def __post_init__(self) -> None:
-        self._passes = -1
         self._calls: Counter[str] = Counter()
         self._running: list[_Call] = []
 
@@ -97,8 +96,7 @@ class Watch:
 
     def _enter(self, name: str) -> Callable[..., Any]:
         def hook(module: Module, args: tuple[Any, ...]) -> Any:
-            self._passes += module is self.step.model
-            if self._passes != self.number:
+            if self.number is None or self.step.current != self.number:
                 return None
             self._running.append(_Call(name, self._calls[name]))
             self._calls[name] += 1
@@ -107,7 +105,7 @@ class Watch:
         return hook
 
     def _leave(self, module: Module, args: Any, out: Any) -> Any:
-        if self._passes != self.number:
+        if self.number is None or self.step.current != self.number:
             return None
         changed = self._noted(out, "output")
         self._running.pop()

@@ -75,7 +75,7 @@ def report_of(job: Path, *overrides: str, precision: str = "fp64") -> Report:
     def program() -> Report:
         return check(config, begin(config)[0])
 
-    reports = run(program, ranks=max(sizes.dp, 1) * sizes.cp * sizes.tp, timeout=60)
+    reports = run(program, ranks=max(sizes.dp, 1) * sizes.cp * sizes.tp * sizes.pp, timeout=60)
     assert all(report == reports[0] for report in reports)
     return reports[0]
 
@@ -99,6 +99,10 @@ HEALTHY = [
     ("own", f"mesh.tp=2 {SP}"),
     ("own", "mesh.tp=3 zero.stage=1"),
     ("own", f"mesh.dp=2 mesh.tp=2 zero.stage=3 {SP}"),
+    ("gpt", "mesh.pp=2 train.microbatch=1"),
+    ("gpt", "mesh.dp=2 mesh.pp=2 pipeline.schedule=zero-bubble zero.stage=2 train.microbatch=1"),
+    ("gpt", f"mesh.pp=2 mesh.tp=2 pipeline.schedule=gpipe {SP}"),
+    ("mlp", "mesh.pp=3 pipeline.schedule=zero-bubble train.microbatch=2"),
 ]
 
 
@@ -108,7 +112,8 @@ def test_healthy_runs_agree(jobs: dict[str, Path], kind: str, overrides: str) ->
     assert report.first is None and report.agrees and report.steps == 2
     names = {layer.name for layer in report.layers}
     last = {"gpt": "lm_head", "mlp": "layers.6", "own": "head"}[kind]
-    assert {last, "the model", "the loss"} <= names
+    assert {last, "the loss"} <= names
+    assert ("the model" in names) == ("mesh.pp" not in overrides)  # its links are called, not it
     for layer in report.layers:
         assert layer.forward is not None and layer.backward is not None, layer.name
         assert max(layer.forward, layer.backward, layer.gradient or 0) < 1e-12, layer
@@ -179,6 +184,10 @@ FAULTS: dict[str, tuple[Any, str, str, tuple[str, str, str], str]] = {
     "missing forward": (REDUCED, "gpt", "mesh.tp=3", ("forward", C_PROJ, "tp"), MISSING),
     "missing, beside dp": (
         REDUCED, "gpt", "mesh.dp=2 mesh.tp=2 zero.stage=3", ("forward", C_PROJ, "tp"), MISSING,
+    ),
+    "missing, in a stage": (
+        REDUCED, "gpt", "mesh.pp=2 mesh.tp=2 train.microbatch=1", ("forward", C_PROJ, "tp"),
+        MISSING,
     ),
     "missing, with a bias": (
         (RowParallelLinear, "forward", row("layers.2", not_reduced)),

@@ -83,6 +83,7 @@ class PipelineStep(Step):
         total = data.count(size, self.microbatch, self.axis.size)
         work = _Microbatches(self, batch, first, parts, factor, np.zeros(total))
         Runtime(work, self._transfers, self.assembly.rank_of).run(self._program(rounds))
+        self.current = -1
         return work.losses
 
     # --- forward alone --------------------------------------------------------------------------
@@ -219,6 +220,7 @@ class _Microbatches:
     def forward(self, stage: int, microbatch: int, inputs: Values) -> Any:
         """The outputs of a stage; of the last one the loss."""
         step, part = self.step, self.parts[microbatch]
+        step.current = microbatch
         with rng.samples(step.seed, self.first + part.samples.start):
             out = step.run_stage(stage, inputs, self.inputs(microbatch))
             if stage < len(step.assembly.rank_of) - 1:
