@@ -49,6 +49,8 @@ def parallelize(
     schedule: str = "1f1b",
     chunks: int = 1,
     stages: Sequence[int | str] = (),
+    activations: str = "keep",
+    offload_dir: str = "",
     **settings: Any,
 ) -> Step:
     """Make a training step of a serially written model: `loss_value = step(batch)`.
@@ -89,7 +91,9 @@ def parallelize(
     schedule: of the pipeline along the axis "pp", which divides the model's `chain`: "naive",
         "gpipe", "1f1b", "interleaved", "zero-bubble", a file or `package.module:function`
         (`hpcml.parallel.pipeline`). chunks: stages that a rank has, with "interleaved". stages:
-        the links with which stages begin, but for the first; balanced by default.
+        the links with which stages begin, but for the first; balanced by default. activations: what
+        becomes of those of a microbatch until its backward: "keep", "drop" (and compute them again
+        from the stage's inputs) or "offload" (to a file in `offload_dir`; from a GPU to the host).
 
     Without a number of threads (`backend.set_threads`) the processes of a node share its cores, or
     each has OMP_NUM_THREADS. Raises UserError for what this version cannot do.
@@ -119,7 +123,10 @@ def parallelize(
     if assembly is not None:
         given = assembly.groups(given)
         if mesh["pp"].size > 1:
-            make = partial(PipelineStep, assembly=assembly, schedule=schedule, chunks=chunks)
+            make = partial(
+                PipelineStep, assembly=assembly, schedule=schedule, chunks=chunks,
+                activations=activations, offload_dir=offload_dir,
+            )  # fmt: skip
     with rng.samples(seed, 0):  # first values depend on the seed and the names alone
         made = agree(mesh.world, partial(_made, optimizer, given, settings))
         states = Zero(

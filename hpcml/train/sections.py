@@ -178,6 +178,12 @@ class Pipeline:
         "own (see hpcml schedule)",
     )
     chunks: int = key(1, "stages of a rank (1: as many as the schedule likes)", low=1)
+    activations: str = key(
+        "keep",
+        "of a microbatch until its backward: keep, drop and compute again, or offload to a file",
+        choices=("keep", "drop", "offload"),
+    )
+    offload_dir: str = key("", "folder of that file (default: the system's for temporary files)")
     stages: tuple[int | str, ...] = key(
         (), "first link of each stage but the first, by name or number (default: balanced)"
     )

@@ -71,7 +71,8 @@ def test_under_mpiexec_a_sample_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["pipeline.schedule=interleaved", "train.microbatch=2"], ["3 microbatches", "multiple of 2"]),
+        (["pipeline.schedule=interleaved", "train.microbatch=2"], ["3 microbatches", "multiple"]),
+        (["pipeline.offload_dir=nowhere", "pipeline.activations=offload"], ["nowhere", "room"]),
         (["pipeline.schedule=1f2b"], ["1f2b", "did you mean"]),
         (["pipeline.chunks=9", "pipeline.schedule=interleaved"], ["18 stages", "mesh.pp"]),
         (['pipeline.stages=["transformer.h.7"]'], ["transformer.h.7", "no link"]),

@@ -6,12 +6,13 @@ It knows no schedule by name. What to do in which order is the table's affair (`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from hpcml.autograd import Context, Tensor, primitive
+from hpcml.autograd import Context, Tensor, no_grad, primitive
 from hpcml.autograd.backward import Deferred, backward
 from hpcml.backend import Array, xp
 from hpcml.parallel.pipeline.actions import Action, Kind
@@ -25,6 +26,12 @@ class Work(Protocol):
 
     def forward(self, stage: int, microbatch: int, inputs: Values) -> Any:
         """The outputs of a stage; of the last one the loss."""
+
+    def drops(self, stage: int) -> bool:
+        """Whether a stage keeps its inputs only, and computes forward again before backward."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Within, what is saved for backward goes where it shall be until then."""
 
     def inputs(self, microbatch: int) -> Values:
         """What the first stage is called with."""
@@ -96,11 +103,16 @@ class Runtime:
         else:
             arrays = self._arrived(Kind.RECV_F, stage, microbatch)
             inputs = tuple(Tensor(a, _has_gradient(a)) for a in arrays)
-        made = self.work.forward(stage, microbatch, inputs)
-        outputs = list(made) if isinstance(made, tuple) else [made]
-        self.kept[stage, microbatch] = _Kept(inputs, outputs)
+        drops = self.work.drops(stage)
+        with no_grad() if drops else self.work.saving():
+            outputs = self._compute(stage, microbatch, inputs)
+        self.kept[stage, microbatch] = _Kept(inputs, [] if drops else outputs)
         if stage + 1 < len(self.rank_of):
             self._leave(Kind.SEND_F, stage, microbatch, [one.data for one in outputs])
+
+    def _compute(self, stage: int, microbatch: int, inputs: Values) -> list[Tensor]:
+        made = self.work.forward(stage, microbatch, inputs)
+        return list(made) if isinstance(made, tuple) else [made]
 
     def _backward(self, stage: int, microbatch: int) -> None:
         self.work.before_backward(stage, microbatch)
@@ -117,6 +129,8 @@ class Runtime:
 
     def _back(self, stage: int, microbatch: int, defer: bool) -> Deferred | None:
         kept = self.kept[stage, microbatch]
+        if not kept.outputs:
+            kept.outputs = self._compute(stage, microbatch, kept.inputs)
         if stage + 1 == len(self.rank_of):
             (root,) = kept.outputs
             gradient = self.work.loss_gradient(microbatch, root)

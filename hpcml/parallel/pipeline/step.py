@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 
 from hpcml import rng
 from hpcml.autograd import Tensor
+from hpcml.autograd.mode import mode
 from hpcml.backend import Array, dtype, is_half
 from hpcml.errors import UserError
 from hpcml.nn import Parameter
 from hpcml.parallel import data
 from hpcml.parallel.batch import as_tensor, samples_of
+from hpcml.parallel.offload import Store
 from hpcml.parallel.pipeline.actions import Action, Schedule
 from hpcml.parallel.pipeline.assemble import Assembly
 from hpcml.parallel.pipeline.find import find
@@ -32,10 +35,17 @@ class PipelineStep(Step):
     """
 
     def __init__(
-        self, *args: Any, assembly: Assembly, schedule: str, chunks: int, **options: Any
-    ) -> None:
-        """As for `Step`, with what `assemble` made; schedule, chunks: see `parallelize`."""
+        self, *args: Any, assembly: Assembly, schedule: str, chunks: int, activations: str = "keep",
+        offload_dir: str = "", **options: Any,
+    ) -> None:  # fmt: skip
+        """As for `Step`, with what `assemble` made; for the others see `parallelize`."""
         super().__init__(*args, **options)
+        if activations not in ("keep", "drop", "offload"):
+            raise UserError(
+                f'pipeline.activations="{activations}" is unknown: use keep, drop or offload'
+            )
+        self.drops = activations == "drop"
+        self.store = Store(offload_dir) if activations == "offload" else None
         self.assembly, self.schedule, self.chunks = assembly, schedule, chunks
         self.pipeline = self.mesh["pp"]
         self._owners = self.mesh["pp", "dp"]
@@ -46,6 +56,8 @@ class PipelineStep(Step):
 
     def plan(self, size: int) -> None:
         """See that the schedule fits batches of `size` samples; raises UserError if not."""
+        if self.store is not None:
+            self.store.open()
         self._program(self._rounds(size))
 
     def _rounds(self, size: int) -> int:
@@ -208,6 +220,15 @@ class _Microbatches:
             self._fields[microbatch] = self.step.fields(samples_of(self.batch, part.samples))
         return self._fields[microbatch]
 
+    def drops(self, stage: int) -> bool:
+        """All stages but the last: there backward comes next."""
+        return self.step.drops and stage + 1 < len(self.step.assembly.rank_of)
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Within, what is saved is offloaded, if so chosen."""
+        store = self.step.store
+        return nullcontext() if store is None else store.offloaded()
+
     def inputs(self, microbatch: int) -> Values:
         """What the model is called with."""
         fields = self.fields(microbatch)
@@ -220,7 +241,7 @@ class _Microbatches:
     def forward(self, stage: int, microbatch: int, inputs: Values) -> Any:
         """The outputs of a stage; of the last one the loss."""
         step, part = self.step, self.parts[microbatch]
-        step.current = microbatch
+        step.current = microbatch if mode.recording else -1  # it may be computed again
         with rng.samples(step.seed, self.first + part.samples.start):
             out = step.run_stage(stage, inputs, self.inputs(microbatch))
             if stage < len(step.assembly.rank_of) - 1:

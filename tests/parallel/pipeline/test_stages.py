@@ -277,16 +277,25 @@ def test_an_error_in_a_later_stage_ends_a_trial_on_all_ranks() -> None:
     assert first == "" and "linear(x (2, 4)" in second and second == third
 
 
-@cases(("schedule", "peaks"), [("gpipe", [6, 6]), ("1f1b", [2, 1]), ("naive", [1, 1])])
-def test_activations_that_wait_are_those_of_the_schedule(schedule: str, peaks: list[int]) -> None:
-    """Peak of memory in units of a microbatch: M for GPipe, min(K - s, M) for 1F1B."""
+@cases(
+    ("schedule", "activations", "peaks"),
+    [("gpipe", "keep", [6, 6]), ("1f1b", "keep", [2, 1]), ("naive", "keep", [1, 1]),
+     ("gpipe", "drop", [1.2, 6]), ("gpipe", "offload", [1.4, 1.4])],
+)  # fmt: skip
+def test_activations_that_wait_are_those_of_the_schedule(
+    schedule: str, activations: str, peaks: list[float]
+) -> None:
+    """Peak of memory in units of a microbatch: M for GPipe, min(K - s, M) for 1F1B.
+
+    Where they are dropped or moved, inputs and outputs of stages are left beside one that is there.
+    """
 
     def program() -> float:
         mesh = Mesh(dp=1, pp=2)
         model = GPT(16, 64, 8, 2, 64, tie_embeddings=False)
         step = hpcml.parallelize(
             model, loss=NextTokenLoss(), optimizer=hpcml.optim.SGD, mesh=mesh, microbatch=1,
-            schedule=schedule, stages=[5],
+            schedule=schedule, stages=[5], activations=activations,
         )  # fmt: skip
         tokens = np.random.default_rng(0).integers(0, 16, (2, 6, 64))
         peak = []

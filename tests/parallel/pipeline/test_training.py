@@ -18,10 +18,18 @@ from hpcml.comm import Mesh
 from hpcml.comm import run as on_threads
 from hpcml.comm.alone import Alone
 from hpcml.models import GPT, MLP, NextTokenLoss
-from hpcml.parallel import Step
+from hpcml.parallel import Step, offload
 from tests.parallel.cases import CLIP, Fields, decay_matrices, serial_mesh, values
 
 cases = pytest.mark.parametrize
+
+
+@pytest.fixture(autouse=True)
+def offload_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small."""
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+
+
 VOCAB, LENGTH, STEPS = 13, 7, 3
 
 
@@ -165,6 +173,13 @@ WAYS: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"pp": 2, "tp": 2}, {**SP, "overlap": True, "schedule": "zero-bubble"}),
     ({"pp": 2, "tp": 2}, {**SP, "zero": 3, "partition_activations": "yes"}),
     ({"pp": 2, "cp": 2}, {"zero": 2}),
+    ({"pp": 2}, {"activations": "drop"}),
+    ({"pp": 2}, {"activations": "offload"}),
+    ({"pp": 3}, {"activations": "drop", "schedule": "zero-bubble", "zero": 3}),
+    ({"pp": 3}, {"activations": "offload", "schedule": "zero-bubble"}),
+    ({"pp": 2, "tp": 2}, {**SP, "activations": "drop"}),
+    ({"dp": 2, "pp": 2}, {"activations": "drop", "zero": 3, "schedule": "gpipe"}),
+    ({"pp": 2}, {**INTERLEAVED, "size": 4, "activations": "drop"}),
     ({"pp": 2}, {**INTERLEAVED, "size": 4}),
     ({"pp": 2}, {**INTERLEAVED, "size": 4, "zero": 3}),
     ({"dp": 2, "pp": 2}, {**INTERLEAVED, "size": 8, "zero": 2}),
@@ -230,6 +245,8 @@ BITS: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"pp": 2}, {"schedule": "zero-bubble"}),
     ({"pp": 2}, {"schedule": "naive", "stages": [3]}),
     ({"pp": 2}, {**INTERLEAVED}),
+    ({"pp": 2}, {"activations": "drop"}),
+    ({"pp": 2}, {"activations": "offload", "schedule": "gpipe"}),
     ({"pp": 3}, {"zero": 1}),
     ({"pp": 4}, {"schedule": "zero-bubble"}),
     *(({"dp": 2, "pp": 2}, {"zero": stage}) for stage in range(4)),
