@@ -49,6 +49,7 @@ def parallelize(
     schedule: str = "1f1b",
     chunks: int = 1,
     stages: Sequence[int | str] = (),
+    costs: Sequence[float] | None = None,
     activations: str = "keep",
     offload_dir: str = "",
     **settings: Any,
@@ -91,7 +92,8 @@ def parallelize(
     schedule: of the pipeline along the axis "pp", which divides the model's `chain`: "naive",
         "gpipe", "1f1b", "interleaved", "zero-bubble", a file or `package.module:function`
         (`hpcml.parallel.pipeline`). chunks: stages that a rank has, with "interleaved". stages:
-        the links with which stages begin, but for the first; balanced by default. activations: what
+        the links with which stages begin, but for the first; balanced by default. costs: of the
+        links, by which they are balanced; by default multiplications are counted. activations: what
         becomes of those of a microbatch until its backward: "keep", "drop" (and compute them again
         from the stage's inputs) or "offload" (to a file in `offload_dir`; from a GPU to the host).
 
@@ -119,7 +121,7 @@ def parallelize(
         overlap=overlap, partition_activations=partition_activations,
     )  # fmt: skip
     given = groups(model) if groups else list(model.parameters())
-    assembly = cut(model, mesh, schedule, chunks, stages)
+    assembly = cut(model, mesh, schedule, chunks, stages, costs)
     if assembly is not None:
         given = assembly.groups(given)
         if mesh["pp"].size > 1:
@@ -149,7 +151,12 @@ def _made(make: Callable[..., Optimizer], given: Any, settings: dict[str, Any]) 
 
 
 def cut(
-    model: Module, mesh: Mesh, schedule: str, chunks: int, where: Sequence[int | str]
+    model: Module,
+    mesh: Mesh,
+    schedule: str,
+    chunks: int,
+    where: Sequence[int | str],
+    costs: Sequence[float] | None,
 ) -> Assembly | None:
     """The stages of a model along the axis "pp"; None where there is no need to cut it.
 
@@ -165,7 +172,7 @@ def cut(
     else:
         return None
     return assemble(
-        model, rank=axis.rank, rank_of=rank_of, where=where,
+        model, rank=axis.rank, rank_of=rank_of, where=where, costs=costs,
         apart=mesh.deterministic,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
 from hpcml.parallel import Step, parallelize, threads
+from hpcml.parallel.batch import as_tensor, samples_of
+from hpcml.parallel.pipeline.partition import measured
 from hpcml.train import kinds, log, weights
 from hpcml.train.config import Config
 from hpcml.train.log import logger
@@ -59,7 +61,11 @@ def build(config: Config, mesh: Mesh) -> Run:
     callback = None
     if config.callback.kind:
         callback = agree(mesh.world, partial(_build_callback, config))
-    step = make_step(config, mesh, model, loss)
+    costs = None
+    if config.pipeline.balance == "measured" and mesh["pp"].size > 1:
+        another = agree(mesh.world, partial(build_model, config, data.info))
+        costs = measured_costs(config, mesh, data, another)
+    step = make_step(config, mesh, model, loss, costs)
     agree(mesh.world, partial(step.plan, config.train.global_batch))
     agree(mesh.world, partial(try_sample, step, data))
     logger.info("%s, loss and data fit", type(model).__name__)
@@ -108,8 +114,10 @@ def build_model(config: Config, info: Mapping[str, Any]) -> Module:
     return model
 
 
-def make_step(config: Config, mesh: Mesh, model: Module, loss: Any) -> Step:
-    """The training step of a configuration. Collective."""
+def make_step(
+    config: Config, mesh: Mesh, model: Module, loss: Any, costs: Sequence[float] | None = None
+) -> Step:
+    """The training step of a configuration; costs: of the model's links. Collective."""
 
     def optimizer(parameters: Any) -> Optimizer:
         return kinds.build(config.optim, {}, parameters)  # type: ignore[no-any-return]
@@ -121,12 +129,26 @@ def make_step(config: Config, mesh: Mesh, model: Module, loss: Any) -> Step:
         zero=config.zero.stage, bucket_mb=config.zero.bucket_mb,
         shard_ranks=config.zero.shard_ranks, zero_split=config.zero.split,
         schedule=config.pipeline.schedule, chunks=config.pipeline.chunks,
-        stages=config.pipeline.stages, activations=config.pipeline.activations,
+        stages=config.pipeline.stages, costs=costs, activations=config.pipeline.activations,
         offload_dir=config.pipeline.offload_dir, tensor_split=config.tensor.split,
         sequence_parallel=config.tensor.sequence_parallel,
         partition_activations=config.tensor.partition_activations,
         **{**asdict(together), "overlap": OVERLAP[together.overlap]},
     )  # fmt: skip
+
+
+def measured_costs(config: Config, mesh: Mesh, data: Data, model: Module) -> list[float]:
+    """Seconds of the links of a model for a microbatch, by the first rank. Collective."""
+
+    def measure() -> list[float]:
+        if mesh.rank > 0:
+            return []
+        count = config.train.microbatch or config.train.global_batch
+        fields = samples_of(next(iter(Batches(data.train, count, None))), slice(0, count))
+        kind = backend.dtype(config.train.precision)
+        return measured(model.name_parts(), [as_tensor(one, kind) for one in fields[:-1]])
+
+    return mesh.world.broadcast_object(agree(mesh.world, measure))
 
 
 def decay_matrices(model: Module) -> list[dict[str, Any]]:

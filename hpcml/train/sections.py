@@ -178,6 +178,11 @@ class Pipeline:
         "own (see hpcml schedule)",
     )
     chunks: int = key(1, "stages of a rank (1: as many as the schedule likes)", low=1)
+    balance: str = key(
+        "counted",
+        "stages of equal cost, by multiplications (counted) or by time (measured, at the start)",
+        choices=("counted", "measured"),
+    )
     activations: str = key(
         "keep",
         "of a microbatch until its backward: keep, drop and compute again, or offload to a file",

@@ -27,6 +27,7 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (3, ["mesh.pp=3", "pipeline.schedule=zero-bubble", MICRO, "zero.stage=3"]),
         (2, ["mesh.pp=2", "pipeline.schedule=interleaved", "train.microbatch=3"]),
         (4, ["mesh.pp=2", "mesh.tp=2", "pipeline.schedule=gpipe", MICRO]),
+        (3, ["mesh.pp=3", "pipeline.balance=measured", MICRO]),
         (4, ["mesh.pp=2", 'pipeline.stages=["transformer.h.1"]', "zero.stage=2", MICRO]),
     ],
     ids=str,

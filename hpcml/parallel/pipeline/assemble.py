@@ -58,16 +58,18 @@ def assemble(
     rank: int,
     rank_of: Sequence[int],
     where: Sequence[int | str] = (),
+    costs: Sequence[float] | None = None,
     apart: bool = False,
 ) -> Assembly:
     """Cut a model into as many stages as `rank_of` has ranks for, and keep those of this rank.
 
-    where: cuts, else they are balanced. apart: every use of a parameter that links share has an
-    accumulator of its own, on one rank too (deterministic mode: where the model is cut must not
-    change the order of additions). Changes the model: parameters of other ranks have no values.
+    where: cuts, else they are balanced, by `costs` of the links if given. apart: every use of a
+    parameter that links share has an accumulator of its own, on one rank too (deterministic mode:
+    where the model is cut must not change the order of additions). Changes the model: parameters of
+    other ranks have no values.
     """
     chain = links(model)
-    cut = stages(chain, len(rank_of), where)
+    cut = stages(chain, len(rank_of), where, costs)
     stage_of_link = {link.name: stage.index for stage in cut for link in stage.links}
     ties = list(_ties(model, chain, stage_of_link, rank_of, apart))
     twins = {(link, id(tie.first)): tie.twin for link, tie in ties}

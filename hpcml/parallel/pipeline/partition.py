@@ -6,14 +6,17 @@ by a dynamic programme over the links and the stages; that is done here, by the 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from hpcml.errors import UserError
-from hpcml.nn import Embedding, Parameter
+from hpcml.nn import Embedding, Module, Parameter
+from hpcml.nn.evaluation import evaluating
 from hpcml.parallel.pipeline.chain import Link
+from hpcml.parallel.pipeline.chain import links as links_of
 from hpcml.parallel.tensor.naive import NaiveEmbedding
 from hpcml.parallel.tensor.vocab import PositionEmbedding, VocabParallelEmbedding
 
@@ -40,18 +43,26 @@ class Stage:
         return made
 
 
-def stages(links: Sequence[Link], count: int, where: Sequence[int | str] = ()) -> list[Stage]:
+def stages(
+    links: Sequence[Link],
+    count: int,
+    where: Sequence[int | str] = (),
+    costs: Sequence[float] | None = None,
+) -> list[Stage]:
     """Cut links into `count` stages: before those that `where` names, or balanced.
 
-    where: the first link of each stage but the first, by name or by number from 0. Raises UserError
-    if that is no way to cut, or if a stage would have no parameters.
+    where: the first link of each stage but the first, by name or by number from 0. costs: of the
+    links, such as `measured`; counted by default (`cost`). Raises UserError if that is no way to
+    cut, or if a stage would have no parameters.
     """
     if count > len(links):
         raise UserError(
             f"{count} stages for a model of {len(links)} links ({_names(links)}): set mesh.pp or "
             "pipeline.chunks lower, or declare a longer chain"
         )
-    starts = _given(links, count, where) if where else _balanced(links, count)
+    if costs is None:
+        costs = [cost(link) for link in links]
+    starts = _given(links, count, where) if where else _balanced(links, count, costs)
     ends = [*starts[1:], len(links)]
     found = [
         Stage(number, tuple(links[start:end]))
@@ -77,6 +88,28 @@ def cost(link: Link) -> int:
     )
 
 
+def measured(model: Module, inputs: Sequence[Any], rounds: int = 3) -> list[float]:
+    """Seconds of each link of a model in forward, the least of some rounds.
+
+    One link after the other has its parameters, which are let go again: no rank needs room for all.
+    inputs: what the model is called with.
+    """
+    seconds = []
+    values: Any = tuple(inputs)
+    with evaluating(model):
+        for link in links_of(model):
+            times = []
+            for _ in range(rounds + 1):  # the first warms up
+                start = time.perf_counter()
+                made = link.call(*values)
+                times.append(time.perf_counter() - start)
+            seconds.append(min(times[1:]))
+            values = made if isinstance(made, tuple) else (made,)
+            for parameter in link.parameters:
+                parameter.forget()
+    return seconds
+
+
 def _given(links: Sequence[Link], count: int, where: Sequence[int | str]) -> list[int]:
     names = [link.name for link in links]
     if len(where) != count - 1:
@@ -98,18 +131,21 @@ def _given(links: Sequence[Link], count: int, where: Sequence[int | str]) -> lis
     return starts
 
 
-def _balanced(links: Sequence[Link], count: int) -> list[int]:
+def _balanced(links: Sequence[Link], count: int, costs: Sequence[float]) -> list[int]:
     """The first link of each stage, so that the largest cost is least and all have parameters."""
-    sums = [0, *accumulate(cost(link) + 1 for link in links)]
+    if len(costs) != len(links):
+        raise UserError(f"{len(costs)} costs for {len(links)} links ({_names(links)}): one each")
+    sums = [0.0, *accumulate(costs)]
     weights = [0, *accumulate(bool(link.parameters) for link in links)]
-    # best[k][j]: the least largest cost of the first j links in k stages, and where the last begins
-    best: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
+    # best[k][j]: of the first j links in k stages the least largest cost, then the most even ones
+    # (by squares), and where the last stage begins
+    best: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}]
     for _ in range(count):
-        row: dict[int, tuple[int, int]] = {}
+        row: dict[int, tuple[float, float, int]] = {}
         for end in range(1, len(links) + 1):
             ways = [
-                (max(before, sums[end] - sums[start]), start)
-                for start, (before, _) in best[-1].items()
+                (max(most, sums[end] - sums[start]), even + (sums[end] - sums[start]) ** 2, start)
+                for start, (most, even, _) in best[-1].items()
                 if start < end and weights[start] < weights[end]
             ]
             if ways:
@@ -123,7 +159,7 @@ def _balanced(links: Sequence[Link], count: int) -> list[int]:
     starts: list[int] = []
     end = len(links)
     for row in best[:0:-1]:
-        end = row[end][1]
+        end = row[end][2]
         starts.append(end)
     return starts[::-1]
 

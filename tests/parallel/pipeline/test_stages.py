@@ -18,7 +18,7 @@ from hpcml.comm import run as on_threads
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.models import GPT, MLP, NextTokenLoss
 from hpcml.parallel.pipeline.chain import links
-from hpcml.parallel.pipeline.partition import cost, stages
+from hpcml.parallel.pipeline.partition import cost, measured, stages
 from hpcml.parallel.replicas import ReplicaError
 from tests.parallel.cases import values
 from tests.parallel.pipeline.test_training import MODELS, make
@@ -95,6 +95,19 @@ def test_stages_are_balanced(layers: int, count: int) -> None:
         for cuts in combinations(range(1, len(chain)), count - 1)
     )
     assert most == best and all(stage.parameters for stage in found)
+
+
+def test_stages_of_equal_time() -> None:
+    """By costs that are given, and by those that are measured, of every link."""
+    chain = links(gpt())
+    found = stages(chain, 3, (), [9, 1, 1, 1, 1, 1, 1])
+    assert [len(stage.links) for stage in found] == [1, 3, 3]
+    model = gpt(6)
+    seconds = measured(model, [np.zeros((2, 7), np.int64)])
+    assert len(seconds) == len(links(model)) and min(seconds) > 0
+    assert all(parameter._array is None for parameter in model.parameters())
+    with pytest.raises(UserError, match="2 costs for 7 links"):
+        stages(chain, 3, (), [1, 2])
 
 
 def test_stages_without_parameters_are_avoided() -> None:
