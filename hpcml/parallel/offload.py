@@ -11,16 +11,16 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
 
 from hpcml import memory
-from hpcml.autograd import saved_tensors_hooks
 from hpcml.backend import Array, xp
 from hpcml.errors import UserError
+from hpcml.parallel.packing import Packed, packed
 
 SMALLEST = 1 << 10
 """Elements below which an array stays: it would cost more time than it gives memory."""
@@ -39,28 +39,11 @@ class Store:
         self._end = 0
         self._free: dict[int, list[int]] = {}  # by size, where
 
-    @contextmanager
-    def offloaded(self) -> Iterator[None]:
-        """Move what is saved for backward inside the block."""
-        moved: dict[int, tuple[weakref.ref[Array], _Moved]] = {}
+    def offloaded(self) -> AbstractContextManager[None]:
+        """Within, what is saved for backward is moved here."""
+        return packed(self.put, SMALLEST)
 
-        def pack(array: Array) -> Array | _Moved:
-            if array.size < SMALLEST:
-                return array
-            known = moved.get(id(array))
-            if known is not None and known[0]() is array:  # several uses save one array once
-                return known[1]
-            there = self.put(array)
-            moved[id(array)] = weakref.ref(array), there
-            return there
-
-        def unpack(value: Array | _Moved) -> Array:
-            return value.get() if isinstance(value, _Moved) else value
-
-        with saved_tensors_hooks(pack, unpack):
-            yield
-
-    def put(self, array: Array) -> _Moved:
+    def put(self, array: Array) -> Packed:
         """Move an array here."""
         module = xp(array)
         if module is not np:
@@ -113,16 +96,8 @@ class Store:
             ) from None
 
 
-class _Moved:
-    """An array that is elsewhere."""
-
-    def get(self) -> Array:
-        """Bring it back."""
-        raise TypeError
-
-
 @dataclass(frozen=True)
-class _OnHost(_Moved):
+class _OnHost(Packed):
     module: ModuleType
     values: Array
 
@@ -130,7 +105,7 @@ class _OnHost(_Moved):
         return self.module.asarray(self.values)
 
 
-class _InFile(_Moved):
+class _InFile(Packed):
     """In a file, until nobody refers to it any more."""
 
     def __init__(

@@ -7,7 +7,6 @@ in backward: one all-gather of each array more, 1/N of the memory.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from types import ModuleType
 import numpy as np
 
 from hpcml import memory
-from hpcml.autograd import saved_tensors_hooks
 from hpcml.backend import Array, xp
 from hpcml.comm import Axis
+from hpcml.parallel.packing import Packed, packed
 
 SMALLEST = 1 << 10
 """Elements below which an array is kept whole: the message would cost more than the memory."""
@@ -37,31 +36,16 @@ def partitioned(axis: Axis, *, offload: bool = False) -> Iterator[None]:
     if axis.size == 1:
         yield
         return
-    kept: dict[int, tuple[weakref.ref[Array], _Part]] = {}
-
-    def pack(array: Array) -> Array | _Part:
-        if array.size < SMALLEST:
-            return array
-        known = kept.get(id(array))
-        if known is not None and known[0]() is array:  # several uses save one array once
-            return known[1]
-        part = _Part.of(array, axis, offload)
-        kept[id(array)] = weakref.ref(array), part
-        return part
-
-    def unpack(value: Array | _Part) -> Array:
-        return value.gather(axis) if isinstance(value, _Part) else value
-
-    with saved_tensors_hooks(pack, unpack):
+    with packed(lambda array: _Part.of(array, axis, offload), SMALLEST):
         yield
-    kept.clear()
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Part(Packed):
     """This rank's elements of a flattened array, and what the whole looks like."""
 
     own: Array
+    axis: Axis
     shape: tuple[int, ...]
     module: ModuleType
     """Where the whole is needed: of NumPy or CuPy."""
@@ -78,13 +62,13 @@ class _Part:
         else:
             own = m.zeros((block,), array.dtype)
             own[: flat.size] = flat
-        return _Part(own, array.shape, m)
+        return _Part(own, axis, array.shape, m)
 
-    def gather(self, axis: Axis) -> Array:
+    def get(self) -> Array:
         """The whole, from all ranks, where it came from."""
-        size = self.own.size * axis.size
+        size = self.own.size * self.axis.size
         on_host = xp(self.own) is np
         whole = (memory if on_host else self.module).empty((size,), self.own.dtype)
-        axis.allgather(self.own, out=whole)
+        self.axis.allgather(self.own, out=whole)
         count = int(np.prod(self.shape, dtype=np.int64))
         return self.module.asarray(whole[:count].reshape(self.shape))

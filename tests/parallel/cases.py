@@ -53,6 +53,42 @@ def _tokens(size: int, step: int) -> Fields:
     return made[0], made[1]
 
 
+VOCAB, LENGTH = 13, 7
+"""Of the batches that follow; no number of ranks divides them."""
+
+
+def tokens(step: int, size: int = 5) -> Fields:
+    """Tokens (size, LENGTH), and those that follow."""
+    made = np.random.default_rng([1, step]).integers(0, VOCAB, (2, size, LENGTH))
+    return made[0], made[1]
+
+
+def targets(step: int, size: int = 5) -> Fields:
+    """Tokens, and five numbers for each."""
+    return tokens(step, size)[0], np.random.default_rng([2, step]).normal(size=(size, LENGTH, 5))
+
+
+def classes(step: int, size: int = 5) -> Fields:
+    """Six numbers a sample, as (2, 3), and one of four classes."""
+    random = np.random.default_rng([3, step])
+    return random.normal(size=(size, 2, 3)), random.integers(0, 4, size)
+
+
+def squares(outputs: Tensor, target: Tensor) -> Tensor:
+    """A loss that knows nothing of ranks."""
+    return ((outputs - target) ** 2).mean()
+
+
+def name_of(value: Any) -> str:
+    """Of a parameter of a test: the items of a mapping."""
+    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def ranks_of(layout: dict[str, int]) -> int:
+    """How many ranks axes of these sizes have."""
+    return int(np.prod(list(layout.values())))
+
+
 class Kind(NamedTuple):
     """A model, its loss, and its batches as a function of (size, step)."""
 

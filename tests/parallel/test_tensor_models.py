@@ -17,10 +17,24 @@ from hpcml.comm import run as on_threads
 from hpcml.models import GPT, MLP, NextTokenLoss
 from hpcml.nn import functional as F
 from hpcml.parallel import Step
-from tests.parallel.cases import CLIP, Fields, decay_matrices, serial_mesh, values
+from tests.parallel.cases import (
+    CLIP,
+    LENGTH,
+    VOCAB,
+    Fields,
+    classes,
+    decay_matrices,
+    name_of,
+    ranks_of,
+    serial_mesh,
+    squares,
+    targets,
+    tokens,
+    values,
+)
 
 cases = pytest.mark.parametrize
-VOCAB, LENGTH, STEPS = 13, 7, 3  # which no number of ranks divides
+STEPS = 3
 
 
 class Attention(nn.Module):
@@ -85,39 +99,19 @@ class Own(nn.Module):
         return self.head(x + self.down(self.inner(self.scale(self.up(self.frozen(x)).tanh()))))
 
 
-def squares(outputs: Tensor, target: Tensor) -> Tensor:
-    """A loss that knows nothing of ranks."""
-    return ((outputs - target) ** 2).mean()
-
-
-def _tokens(step: int, size: int = 5) -> Fields:
-    made = np.random.default_rng([1, step]).integers(0, VOCAB, (2, size, LENGTH))
-    return made[0], made[1]
-
-
-def _targets(step: int, size: int = 5) -> Fields:
-    tokens, _ = _tokens(step, size)
-    return tokens, np.random.default_rng([2, step]).normal(size=(size, LENGTH, 5))
-
-
-def _numbers(step: int, size: int = 5) -> Fields:
-    random = np.random.default_rng([3, step])
-    return random.normal(size=(size, 6)), random.integers(0, 4, size)
-
-
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[int], Fields]]] = {
     "gpt": (
         lambda: GPT(VOCAB, LENGTH, layers=2, heads=12, width=24, dropout=0.2),
         NextTokenLoss(),
-        _tokens,
+        tokens,
     ),
     "untied": (
         lambda: GPT(VOCAB, LENGTH, 1, 12, 24, 0.1, bias=False, tie_embeddings=False),
         NextTokenLoss(),
-        _tokens,
+        tokens,
     ),
-    "mlp": (lambda: MLP(6, 4, (11, 9, 7)), nn.CrossEntropyLoss(), _numbers),
-    "own": (Own, squares, _targets),
+    "mlp": (lambda: MLP(6, 4, (11, 9, 7)), nn.CrossEntropyLoss(), classes),
+    "own": (Own, squares, targets),
 }
 
 
@@ -201,31 +195,23 @@ def fits(kind: str, layout: dict[str, int], options: dict[str, Any]) -> bool:
     return "cp" not in layout and (kind == "own" or "sequence_parallel" not in options)
 
 
-def _name(value: Any) -> str:
-    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-
-
-def ranks(layout: dict[str, int]) -> int:
-    return int(np.prod(list(layout.values())))
-
-
 TOGETHER = [(k, *way) for way in WAYS for k in MODELS if fits(k, *way)]
 
 
-@cases(("kind", "layout", "options"), TOGETHER, ids=_name)
+@cases(("kind", "layout", "options"), TOGETHER, ids=name_of)
 def test_training_is_that_of_one_rank(
     kind: str, layout: dict[str, int], options: dict[str, Any]
 ) -> None:
     """Losses, norms, validation, parameters and outputs, on ranks that are threads."""
-    on_threads(lambda: same(kind, layout, options), ranks=ranks(layout))
+    on_threads(lambda: same(kind, layout, options), ranks=ranks_of(layout))
 
 
 HALVES = [("bfloat16", 2e-2), ("float16", 2e-3)]
 
 
 @cases(("dtype", "tolerance"), HALVES)
-@cases("options", [{}, SP, {**SP, "zero": 3, "partition_activations": "yes"}], ids=_name)
-@cases("layout", [{"tp": 2}, {"cp": 2}, {"dp": 2, "tp": 2}], ids=_name)
+@cases("options", [{}, SP, {**SP, "zero": 3, "partition_activations": "yes"}], ids=name_of)
+@cases("layout", [{"tp": 2}, {"cp": 2}, {"dp": 2, "tp": 2}], ids=name_of)
 def test_losses_in_16_bits(
     layout: dict[str, int], options: dict[str, Any], dtype: str, tolerance: float
 ) -> None:
@@ -235,14 +221,14 @@ def test_losses_in_16_bits(
             model, loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW, lr=1e-3, seed=3, mesh=mesh,
             **given,
         )  # fmt: skip
-        return [step(_tokens(number, 4)) for number in range(4)]
+        return [step(tokens(number, 4)) for number in range(4)]
 
     expected = program(serial_mesh())
-    for found in on_threads(lambda: program(Mesh(**layout), **options), ranks=ranks(layout)):
+    for found in on_threads(lambda: program(Mesh(**layout), **options), ranks=ranks_of(layout)):
         np.testing.assert_allclose(found, expected, rtol=tolerance)
 
 
-@cases("layout", [{"tp": 2}, {"tp": 3}, {"tp": 4}, {"dp": 2, "tp": 2}], ids=_name)
+@cases("layout", [{"tp": 2}, {"tp": 3}, {"tp": 4}, {"dp": 2, "tp": 2}], ids=name_of)
 @cases("kind", MODELS)
 def test_first_values_are_those_of_one_rank(kind: str, layout: dict[str, int]) -> None:
     """To the bit, and no rank has made more than its part."""
@@ -259,12 +245,12 @@ def test_first_values_are_those_of_one_rank(kind: str, layout: dict[str, int]) -
         for name, array in values(again).items():
             assert array.tobytes() == expected[name].tobytes(), name
 
-    on_threads(program, ranks=ranks(layout))
+    on_threads(program, ranks=ranks_of(layout))
 
 
 @pytest.mark.mpi
-@cases(("kind", "layout", "options"), TOGETHER, ids=_name)
+@cases(("kind", "layout", "options"), TOGETHER, ids=name_of)
 def test_training_with_mpi(kind: str, layout: dict[str, int], options: dict[str, Any]) -> None:
     """Likewise on the processes of mpiexec, on as many ranks as there are."""
-    if ranks(layout) == Mesh().size > 1:
+    if ranks_of(layout) == Mesh().size > 1:
         same(kind, layout, options)

@@ -19,7 +19,21 @@ from hpcml.comm import run as on_threads
 from hpcml.comm.alone import Alone
 from hpcml.models import GPT, MLP, NextTokenLoss
 from hpcml.parallel import Step, offload
-from tests.parallel.cases import CLIP, Fields, decay_matrices, serial_mesh, values
+from tests.parallel.cases import (
+    CLIP,
+    LENGTH,
+    VOCAB,
+    Fields,
+    classes,
+    decay_matrices,
+    name_of,
+    ranks_of,
+    serial_mesh,
+    squares,
+    targets,
+    tokens,
+    values,
+)
 
 cases = pytest.mark.parametrize
 
@@ -30,7 +44,7 @@ def offload_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "SMALLEST", 1)
 
 
-VOCAB, LENGTH, STEPS = 13, 7, 3
+STEPS = 3
 
 
 class Own(nn.Module):
@@ -82,33 +96,14 @@ class Left(nn.Module):
         return self.drop(self.down(self.up(x).tanh())), y, kinds
 
 
-def squares(outputs: Tensor, target: Tensor) -> Tensor:
-    return ((outputs - target) ** 2).mean()
-
-
-def _tokens(step: int, size: int = 5) -> Fields:
-    made = np.random.default_rng([1, step]).integers(0, VOCAB, (2, size, LENGTH))
-    return made[0], made[1]
-
-
-def _targets(step: int, size: int = 5) -> Fields:
-    tokens, _ = _tokens(step, size)
-    return tokens, np.random.default_rng([2, step]).normal(size=(size, LENGTH, 5))
-
-
-def _numbers(step: int, size: int = 5) -> Fields:
-    random = np.random.default_rng([3, step])
-    return random.normal(size=(size, 2, 3)), random.integers(0, 4, size)
-
-
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[..., Fields]]] = {
-    "gpt": (lambda: GPT(VOCAB, LENGTH, 6, 4, 8, dropout=0.2), NextTokenLoss(), _tokens),
+    "gpt": (lambda: GPT(VOCAB, LENGTH, 6, 4, 8, dropout=0.2), NextTokenLoss(), tokens),
     "untied": (
         lambda: GPT(VOCAB, LENGTH, 4, 4, 8, 0.1, bias=False, tie_embeddings=False),
-        NextTokenLoss(), _tokens,
+        NextTokenLoss(), tokens,
     ),
-    "mlp": (lambda: MLP(6, 4, (11, 9, 7, 8)), nn.CrossEntropyLoss(), _numbers),
-    "own": (Own, squares, _targets),
+    "mlp": (lambda: MLP(6, 4, (11, 9, 7, 8)), nn.CrossEntropyLoss(), classes),
+    "own": (Own, squares, targets),
 }  # fmt: skip
 
 
@@ -196,14 +191,6 @@ def fits(kind: str, layout: dict[str, int], options: dict[str, Any]) -> bool:
     return kind == "gpt" or "tp" not in layout
 
 
-def _name(value: Any) -> str:
-    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-
-
-def ranks(layout: dict[str, int]) -> int:
-    return int(np.prod(list(layout.values())))
-
-
 TOGETHER = [(k, *way) for way in WAYS for k in MODELS if fits(k, *way)]
 
 
@@ -212,19 +199,19 @@ def _go(kind: str, layout: dict[str, int], options: dict[str, Any]) -> None:
     same(kind, {"dp": 1, **layout}, given, given.pop("size", 5))
 
 
-@cases(("kind", "layout", "options"), TOGETHER, ids=_name)
+@cases(("kind", "layout", "options"), TOGETHER, ids=name_of)
 def test_training_is_that_of_one_process(
     kind: str, layout: dict[str, int], options: dict[str, Any]
 ) -> None:
     """Losses, norms, validation, parameters, gradients and outputs, on ranks that are threads."""
-    on_threads(lambda: _go(kind, layout, options), ranks=ranks(layout))
+    on_threads(lambda: _go(kind, layout, options), ranks=ranks_of(layout))
 
 
 @pytest.mark.mpi
-@cases(("kind", "layout", "options"), TOGETHER, ids=_name)
+@cases(("kind", "layout", "options"), TOGETHER, ids=name_of)
 def test_training_with_mpi(kind: str, layout: dict[str, int], options: dict[str, Any]) -> None:
     """Likewise on the processes of mpiexec, on as many ranks as there are."""
-    if ranks(layout) == Mesh().size > 1:
+    if ranks_of(layout) == Mesh().size > 1:
         _go(kind, layout, options)
 
 
@@ -271,7 +258,7 @@ def serial_bits(kind: str) -> tuple[str, list[float]]:
     return bits(kind, Mesh(Alone(), deterministic=True))
 
 
-@cases(("layout", "options"), BITS, ids=_name)
+@cases(("layout", "options"), BITS, ids=name_of)
 @cases("kind", ["gpt", "untied", "own"])
 def test_deterministic_mode_has_the_same_bits(
     kind: str, layout: dict[str, int], options: dict[str, Any]
@@ -283,7 +270,7 @@ def test_deterministic_mode_has_the_same_bits(
     def program() -> tuple[str, list[float]]:
         return bits(kind, Mesh(deterministic=True, **{"dp": 1, **layout}), **options)
 
-    for found in on_threads(program, ranks=ranks(layout)):
+    for found in on_threads(program, ranks=ranks_of(layout)):
         assert found == serial_bits(kind)
 
 
@@ -324,7 +311,7 @@ def test_values_that_were_given_are_those_of_the_first_rank() -> None:
 
     expected = program(serial_mesh())
     for layout in ({"dp": 1, "pp": 3}, {"dp": 2, "pp": 2}):
-        for found in on_threads(lambda: program(Mesh(**layout)), ranks=ranks(layout)):  # noqa: B023
+        for found in on_threads(lambda: program(Mesh(**layout)), ranks=ranks_of(layout)):  # noqa: B023
             for name, array in expected.items():
                 np.testing.assert_array_equal(found[name], array, err_msg=name)
 
@@ -343,8 +330,8 @@ def test_gradients_of_batches_that_are_added_up() -> None:
     def program(mesh: Mesh) -> tuple[float, dict[str, np.ndarray]]:
         step = make("gpt", mesh)
         with step.no_sync():
-            step(_tokens(0, 3))
-        loss = step(_tokens(1, 4))
+            step(tokens(0, 3))
+        loss = step(tokens(1, 4))
         return loss, values(step)
 
     loss, expected = program(serial_mesh())
