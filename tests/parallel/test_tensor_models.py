@@ -184,6 +184,8 @@ WAYS: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"cp": 2, "tp": 2}, SP),
     ({"cp": 2, "tp": 2}, {**SP, "zero": 3, "partition_activations": "yes"}),
     ({"cp": 4}, {"zero": 1}),
+    ({"dp": 2, "cp": 2, "tp": 2}, {**SP, "zero": 1}),
+    ({"dp": 2, "cp": 2, "tp": 2}, {**SP, "zero": 3, "partition_activations": "yes"}),
 ]
 FOR_SEQUENCES = ("gpt", "untied")
 

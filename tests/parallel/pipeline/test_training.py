@@ -168,6 +168,8 @@ WAYS: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"pp": 2, "tp": 2}, {**SP, "overlap": True, "schedule": "zero-bubble"}),
     ({"pp": 2, "tp": 2}, {**SP, "zero": 3, "partition_activations": "yes"}),
     ({"pp": 2, "cp": 2}, {"zero": 2}),
+    ({"pp": 2, "dp": 2, "tp": 2}, {**SP, "zero": 2}),
+    ({"pp": 2, "dp": 2, "tp": 2}, {"zero": 3, "schedule": "zero-bubble"}),
     ({"pp": 2}, {"activations": "drop"}),
     ({"pp": 2}, {"activations": "offload"}),
     ({"pp": 3}, {"activations": "drop", "schedule": "zero-bubble", "zero": 3}),
