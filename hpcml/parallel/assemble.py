@@ -10,11 +10,12 @@ from hpcml import rng
 from hpcml.comm import Mesh, launch
 from hpcml.comm.guard import agree
 from hpcml.errors import UserError
-from hpcml.nn import Module, Sequential
+from hpcml.nn import Module
 from hpcml.optim import Optimizer
 from hpcml.parallel import groups, modes, tensor, threads
 from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.pipeline.assemble import Assembly, assemble, placement
+from hpcml.parallel.pipeline.chain import declares
 from hpcml.parallel.pipeline.step import PipelineStep
 from hpcml.parallel.shards import detach
 from hpcml.parallel.step import LossFunction, Step
@@ -167,7 +168,7 @@ def cut(
     broadcast_parameters(model.parameters(), axis)
     if axis.size > 1:
         rank_of = placement(schedule, axis.size, chunks)
-    elif mesh.deterministic and (hasattr(model, "chain") or type(model) is Sequential):
+    elif mesh.deterministic and declares(model):
         rank_of, where = (0,), ()
     else:
         return None

@@ -47,15 +47,28 @@ def links(model: Module) -> list[Link]:
     return made
 
 
+def declares(model: Module) -> bool:
+    """Whether a model says where it may be cut."""
+    return bool(_entries(model))
+
+
+def _entries(model: Module) -> tuple[str, ...]:
+    declared = getattr(model, "chain", ())
+    if type(model) is Sequential:
+        return ("*",)
+    names = isinstance(declared, tuple | list) and all(isinstance(one, str) for one in declared)
+    return tuple(declared) if names else ()  # else something of the user's by the same name
+
+
 def _declared(model: Module) -> tuple[str, ...]:
-    declared = getattr(model, "chain", ("*",) if type(model) is Sequential else ())
+    declared = _entries(model)
     if not declared:
         raise UserError(
             f"{type(model).__name__} declares no chain, which a pipeline needs: set in the model "
             'chain = ("embed", "blocks.*", "head"), what forward calls one after the other, or '
             "mesh.pp=1"
         )
-    return tuple(declared)
+    return declared
 
 
 def _names(model: Module, entry: str) -> Iterator[str]:

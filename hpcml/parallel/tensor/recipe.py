@@ -136,7 +136,7 @@ def _styles(model: Module, axis: Axis) -> list[tuple[Module, str]]:
     """The modules that are divided, each with its style."""
     kind = type(model).__name__
     splits: Mapping[str, str] = getattr(model, "splits", {})
-    if not splits:
+    if not (splits and isinstance(splits, Mapping)):
         raise UserError(
             f"{kind} declares no splits, which mesh.{axis.name}={axis.size} needs: set "
             f'mesh.{axis.name}=1, or splits = {{"*.up": "column", "*.down": "row"}} in the model'

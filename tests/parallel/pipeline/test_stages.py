@@ -15,6 +15,7 @@ from hpcml import memory, nn
 from hpcml.autograd import Tensor
 from hpcml.comm import Mesh
 from hpcml.comm import run as on_threads
+from hpcml.comm.alone import Alone
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.models import GPT, MLP, NextTokenLoss
 from hpcml.parallel.pipeline.chain import links
@@ -59,6 +60,30 @@ def test_links_of_a_model() -> None:
     assert len(names["transformer.h.1"]) == 12
     numbers = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).name_parts()
     assert [link.name for link in links(numbers)] == ["0", "1"]
+
+
+def test_another_thing_of_that_name_is_no_declaration() -> None:
+    """A user's model may call its layers as it likes, and train in deterministic mode."""
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chain = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+            self.splits, self.units = 3, ()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.chain(x)
+
+    with pytest.raises(UserError, match="Other declares no chain"):
+        links(Other())
+    step = hpcml.parallelize(
+        Other(),
+        loss=nn.MSELoss(),
+        optimizer=hpcml.optim.SGD,
+        mesh=Mesh(Alone(), deterministic=True),
+    )
+    x = np.ones((2, 3), np.float32)
+    assert np.isfinite(step((x, x)))
 
 
 WRONG: list[tuple[tuple[str, ...], list[str]]] = [
