@@ -45,7 +45,9 @@ def _is_unit(module: Module, name: str, patterns: Sequence[str]) -> bool:
 
 
 def _patterns(model: Module) -> tuple[str, ...]:
-    patterns = tuple(getattr(model, "units", ()))
+    declared = getattr(model, "units", ())
+    of_names = isinstance(declared, tuple | list) and all(isinstance(one, str) for one in declared)
+    patterns = tuple(declared) if of_names else ()  # else something of the user's by the same name
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -69,7 +69,7 @@ def test_another_thing_of_that_name_is_no_declaration() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.chain = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-            self.splits, self.units = 3, ()
+            self.splits, self.units = 3, 64
 
         def forward(self, x: Tensor) -> Tensor:
             return self.chain(x)
