@@ -146,6 +146,49 @@ class FlatStorage:
         if parameter.unit is not None:
             parameter.unit.drop()
 
+    def move(self, flat: Array) -> None:
+        """Let the parameters lie in `flat` from now on, which has their values, laid out as `data`.
+
+        What they lay in until now is left as it is, for those who made something of it. Only where
+        this rank holds all of its parameters.
+        """
+        assert self.sharding.whole("params")
+        self.data = flat
+        for bucket, part in self._parts(flat):
+            bucket.data = part
+        self._views = [
+            (parameter, view, gradient)
+            for (parameter, view), (_, _, gradient) in zip(
+                self._viewed(flat), self._views, strict=True
+            )
+        ]
+        self.pieces = list(self._pieces())
+        self.show(flat)
+
+    def show(self, flat: Array) -> None:
+        """Let the parameters have the values in `flat`; the optimizer goes on with those in `data`.
+
+        To be undone, by `show(data)`, before the next update.
+        """
+        own = flat is self.data
+        views = [(p, values) for p, values, _ in self._views] if own else self._viewed(flat)
+        for parameter, values in views:
+            parameter.data = values
+
+    def _parts(self, flat: Array) -> Iterator[tuple[Bucket, Array]]:
+        """The part of each bucket in an array of all that this rank holds of them."""
+        start = 0
+        for bucket in self.buckets:
+            end = start + bucket.data.size
+            yield bucket, flat[start:end]
+            start = end
+
+    def _viewed(self, flat: Array) -> Iterator[tuple[Parameter, Array]]:
+        """Each parameter and its place in such an array, in the order of `_views`."""
+        for bucket, part in self._parts(flat):
+            for number, parameter in enumerate(bucket.parameters):
+                yield parameter, bucket.view(part, number)
+
     def collect_gradients(self, home: Home | None = None) -> None:
         """Let gradients go where `home` says, or into the buffer of all that this rank holds."""
         for parameter, _, gradient in self._views:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,25 @@ class Optimizer:
         betas = group.get("betas", (0.0, 0.0))
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas} must be two numbers of at least 0 and below 1")
+
+    def settings(self) -> list[dict[str, Any]]:
+        """What each group has beside its parameters: the learning rate and so on, as of now."""
+        return [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.param_groups
+        ]
+
+    @contextmanager
+    def using(self, settings: Sequence[dict[str, Any]]) -> Iterator[None]:
+        """Within, the groups have these settings: for an update that comes late."""
+        now = self.settings()
+        for group, then in zip(self.param_groups, settings, strict=True):
+            group.update(then)
+        try:
+            yield
+        finally:
+            for group, before in zip(self.param_groups, now, strict=True):
+                group.update(before)
 
     def zero_grad(self) -> None:
         """Forget the gradients; the next backward overwrites them, so nothing is cleared."""

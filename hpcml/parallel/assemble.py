@@ -15,7 +15,9 @@ from hpcml.optim import Optimizer
 from hpcml.parallel import groups, modes, tensor, threads
 from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.pipeline.assemble import Assembly, assemble, placement
+from hpcml.parallel.pipeline.asynchronous import AsynchronousStep
 from hpcml.parallel.pipeline.chain import declares
+from hpcml.parallel.pipeline.schedules import ASYNCHRONOUS
 from hpcml.parallel.pipeline.step import PipelineStep
 from hpcml.parallel.shards import detach
 from hpcml.parallel.step import LossFunction, Step
@@ -53,6 +55,7 @@ def parallelize(
     costs: Sequence[float] | None = None,
     activations: str = "keep",
     offload_dir: str = "",
+    vertical_sync: bool = False,
     **settings: Any,
 ) -> Step:
     """Make a training step of a serially written model: `loss_value = step(batch)`.
@@ -97,12 +100,16 @@ def parallelize(
         links, by which they are balanced; by default multiplications are counted. activations: what
         becomes of those of a microbatch until its backward: "keep", "drop" (and compute them again
         from the stage's inputs) or "offload" (to a file in `offload_dir`; from a GPU to the host).
+        "pipedream" and "pipedream-2bw" update while other microbatches are under way, which use
+        earlier weights; vertical_sync: with "pipedream", all stages those of as many updates. After
+        training, call `step.settle()`.
 
     Without a number of threads (`backend.set_threads`) the processes of a node share its cores, or
     each has OMP_NUM_THREADS. Raises UserError for what this version cannot do.
     """
     mesh = Mesh() if mesh is None else mesh
     _check(mesh, microbatch, grad_clip, bucket_mb)
+    _check_schedule(mesh, schedule, vertical_sync)
     make = modes.choose(
         mesh, mode, period=period, staleness=staleness, sync_steps=sync_steps, elastic=elastic
     )
@@ -126,8 +133,11 @@ def parallelize(
     if assembly is not None:
         given = assembly.groups(given)
         if mesh["pp"].size > 1:
+            kind: Callable[..., Step] = PipelineStep
+            if schedule in ASYNCHRONOUS:
+                kind = partial(AsynchronousStep, vertical_sync=vertical_sync)
             make = partial(
-                PipelineStep, assembly=assembly, schedule=schedule, chunks=chunks,
+                kind, assembly=assembly, schedule=schedule, chunks=chunks,
                 activations=activations, offload_dir=offload_dir,
             )  # fmt: skip
     with rng.samples(seed, 0):  # first values depend on the seed and the names alone
@@ -189,6 +199,20 @@ def _check(mesh: Mesh, microbatch: int, grad_clip: float, bucket_mb: float) -> N
         raise UserError(f"grad_clip={grad_clip} must be 0 (no limit) or more")
     if not bucket_mb > 0:
         raise UserError(f"zero.bucket_mb={bucket_mb} must be more than 0")
+
+
+def _check_schedule(mesh: Mesh, schedule: str, vertical_sync: bool) -> None:
+    """Refuse what makes no sense of a schedule with updates."""
+    if vertical_sync and schedule != "pipedream":
+        raise UserError(
+            f"pipeline.vertical_sync=true with pipeline.schedule={schedule}: only pipedream has "
+            "versions to choose from: use that, or vertical_sync=false"
+        )
+    if schedule in ASYNCHRONOUS and mesh["pp"].size == 1:
+        raise UserError(
+            f"pipeline.schedule={schedule} with mesh.pp=1: one stage has nothing to go on with "
+            "meanwhile: set mesh.pp=2 or more, or pipeline.schedule=1f1b"
+        )
 
 
 def groups_of(mesh: Mesh, zero: int, shard_ranks: int, split: str) -> groups.Groups:

@@ -17,8 +17,7 @@ go through its one link. The bound on staleness is the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +81,7 @@ class StaleStep(Step):
         factor = self.complete()
         self._sums.slot()[...] = self.optimizer.storage.grad
         request = self.axis.iallreduce(losses, out=losses)
-        settings = [_settings(group) for group in self.optimizer.param_groups]
-        self._sums.start(_Made(request, factor, settings, batch, first))
+        self._sums.start(_Made(request, factor, self.optimizer.settings(), batch, first))
         self._catch_up(0 if math.isnan(self._latest) else self.bound)
         return self._latest
 
@@ -95,7 +93,7 @@ class StaleStep(Step):
             norm = self._take(total) * made.factor
             if math.isfinite(norm) and math.isfinite(losses.sum()):
                 self.grad_norm, self._latest = norm, math.fsum(losses)
-                with self._as_of(made):
+                with self.optimizer.using(made.settings):
                     self.zero.update(clip_scale(norm, self.grad_clip) * made.factor)
                 self._sums.drop()
             elif len(self._sums) > most:  # every rank is here, with the same ones under way
@@ -113,23 +111,6 @@ class StaleStep(Step):
             parameter.gradient = parameter.gradient_buffer
         return self.zero.norm()
 
-    @contextmanager
-    def _as_of(self, made: _Made) -> Iterator[None]:
-        """Within, the optimizer has the settings of that step."""
-        groups = self.optimizer.param_groups
-        now = [_settings(group) for group in groups]
-        for group, then in zip(groups, made.settings, strict=True):
-            group.update(then)
-        try:
-            yield
-        finally:
-            for group, settings in zip(groups, now, strict=True):
-                group.update(settings)
-
     def settle(self) -> None:
         """Make all updates of the steps until now. Collective."""
         self._catch_up(0)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}

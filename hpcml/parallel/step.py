@@ -29,8 +29,8 @@ from hpcml.parallel.zero import Zero
 
 LossFunction = Callable[..., Tensor]
 
-# A run that diverges says so once, by its loss; NumPy need not warn before.
-_quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+"""A run that diverges says so once, by its loss; NumPy need not warn before."""
 
 
 class Step:
@@ -74,7 +74,7 @@ class Step:
 
     # --- training -------------------------------------------------------------------------------
 
-    @_quiet
+    @quiet
     def __call__(self, batch: Any) -> float:
         """Compute the gradient of the batch's mean loss, update, return that loss.
 
@@ -85,7 +85,7 @@ class Step:
         first = getattr(batch, "first", self.samples)
         return self._conclude(batch, first, self.compute(batch))
 
-    @_quiet
+    @quiet
     def compute(self, batch: Any) -> Array:
         """What a call begins with: add a batch's gradient to what is under way.
 
@@ -99,6 +99,11 @@ class Step:
             losses = self._accumulate(batch, size, first, fresh=held == 0)
         self.samples, self._held = first + size, held + size
         return losses
+
+    @property
+    def steps(self) -> int:
+        """Batches of which the parameters have learned."""
+        return self.optimizer.steps
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Steps inside add to the gradient only; the next one outside updates from all of them.
@@ -226,7 +231,7 @@ class Step:
             )
         return made.numpy()
 
-    @_quiet
+    @quiet
     def evaluate(self, batches: Iterable[Any]) -> float:
         """Return the mean loss over the samples of `batches`, divided among the ranks.
 
@@ -249,7 +254,7 @@ class Step:
             raise NonFiniteError(f"validation loss {mean}: lower the learning rate")
         return mean
 
-    @_quiet
+    @quiet
     def try_batch(self, fields: Sequence[Any]) -> None:
         """Evaluate the loss of a batch's fields and forget it: raises what a step would raise."""
         with evaluating(self.model):
@@ -324,7 +329,7 @@ class Step:
         where = describe(self.gathered(), self.model, run, gradients, agree)
         self.zero.end_pass()
         return NonFiniteError(
-            f"step {self.optimizer.steps}: loss {losses.sum()}, gradient norm {self.grad_norm}: "
+            f"step {self.steps}: loss {losses.sum()}, gradient norm {self.grad_norm}: "
             f"training cannot go on; {where or 'nothing is left of where it began'}; lower the "
             "learning rate, clip the gradient or look at the data"
         )

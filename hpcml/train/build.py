@@ -129,6 +129,7 @@ def make_step(
         zero=config.zero.stage, bucket_mb=config.zero.bucket_mb,
         shard_ranks=config.zero.shard_ranks, zero_split=config.zero.split,
         schedule=config.pipeline.schedule, chunks=config.pipeline.chunks,
+        vertical_sync=config.pipeline.vertical_sync,
         stages=config.pipeline.stages, costs=costs, activations=config.pipeline.activations,
         offload_dir=config.pipeline.offload_dir, tensor_split=config.tensor.split,
         sequence_parallel=config.tensor.sequence_parallel,

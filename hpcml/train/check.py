@@ -25,6 +25,7 @@ from hpcml.errors import NonFiniteError, UserError
 from hpcml.optim import clip_scale
 from hpcml.parallel import Step, data
 from hpcml.parallel.data import broadcast_parameters
+from hpcml.parallel.pipeline.schedules import ASYNCHRONOUS
 from hpcml.train import kinds
 from hpcml.train.build import build_model, load_data, make_step, try_sample, with_loss
 from hpcml.train.compare import Item
@@ -47,6 +48,11 @@ def check(config: Config, mesh: Mesh) -> Report:
         raise UserError(
             f"data_parallel.mode={config.data_parallel.mode} is another algorithm than the serial "
             "one: check data_parallel.mode=sync"
+        )
+    if config.pipeline.schedule in ASYNCHRONOUS:
+        raise UserError(
+            f"pipeline.schedule={config.pipeline.schedule} is another algorithm than the serial "
+            "one: check pipeline.schedule=1f1b"
         )
     found = agree(mesh.world, partial(load_data, config))
     config = with_loss(config, found)

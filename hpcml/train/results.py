@@ -71,7 +71,7 @@ def end(run: Run, progress: Progress, ending: Ending) -> None:
         _write(run, ending)
     losses = [f"loss {ending.loss:.4f}"] if ending.loss is not None else []
     losses += [f"val_loss {ending.val_loss:.4f}"] if ending.val_loss is not None else []
-    steps = run.step.optimizer.steps
+    steps = run.step.steps
     progress.say(
         f"{ending.exit} after {steps} steps in {ending.seconds:.1f} s: {', '.join(losses)}"
     )
@@ -97,7 +97,7 @@ def _write(run: Run, ending: Ending) -> None:
             {
                 "final_loss": ending.loss,
                 "val_loss": ending.val_loss,
-                "steps": step.optimizer.steps,
+                "steps": step.steps,
                 "params": count(step.model),
                 "param_hash": digest,
                 "seconds": ending.seconds,

@@ -175,9 +175,12 @@ class Pipeline:
     schedule: str = key(
         "1f1b",
         "naive, gpipe, 1f1b, interleaved, zero-bubble, a file, or package.module:function of your "
-        "own (see hpcml schedule)",
+        "own (see hpcml schedule); with late gradients pipedream, pipedream-2bw",
     )
     chunks: int = key(1, "stages of a rank (1: as many as the schedule likes)", low=1)
+    vertical_sync: bool = key(
+        False, "all stages use the first one's version of the weights (pipedream)"
+    )
     balance: str = key(
         "counted",
         "stages of equal cost, by multiplications (counted) or by time (measured, at the start)",

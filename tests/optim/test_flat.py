@@ -200,3 +200,31 @@ def test_a_parameter_that_left_is_noticed(leave: str) -> None:
         SGD(layer.parameters()).step()
     with pytest.raises(RuntimeError, match="weight has left this optimizer"):
         optimizer.step()
+
+
+def test_parameters_move_and_show_what_they_were() -> None:
+    """An update goes where they lie by then; what they lay in before stays as it was."""
+    made = parameters()
+    optimizer = SGD([{"params": made[:2], "lr": 1.0}, {"params": made[2:], "lr": 2.0}])
+    optimizer.place(bucket_bytes=100)
+    storage = optimizer.storage
+    first, before = storage.data, [p.numpy().copy() for p in made]
+    view = made[0].data.T  # as an operation may keep it
+    second = first.copy()
+    storage.move(second)
+    for p in made:
+        (p * 1.0).sum().backward()
+    optimizer.step()
+    after = [p.numpy().copy() for p in made]
+    for number, (old, new) in enumerate(zip(before, after, strict=True)):
+        np.testing.assert_allclose(new, old - (1.0 if number < 2 else 2.0), rtol=1e-6)
+    np.testing.assert_array_equal(view, before[0].T)
+    storage.show(first)
+    for p, values in zip(made, before, strict=True):
+        np.testing.assert_array_equal(p.numpy(), values)
+    with pytest.raises(RuntimeError, match="has left this optimizer"):
+        optimizer.step()
+    storage.show(storage.data)
+    for p, values in zip(made, after, strict=True):
+        np.testing.assert_array_equal(p.numpy(), values)
+    optimizer.step()

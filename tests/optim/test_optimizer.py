@@ -131,3 +131,19 @@ def test_state_is_allocated_only_where_it_is_used() -> None:
     assert SGD([parameter(1.0)], 0.1).state == {}
     assert set(SGD([parameter(1.0)], 0.1, momentum=0.9).state) == {"momentum_buffer"}
     assert set(AdamW([parameter(1.0)]).state) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_settings_of_another_time_hold_for_a_while() -> None:
+    """For an update that comes late; then those of now are back."""
+    first, second = parameter(1.0), parameter(1.0)
+    optimizer = SGD([{"params": [first], "lr": 0.5}, {"params": [second]}], lr=0.25)
+    then = optimizer.settings()
+    assert [sorted(settings)[:2] for settings in then] == [["dampening", "lr"]] * 2
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    with optimizer.using(then):
+        (first + second).sum().backward()
+        optimizer.step()
+    assert (first.numpy(), second.numpy()) == (0.5, 0.75)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]
+    assert optimizer.param_groups[0]["params"] == [first]

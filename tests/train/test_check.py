@@ -315,6 +315,7 @@ def test_exit_codes_and_output(
         (["{own}", "mesh.tp=2"], "tp(2) = 2 ranks, but 1 was started"),
         (["{own}", "model.width=3"], "unknown key model.width=3"),
         (["{own}", "data_parallel.mode=local"], "check data_parallel.mode=sync"),
+        (["{own}", "pipeline.schedule=pipedream"], "check pipeline.schedule=1f1b"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,29 @@ def test_the_same_bits_in_stages(tmp_path: Path) -> None:
     assert len(hashes) == 1
 
 
+def test_asynchronous_schedules(tmp_path: Path) -> None:
+    """Records, validation and weights as of any run, the same each time; a step is a batch."""
+    options = ["mesh.pp=2", MICRO, "model.tie_embeddings=false", "optim.grad_clip=0"]
+    ways = {
+        "stashed": ["pipeline.schedule=pipedream"],
+        "again": ["pipeline.schedule=pipedream"],
+        "vertical": ["pipeline.schedule=pipedream", "pipeline.vertical_sync=true"],
+        "double": ["pipeline.schedule=pipedream-2bw"],
+    }
+    hashes = {}
+    for name, way in ways.items():
+        found = go(tmp_path, name, *options, *way, ranks=2)
+        records, end = metrics(found), summary(found)
+        assert [record["step"] for record in records] == [0, 1, 2, 3] and end["steps"] == 4
+        assert all(
+            math.isfinite(record[key]) for record in records for key in ("loss", "grad_norm")
+        )
+        assert [number for number, r in enumerate(records) if "val_loss" in r] == [1, 3]
+        assert end["val_loss"] < math.log(14) and end["exit"] == "completed"
+        hashes[name] = end["param_hash"]
+    assert hashes["stashed"] == hashes["again"] and len(set(hashes.values())) == 3
+
+
 def test_under_mpiexec_a_sample_is_shown(tmp_path: Path) -> None:
     """All stages make it together."""
     job = write_job(tmp_path)
@@ -77,6 +101,9 @@ def test_under_mpiexec_a_sample_is_shown(tmp_path: Path) -> None:
         (["pipeline.schedule=1f2b"], ["1f2b", "did you mean"]),
         (["pipeline.chunks=9", "pipeline.schedule=interleaved"], ["18 stages", "mesh.pp"]),
         (['pipeline.stages=["transformer.h.7"]'], ["transformer.h.7", "no link"]),
+        (["pipeline.schedule=pipedream", "optim.grad_clip=0"], ["transformer.wte", "untie"]),
+        (["pipeline.schedule=pipedream-2bw"], ["grad_clip=1.0", "grad_clip=0"]),
+        (["pipeline.vertical_sync=true"], ["vertical_sync", "pipedream"]),
         (["pipeline.schedule=nowhere.txt"], ["nowhere.txt", "unknown"]),
     ],
 )  # fmt: skip

@@ -14,6 +14,7 @@ from hpcml.parallel.pipeline.chain import Link, links
 from hpcml.parallel.pipeline.check import check
 from hpcml.parallel.pipeline.find import find
 from hpcml.parallel.pipeline.partition import Stage, stages
+from hpcml.parallel.pipeline.schedules import ASYNCHRONOUS
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ def placement(schedule: str, ranks: int, chunks: int) -> tuple[int, ...]:
     """Of every stage of a schedule its rank; raises UserError for one that cannot be used."""
     microbatches = None if Path(schedule).exists() else ranks
     table = find(schedule, ranks, microbatches, chunks if chunks > 1 else None)
-    if not table.synchronous:
+    if not table.synchronous and schedule not in ASYNCHRONOUS:
         raise UserError(
-            f'pipeline.schedule="{schedule}" updates between microbatches, which is not available '
-            "in this version: use 1f1b"
+            f'pipeline.schedule="{schedule}" makes updates, and must go on from batch to batch: '
+            f"use {' or '.join(ASYNCHRONOUS)}"
         )
     check(table)
     return table.rank_of

@@ -7,6 +7,7 @@ end once, they always do. Costs only say when.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -87,19 +88,26 @@ def carries(send: Action) -> Action:
     return Action(send.stage, kind, send.microbatch)
 
 
-def execute(schedule: Schedule, costs: Costs, wires: Wires) -> list[list[Event]]:
-    """The events of each rank. Raises ScheduleError that names where every rank waits."""
-    return _Machine(schedule, costs, wires).run()
+def execute(
+    schedule: Schedule, costs: Costs, wires: Wires, before: Iterable[Action] = ()
+) -> list[list[Event]]:
+    """The events of each rank. Raises ScheduleError that names where every rank waits.
+
+    before: actions whose results are known at the start, everywhere; for tables without messages.
+    """
+    return _Machine(schedule, costs, wires, before).run()
 
 
 class _Machine:
-    def __init__(self, schedule: Schedule, costs: Costs, wires: Wires) -> None:
+    def __init__(
+        self, schedule: Schedule, costs: Costs, wires: Wires, before: Iterable[Action]
+    ) -> None:
         self.schedule, self.costs, self.wires = schedule, costs, wires
         ranks = range(schedule.ranks)
         self.events: list[list[Event]] = [[] for _ in ranks]
         self.clock = [0.0] * schedule.ranks
         """When each rank is free."""
-        everywhere: dict[Action, float] = {}
+        everywhere = {result: 0.0 for action in before for result in gives(action)}
         self.known = [everywhere if wires is Wires.NONE else {} for _ in ranks]
         """When each rank has which results."""
         self.free: defaultdict[tuple[int, int], float] = defaultdict(float)

@@ -5,7 +5,7 @@ Order is everything here, time nothing: what a pass adds follows from the table 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from hpcml.parallel.pipeline.actions import Action, Kind, Schedule
@@ -33,7 +33,7 @@ def lower(schedule: Schedule, *, zero3: bool = False, reduce_each: bool = False)
     return add_shards(lowered) if zero3 else lowered
 
 
-def add_messages(schedule: Schedule) -> Schedule:
+def add_messages(schedule: Schedule, before: Iterable[Action] = ()) -> Schedule:
     """Add sends and receives that cannot deadlock, even if a send waits for its receive.
 
     Actions of all ranks are put in one sequence: compute when it starts, a message, send and
@@ -45,9 +45,11 @@ def add_messages(schedule: Schedule) -> Schedule:
     received in the order in which it was sent.
 
     Between a result and its send a rank does nothing but receive what was ready before.
+
+    before: what was done, and sent, ahead of this table, if it goes on from another one.
     """
     sequence: list[tuple[float, int, list[tuple[int, Action]]]] = []
-    for rank, events in enumerate(execute(schedule, Costs(), Wires.NONE)):
+    for rank, events in enumerate(execute(schedule, Costs(), Wires.NONE, before)):
         for action, start, end in events:
             # Messages before what starts at the same time: it may need them.
             sequence.append((start, 1, [(rank, action)]))

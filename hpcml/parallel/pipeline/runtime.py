@@ -45,6 +45,9 @@ class Work(Protocol):
     def reduce(self, stage: int, microbatch: int) -> None:
         """They are complete, as far as this microbatch goes."""
 
+    def update(self, stage: int, microbatch: int) -> None:
+        """It completes a batch of an asynchronous schedule: new weights."""
+
     def reshard(self) -> None:
         """Nobody needs gathered parameters for now."""
 
@@ -86,14 +89,18 @@ class Runtime:
             Kind.UNSHARD: lambda s, m: None,  # parameters come when they are asked for
             Kind.RESHARD: lambda s, m: self.work.reshard(),
             Kind.REDUCE: self.work.reduce,
+            Kind.UPDATE: self.work.update,
             Kind.RELEASE: lambda s, m: self.kept.__delitem__((s, m)),
         }
 
     def run(self, actions: Iterable[Action]) -> None:
-        """Carry them out; when this returns, all has been sent."""
+        """Carry them out; when this returns, all has been sent, and all that was asked for came."""
         for stage, kind, microbatch in actions:
             self._do[kind](stage, microbatch)
         self.transfers.finish()
+        for coming in self._coming.values():
+            if isinstance(coming, Incoming):
+                coming.wait()
 
     # --- compute --------------------------------------------------------------------------------
 

@@ -134,6 +134,9 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 """The built-in schedules by name."""
 
+ASYNCHRONOUS = ("pipedream", "pipedream-2bw")
+"""Those whose tables can go on for ever, without all microbatches coming to an end in between."""
+
 
 def _check(ranks: int, microbatches: int) -> None:
     for name, value in (("ranks", ranks), ("microbatches", microbatches)):

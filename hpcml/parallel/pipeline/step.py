@@ -93,7 +93,7 @@ class PipelineStep(Step):
         # All ranks of a pipeline, and all pipelines, go through the same table.
         parts = list(data.microbatches(size, self.microbatch, self.axis, lockstep=True))
         total = data.count(size, self.microbatch, self.axis.size)
-        work = _Microbatches(self, batch, first, parts, factor, np.zeros(total))
+        work = Microbatches(self, batch, first, parts, factor, np.zeros(total))
         Runtime(work, self._transfers, self.assembly.rank_of).run(self._program(rounds))
         self.current = -1
         return work.losses
@@ -202,7 +202,7 @@ class PipelineStep(Step):
         return {name: rank for rank, names in enumerate(every) for name in names}
 
 
-class _Microbatches:
+class Microbatches:
     """The microbatches of a batch, as the runtime asks for them."""
 
     def __init__(
@@ -265,6 +265,10 @@ class _Microbatches:
     def reduce(self, stage: int, microbatch: int) -> None:
         """They are complete, as far as this microbatch goes."""
         self.step.zero.after_backward()
+
+    def update(self, stage: int, microbatch: int) -> None:
+        """Not here: the update comes when all microbatches have been through."""
+        raise AssertionError("an update in a synchronous table")
 
     def reshard(self) -> None:
         """Nobody needs gathered parameters for now."""
