@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpcml.bench import show
+from hpcml import pictures
 from hpcml.bench.step import Size
 
 Row = dict[str, Any]
@@ -51,7 +51,7 @@ def _range(spread: dict[str, float], scale: float) -> str:
 
 def plot(report: dict[str, Any], path: str) -> None:
     """Draw the efficiency by cores used: strong and weak side by side, a line a thread count."""
-    plt = show.pyplot()
+    plt = pictures.pyplot()
     kinds = {"strong": "the batch of a step stays", "weak": "the batch of a rank stays"}
     figure, axes = plt.subplots(1, 2, figsize=(7.5, 4), sharey=True, layout="constrained")
     counts = sorted({row["threads"] for row in report["rows"]})

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from hpcml.errors import UserError
+from hpcml import pictures
 
 Row = dict[str, Any]
 
@@ -83,7 +81,7 @@ def _bandwidths(cells: dict[tuple[str, int], Row], names: list[str]) -> Any:
 
 def plot(report: dict[str, Any], path: str) -> None:
     """Draw time and bus bandwidth by size, a column for each operation."""
-    plt = pyplot()
+    plt = pictures.pyplot()
     operations = _unique(row["operation"] for row in report["rows"])
     size = (4 * len(operations) + 2, 7)
     figure, axes = plt.subplots(2, len(operations), figsize=size, squeeze=False, layout="tight")
@@ -101,23 +99,6 @@ def plot(report: dict[str, Any], path: str) -> None:
         axes[1, column].set(xlabel="bytes", ylabel="bus bandwidth, GB/s")
         axes[0, column].legend(fontsize=7)
     figure.savefig(path, dpi=110)
-
-
-def pyplot() -> Any:
-    """Matplotlib's pyplot without a display; raises `UserError` where it is not installed."""
-    try:
-        importlib.import_module("matplotlib").use("Agg")
-        return importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        raise UserError("--plot needs matplotlib: install hpcml[plot]") from None
-
-
-def check_picture(path: str) -> None:
-    """Raise UserError for a file that could not be drawn to, before anything is measured."""
-    known = pyplot().figure().canvas.get_supported_filetypes()
-    kind = Path(path).suffix[1:] or "png"
-    if kind not in known:
-        raise UserError(f"--plot {path}: .{kind} is no picture: take one of {', '.join(known)}")
 
 
 def human(nbytes: int) -> str:

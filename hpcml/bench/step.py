@@ -61,12 +61,17 @@ def batch_of(size: Size) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
 
-def our_step(size: Size, precision: str = "fp32", **options: Any) -> Step:
+def our_step(
+    size: Size, precision: str = "fp32", tie_embeddings: bool = True, **options: Any
+) -> Step:
     """The step under test, with clipping and AdamW; `options` are those of `parallelize`."""
-    model = GPT(VOCAB, size.block, size.layers, size.heads, size.width, bias=False)
+    model = GPT(
+        VOCAB, size.block, size.layers, size.heads, size.width, bias=False,
+        tie_embeddings=tie_embeddings,
+    )  # fmt: skip
     return hpcml.parallelize(
         model.to(backend.dtype(precision)), loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW,
-        lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99), grad_clip=1.0, **options,
+        lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99), **{"grad_clip": 1.0, **options},
     )  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def step(
 
     It starts from the given parameters, by name; None for first values that PyTorch chooses.
     """
-    model = _model(size, weights, vocab).to(DTYPES[precision])
+    model = model_of(size, weights, vocab).to(DTYPES[precision])
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     return _training(torch.compile(model) if compiled else model, optimizer, batch)
 
@@ -121,7 +121,7 @@ def step_among_ranks(
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    model = _model(size, weights, vocab)
+    model = model_of(size, weights, vocab)
     if stage < 2:
         model = DistributedDataParallel(model)
     else:
@@ -144,7 +144,8 @@ def _cpu_mesh() -> Any:
     return init_device_mesh("cpu", (get_world_size(),))
 
 
-def _model(size: Size, weights: Mapping[str, Any] | None, vocab: int) -> TorchGPT:
+def model_of(size: Size, weights: Mapping[str, Any] | None, vocab: int) -> TorchGPT:
+    """The model with these parameters, by name; None for first values that PyTorch chooses."""
     model = TorchGPT(size, vocab)
     if weights is not None:
         with torch.no_grad():

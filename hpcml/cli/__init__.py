@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a model: hpcml train CONFIG.toml [section.key=value ...]",
     "check": "compare a parallel run with a serial one: hpcml check CONFIG.toml [key=value ...]",
     "sample": "let a trained model write text: hpcml sample RUN_DIR [--prompt TEXT]",
+    "trace": "show what the ranks of a run did when: hpcml trace RUN_DIR [--plot FILE]",
     "doctor": "say what this machine and its MPI can do: hpcml doctor [--json]",
     "bench": "measure: hpcml bench NAME [--json]",
     "schedule": "prove pipelines: hpcml schedule show|check|simulate NAME_OR_FILE",

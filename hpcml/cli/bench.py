@@ -1,4 +1,4 @@
-"""`hpcml bench step|profile|start|scaling|collectives|...`: see `hpcml bench NAME --help`."""
+"""`hpcml bench step|pipeline|profile|start|collectives|...`: see `hpcml bench NAME --help`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from hpcml.cli import bench_jobs, bench_step
+from hpcml.cli import bench_jobs, bench_pipeline, bench_step
 from hpcml.cli.bench_jobs import check_writable, job
 from hpcml.comm import launch
 from hpcml.comm.algorithms import OPERATIONS
 from hpcml.errors import UserError
+from hpcml.pictures import check_picture
 
 ZERO_PARTS = ("states", "time", "models", "batches")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
@@ -56,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     sizes = bench_step.SIZES
     profile.add_argument("--size", choices=sizes, default="small", help="of those of step (small)")
 
+    text = "a GPT training step in a pipeline: time and bubble of every schedule, beside theory"
+    pipeline = add("pipeline", bench_pipeline.measure, bench_pipeline.show, text)
+    bench_pipeline.add_options(pipeline)
+
     bench_jobs.add_start(add)
     bench_jobs.add_scaling(add)
 
@@ -82,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     zero.add_argument("--part", nargs="+", choices=ZERO_PARTS, default=ZERO_PARTS)
     zero.add_argument("--layers", type=int, default=4, help="of the GPT of states and time (4)")
     zero.add_argument("--width", type=int, default=384, help="of the same (384)")
-    for command in (step, some, halo, overlap, zero):
+    for command in (step, pipeline, some, halo, overlap, zero):
         command.add_argument("--rounds", type=int, default=0, help="repetitions (a second's)")
     return parser
 
@@ -124,7 +129,7 @@ def _collectives(options: argparse.Namespace) -> dict[str, Any] | None:
         for path in filter(None, (options.plot, options.fit)):
             check_writable(path)
         if options.plot:
-            show.check_picture(options.plot)
+            check_picture(options.plot)
         return collectives.gloo(mesh) if options.peer else None
 
     mesh = Mesh()

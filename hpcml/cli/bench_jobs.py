@@ -13,6 +13,7 @@ from typing import Any
 
 from hpcml.comm import launch
 from hpcml.errors import UserError
+from hpcml.pictures import check_picture
 
 
 def add_start(add: Callable[..., Any]) -> None:
@@ -79,7 +80,7 @@ def _show_start(report: dict[str, Any]) -> None:
 
 
 def _scaling(options: argparse.Namespace) -> dict[str, Any] | None:
-    from hpcml.bench import scaling, scaling_show, show
+    from hpcml.bench import scaling, scaling_show
     from hpcml.bench.step import Size
 
     if options.job:
@@ -88,7 +89,7 @@ def _scaling(options: argparse.Namespace) -> dict[str, Any] | None:
     size = Size(options.layers, heads, options.width, options.block, options.batch)
     if options.plot:
         check_writable(options.plot)
-        show.check_picture(options.plot)
+        check_picture(options.plot)
     report = scaling.run(size, options.jobs, options.threads, options.rounds, job)
     if options.plot:
         scaling_show.plot(report, options.plot)

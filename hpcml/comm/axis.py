@@ -158,7 +158,7 @@ class Axis(Blocking):
         try:
             yield
         finally:
-            self.transport.board.leave()
+            self._leave(operation, x.nbytes)
 
     def _start(self, operation: str, *arguments: Any, **options: Any) -> Request:
         if self.size == 1:

@@ -242,7 +242,7 @@ class Blocking(Stream):
         try:
             self._link.send(source.reshape(-1), dest, tag)
         finally:
-            self.transport.board.leave()
+            self._leave("send", source.nbytes)
         self._record("send", source.nbytes)
 
     def recv(self, out: Any, source: int, tag: int = Tag.MESSAGE) -> Any:
@@ -258,7 +258,7 @@ class Blocking(Stream):
             try:
                 self._link.recv(place.host.reshape(-1), source, tag)
             finally:
-                self.transport.board.leave()
+                self._leave("recv", place.host.nbytes)
         place.commit()
         return out
 
@@ -271,7 +271,7 @@ class Blocking(Stream):
                     self._sanitizer.agree("barrier", self._sequence, 0, _NOTHING, "")
                 self.transport.barrier()
             finally:
-                self.transport.board.leave()
+                self._leave("barrier", 0)
             self._record("barrier", 0)
 
     def allgather_object(self, value: T) -> list[T]:

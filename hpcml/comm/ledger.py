@@ -14,7 +14,12 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+
+from hpcml.comm.timeline import Timeline
+
+_NOT_KEPT = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class Tally(dict[str, dict[str, Count]]):
 class Ledger:
     """Counts the calls of one mesh. Safe to use from several threads of a rank."""
 
+    timeline: Timeline | None = None
+    """Where to note what happens when; None: nowhere."""
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], list[int]] = {}
@@ -85,6 +93,14 @@ class Ledger:
             for (axis, operation), row in self._counts.items():
                 tally.setdefault(axis, {})[operation] = Count(*row)
         return tally
+
+    def span(
+        self, kind: str, stage: int = -1, microbatch: int = -1
+    ) -> AbstractContextManager[None]:
+        """Within, the rank does a piece of work: noted where a timeline is kept."""
+        if self.timeline is None:
+            return _NOT_KEPT
+        return self.timeline.span(kind, stage, microbatch)
 
     def reset(self) -> None:
         """Begin again at zero."""

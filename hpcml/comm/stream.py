@@ -20,6 +20,7 @@ from hpcml.comm.link import Link
 from hpcml.comm.reduction import reduction
 from hpcml.comm.request import Worker
 from hpcml.comm.sanitizer import Sanitizer
+from hpcml.comm.timeline import Call, clock
 from hpcml.comm.transport import Array, Transport
 
 LEDGER_NAMES = {
@@ -38,6 +39,8 @@ class Stream:
     """
 
     _worker: Worker | None = None
+    _since: float | None = None
+    """When the call began that the rank is in, if a timeline is kept."""
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Stream:
         self.deterministic = deterministic
         self.size = self.transport.size
         self.rank = self.transport.rank
+        self._beside = bool(stream)
         self._group = Group(f"{name}{stream}", self.transport.members)
         self._pairs = [Group(self._group.name, (member,)) for member in self.transport.members]
         self._sanitizer = Sanitizer(self.transport, self._group) if sanitizer.wanted() else None
@@ -150,7 +154,7 @@ class Stream:
             elif way is not None:
                 way.run(self._link, *arguments)
         finally:
-            self.transport.board.leave()
+            self._leave(operation, payload)
         self._record(operation, payload)
 
     def _agree(
@@ -199,6 +203,15 @@ class Stream:
             self.transport.board.enter(operation, self._group, self._sequence, count, dtype)
         else:
             self.transport.board.enter(operation, self._pairs[peer], 0, count, dtype)
+        self._since = None if self.ledger.timeline is None else clock()
+
+    def _leave(self, operation: str, nbytes: int) -> None:
+        """Note on the board, and on the timeline, that a call is over."""
+        self.transport.board.leave()
+        timeline = self.ledger.timeline
+        if timeline is not None and self._since is not None:
+            name = LEDGER_NAMES.get(operation, operation)
+            timeline.calls.append(Call(name, self.name, nbytes, self._beside, self._since, clock()))
 
     def _record(self, operation: str, payload: int) -> None:
         link = self._link

@@ -22,6 +22,7 @@ from hpcml.parallel.background import Staleness
 from hpcml.parallel.batch import as_tensor, samples_of, size_of
 from hpcml.parallel.finite import Finding, describe
 from hpcml.parallel.limits import advised
+from hpcml.parallel.pipeline.actions import Kind
 from hpcml.parallel.precision import LossScaler
 from hpcml.parallel.replicas import ReplicaError, check_replicas
 from hpcml.parallel.tensor import Division
@@ -136,16 +137,18 @@ class Step:
             self._unit = size
             rounds = -(-total // self.axis.size)
             self.zero.begin(2 if self._holding else rounds)
-        losses = np.zeros(total)
+        losses, span = np.zeros(total), self.mesh.ledger.span
         factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
         parts = data.microbatches(size, self.microbatch, self.axis, self.zero.lockstep)
         for self.current, part in enumerate(parts):
             self.zero.before_backward(real=part.weight > 0, last=part.last and not self._holding)
             with rng.samples(self.seed, first + part.samples.start):
-                loss = self._loss(samples_of(batch, part.samples))
+                with span(Kind.FORWARD, 0, part.number):
+                    loss = self._loss(samples_of(batch, part.samples))
                 if part.weight:
                     losses[part.number] = loss.item() * part.weight
-                loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
+                with span(Kind.BACKWARD, 0, part.number):
+                    loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
             self.zero.after_backward()
         self.current = -1
         return losses

@@ -23,6 +23,7 @@ from hpcml.parallel.groups import Groups
 from hpcml.parallel.held import Held
 from hpcml.parallel.limits import advised
 from hpcml.parallel.norm import norm
+from hpcml.parallel.pipeline.actions import Kind
 from hpcml.parallel.shards import HeldOf, Shards, assemble, detach, gather, gathered
 
 
@@ -65,6 +66,7 @@ class Zero:
         self.model, self.optimizer, self.groups = model, optimizer, groups
         self.deterministic = deterministic
         self.held = Held.all_of(model) if held is None else held
+        self._span = groups.all.ledger.span
         detach(self.held.parameters)
         broadcast_parameters(self.held.parameters, groups.dp)
         with advised(optimizer, groups.sharding):
@@ -137,27 +139,30 @@ class Zero:
 
     def finish(self) -> None:
         """Complete the sums over microbatches and ranks: each rank has those of what it owns."""
-        self._gradients.finish()
-        for tie in self.held.ties:
-            tie.add_up(self.storage, self._gradients.complete, self.groups.pp)
+        with self._span(Kind.REDUCE):
+            self._gradients.finish()
+            for tie in self.held.ties:
+                tie.add_up(self.storage, self._gradients.complete, self.groups.pp)
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient, in which every parameter counts once."""
-        return norm(self.storage, self.groups, self.held, ordered=self.deterministic)
+        with self._span(Kind.UPDATE):
+            return norm(self.storage, self.groups, self.held, ordered=self.deterministic)
 
     def update(self, scale: float = 1.0) -> None:
         """Update what this rank owns, and get from the others what it holds beside.
 
         scale: by which the gradients count.
         """
-        self.optimizer.step(scale)
-        if self._shards is not None:
-            self._shards.forget()
-        sharding = self.groups.sharding
-        if sharding.whole("params") and not sharding.whole("optim"):
-            for bucket in self.storage.trained:
-                own = bucket.data[sharding.block(bucket)]
-                gather(bucket, own, bucket.data, self.groups.shard, sharding)
+        with self._span(Kind.UPDATE):
+            self.optimizer.step(scale)
+            if self._shards is not None:
+                self._shards.forget()
+            sharding = self.groups.sharding
+            if sharding.whole("params") and not sharding.whole("optim"):
+                for bucket in self.storage.trained:
+                    own = bucket.data[sharding.block(bucket)]
+                    gather(bucket, own, bucket.data, self.groups.shard, sharding)
 
     # --- results --------------------------------------------------------------------------------
 

@@ -132,6 +132,11 @@ def _check_together(config: Config) -> None:
             f"train.microbatch={train.microbatch} is larger than "
             f"train.global_batch={train.global_batch}: make it smaller, or 0 for a rank's share"
         )
+    if config.run.trace >= config.run.steps:
+        raise UserError(
+            f"run.trace={config.run.trace} with run.steps={config.run.steps}: the first step is "
+            "not kept: lower run.trace, or train longer"
+        )
     lr = optim.options.get("lr")
     if optim.schedule == "cosine" and isinstance(lr, float | int) and optim.min_lr > lr > 0:
         raise UserError(f"optim.min_lr={optim.min_lr} is above optim.lr={lr}: swap or lower it")

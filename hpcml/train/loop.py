@@ -13,6 +13,7 @@ from hpcml.comm.guard import StopFlag
 from hpcml.data import Batches
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.optim import learning_rate
+from hpcml.trace.record import RunRecorder
 from hpcml.train import results, usage
 from hpcml.train.build import Run, begin, build
 from hpcml.train.config import Config
@@ -60,6 +61,7 @@ class _Loop:
         first = run.mesh.rank == 0
         self.metrics = JsonLines(run.folder / "metrics.jsonl") if first else None
         self.own = JsonLines(run.folder / "ranks" / f"rank-{run.mesh.rank:05}.jsonl")
+        self.recorder = RunRecorder(run.mesh, run.config.run.trace, run.folder / "ranks")
         self.stopped = False  # by a signal to any rank
         self.loss: float | None = None
         self.val_loss: float | None = None
@@ -100,6 +102,7 @@ class _Loop:
         if self.metrics is not None:
             self.metrics.close()
         if ending.together:
+            self.recorder.write()
             results.end(self.of, self.progress, ending)
             self.of.mesh.world.barrier()  # none leaves before the end
         elif self.of.mesh.rank == 0:
@@ -122,7 +125,7 @@ class _Loop:
         for group in run.step.optimizer.param_groups:
             group["lr"] = rate
         before, start = run.mesh.ledger.snapshot(), time.perf_counter()
-        self.loss = run.step(batch)
+        self.loss = self.recorder.step(number, lambda: run.step(batch))
         seconds = time.perf_counter() - start
         sent = (run.mesh.ledger.snapshot() - before).plain()
         per_second = len(batch) / seconds
@@ -147,6 +150,8 @@ class _Loop:
         finally:  # the step was made, whatever becomes of its validation
             if self.metrics is not None:
                 self.metrics.write(record)
+        if number == config.run.trace:
+            self.recorder.write()
         self.progress.step(record)
         if run.callback is not None:
             run.callback(record)

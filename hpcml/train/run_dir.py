@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from hpcml.errors import UserError
 
 FILES = ("config.toml", "env.json", "data.json", "metrics.jsonl", "summary.json",
-         "model.safetensors")  # fmt: skip
+         "model.safetensors", "trace.json")  # fmt: skip
 
 
 class RunDir:
@@ -58,8 +58,9 @@ class RunDir:
             for entry in self._entries():
                 if entry not in ("ranks", first.name):
                     (self.path / entry).unlink()
-            for file in (self.path / "ranks").glob("rank-*.jsonl"):
-                file.unlink()
+            for pattern in ("rank-*.jsonl", "trace-*.json"):
+                for file in (self.path / "ranks").glob(pattern):
+                    file.unlink()
         except (FileExistsError, BlockingIOError):
             self.release()
             raise UserError(

@@ -47,6 +47,9 @@ class Run:
     check_replicas: int = key(
         0, "steps between checks that data-parallel copies are the same bits (0: none)", low=0
     )
+    trace: int = key(
+        0, "steps whose timelines ranks keep for hpcml trace, from the second on (0: none)", low=0
+    )
     deterministic: bool = key(
         False,
         "the same bits on any number of ranks, for the same train.microbatch, mesh.tp and mesh.cp",

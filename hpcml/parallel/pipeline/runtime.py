@@ -95,8 +95,10 @@ class Runtime:
 
     def run(self, actions: Iterable[Action]) -> None:
         """Carry them out; when this returns, all has been sent, and all that was asked for came."""
+        span = self.transfers.axis.ledger.span
         for stage, kind, microbatch in actions:
-            self._do[kind](stage, microbatch)
+            with span(kind, stage, microbatch):
+                self._do[kind](stage, microbatch)
         self.transfers.finish()
         for coming in self._coming.values():
             if isinstance(coming, Incoming):
