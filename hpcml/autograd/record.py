@@ -87,6 +87,7 @@ class Context:
                 if x.unit is not None:
                     self.units += (x.unit,)
                 return _data, x  # its storage may be elsewhere by then: ask it again
+            array = apart(array, x)
         if mode.pack is not None and backend.is_array(array):
             self._packed = True
             return mode.unpack, mode.pack(array)
@@ -179,6 +180,13 @@ def _no_halves(dtype: np.dtype[Any]) -> bool:
     return False
 
 
+def apart(array: Array, source: Any) -> Array:
+    """Return `array`, or a copy if it is a view of a parameter's values that will be let go."""
+    if getattr(source, "unit", None) is None or not backend.is_array(array):
+        return array
+    return array.copy() if backend.xp(array).may_share_memory(array, source.data) else array
+
+
 def _data(parameter: Tensor) -> Array:
     return parameter.data
 
@@ -217,10 +225,12 @@ class Primitive:
     def __call__(self, *inputs: Any, **attributes: Any) -> Tensor:
         """Compute the result and, if an input requires a gradient, record the use."""
         kind, recording = self.tensor, mode.recording
-        arrays, needs, shapes, dtypes = [], [], [], []
+        arrays, needs, shapes, dtypes, gathered = [], [], [], [], []
         for x in inputs:
             if isinstance(x, kind):
                 array = x.data
+                if x.unit is not None:
+                    gathered.append(x)
                 needs.append(recording and x.requires_grad)
             else:
                 array = x
@@ -239,6 +249,8 @@ class Primitive:
             raise  # it is not about the arguments
         except (ValueError, IndexError, TypeError) as error:
             raise self._explain(error, ctx.shapes) from error
+        for x in gathered:
+            out = apart(out, x)
         if True not in needs:
             return kind(out)
         ctx.sources = tuple([x.ctx or x if isinstance(x, kind) else None for x in inputs])

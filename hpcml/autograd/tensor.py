@@ -10,7 +10,7 @@ import numpy as np
 from hpcml import backend
 from hpcml.autograd.halves import widened
 from hpcml.autograd.operators import Operators
-from hpcml.autograd.record import Context, Primitive, empty
+from hpcml.autograd.record import Context, Primitive, apart, empty
 from hpcml.backend import Array
 
 
@@ -25,6 +25,7 @@ class Tensor(Operators):
                  "requires_grad")  # fmt: skip
     __array_priority__ = 1000  # NumPy leaves `array * tensor` to us
     is_parameter = False
+    unit: Any = None  # of a parameter: with what it is gathered, if it is sharded
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
         if type(data) is not np.ndarray and not backend.is_array(data):
@@ -85,8 +86,8 @@ class Tensor(Operators):
         return self.numpy().tolist()
 
     def detach(self) -> Tensor:
-        """The same data without the record."""
-        return Tensor(self.data)
+        """The same data without the record; a copy only of values that are gathered for a time."""
+        return Tensor(apart(self.data, self))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         return np.array(self.numpy(), dtype=dtype, copy=copy)

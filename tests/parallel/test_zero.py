@@ -10,7 +10,7 @@ import pytest
 
 import hpcml
 from hpcml import nn
-from hpcml.autograd import Tensor
+from hpcml.autograd import Context, Tensor, primitive
 from hpcml.comm import Mesh
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.optim import SGD, AdamW
@@ -292,6 +292,61 @@ class Bypassed(nn.Module):
         for block in self.blocks:
             x = block.forward(x).tanh()
         return self.last.forward(x)
+
+
+@primitive
+def times_transposed(ctx: Context, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Saves a view of an input."""
+    turned = weight.T
+    ctx.save(x, turned)
+    return x @ turned
+
+
+@times_transposed.adjoint
+def _(ctx: Context, g: np.ndarray) -> np.ndarray:
+    return g @ ctx.saved[1].T
+
+
+@times_transposed.adjoint
+def _(ctx: Context, g: np.ndarray) -> np.ndarray:
+    return g.T @ ctx.saved[0]
+
+
+class Table(nn.Module):
+    """Gives a view of its parameter away, which is used when the module is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(np.linspace(-1, 1, 54, dtype=np.float32).reshape(9, 6))
+
+    def forward(self, which: int) -> Tensor:
+        return self.weight[which]
+
+
+class Views(nn.Module):
+    """Computes with views of parameters, while other units are gathered where they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.tables = nn.ModuleList(Table() for _ in range(2))
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [table(number + 2) for number, table in enumerate(self.tables)]
+        for layer in self.layers:
+            x = (x @ layer.weight.transpose(1, 0)).tanh()
+            x = times_transposed(x, layer.weight) + layer.bias.detach()
+        return self.last(x * rows[0] + rows[1])
+
+
+@cases("way", ["3", "3 small buckets", "3 overlap", "3 layers"])
+@cases("microbatch", [1, 3])
+def test_views_of_parameters(mesh: Mesh, way: str, microbatch: int) -> None:
+    """Others were gathered into the memory behind them before they were used."""
+    found = trained(Views, mesh, microbatch=microbatch, **WAYS[way])
+    for name, array in trained(Views, serial_mesh(), microbatch=microbatch).items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-12, err_msg=name)
 
 
 @cases("deterministic", [False, True])
