@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Self
-
-import numpy as np
 
 from hpcml.autograd import Context, Handle, Tensor, movement
 from hpcml.backend import Array
-from hpcml.errors import UserError
 from hpcml.nn.parameter import Parameter
+from hpcml.nn.state import State
 
 
-class Module:
+class Module(State):
     """Base class of layers and models: set parameters and modules as attributes, add `forward`."""
 
     training: bool = True
@@ -21,6 +19,7 @@ class Module:
 
     def __init__(self) -> None:
         self._parameters: dict[str, Parameter] = {}
+        self._buffers: dict[str, Tensor] = {}
         self._modules: dict[str, Module] = {}
         self._forward_pre_hooks: list[Callable[..., Any]] = []
         self._forward_hooks: list[Callable[..., Any]] = []
@@ -42,10 +41,15 @@ class Module:
                 registry[name] = value
             else:
                 registry.pop(name, None)
+        if name in self._buffers and not isinstance(value, Tensor):
+            del self._buffers[name]
+        elif name in self._buffers:
+            self._buffers[name] = value
 
     def __delattr__(self, name: str) -> None:
         object.__delattr__(self, name)
         self._parameters.pop(name, None)
+        self._buffers.pop(name, None)
         self._modules.pop(name, None)
 
     # --- calls and hooks ------------------------------------------------------------------------
@@ -159,20 +163,6 @@ class Module:
         """Switch to evaluation: no dropout."""
         return self.train(False)
 
-    def to(self, dtype: Any) -> Self:
-        """Change the type of all parameters in place."""
-        for parameter in self.parameters():
-            parameter.to_dtype(dtype)
-        return self
-
-    def double(self) -> Self:
-        """Change all parameters to float64."""
-        return self.to(np.float64)
-
-    def float(self) -> Self:
-        """Change all parameters to float32."""
-        return self.to(np.float32)
-
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Ask for the gradients of all parameters, or freeze them."""
         for parameter in self.parameters():
@@ -183,43 +173,6 @@ class Module:
         """Forget all gradients."""
         for parameter in self.parameters():
             parameter.grad = None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Qualified name -> values; a shared parameter under each of its names.
-
-        Not copied, unless they are sharded: then all ranks gather them here, one unit at a time.
-        Of a tensor that tensor-parallel ranks divide, this rank's part (whole: `Step.gathered`).
-        """
-        state = {}
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            values = parameter.data
-            if parameter.unit is not None:
-                values = values.copy()
-                parameter.unit.done()
-            state[name] = Tensor(values)
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy values in by name: arrays, tensors of ours or of PyTorch.
-
-        Of a tensor that ranks divide, all of it or this rank's part.
-
-        strict: the names must be exactly those of `state_dict`. All problems are told at once.
-        """
-        own = dict(self.named_parameters(remove_duplicate=False))
-        problems = [
-            f"{name} has shape {tuple(value.shape)}, not {own[name].whole_shape}"
-            for name, value in state.items()
-            if name in own and tuple(value.shape) not in (own[name].shape, own[name].whole_shape)
-        ]
-        if strict:
-            problems += [f"{name} is missing" for name in own if name not in state]
-            problems += [f"{name} is unexpected" for name in state if name not in own]
-        if problems:
-            raise UserError(f"state does not fit {type(self).__name__}: {'; '.join(problems)}")
-        for name, parameter in own.items():
-            if name in state:
-                parameter.assign(_array(state[name]))
 
     def extra_repr(self) -> str:
         """What to print between the parentheses."""
@@ -235,10 +188,6 @@ class Module:
 def _register(hooks: list[Callable[..., Any]], hook: Callable[..., Any]) -> Handle:
     hooks.append(hook)
     return Handle(hooks, hook)
-
-
-def _array(value: Any) -> Array:
-    return np.asarray(value.detach() if hasattr(value, "detach") else value)
 
 
 @movement
