@@ -52,6 +52,18 @@ def is_array(value: object) -> bool:
     return cupy is not None and isinstance(value, cupy.ndarray)
 
 
+def order(array: Array) -> tuple[int, ...]:
+    """The dimensions of an array from the outermost in memory to the innermost."""
+    if array.flags.c_contiguous:
+        return tuple(range(array.ndim))
+    return tuple(sorted(range(array.ndim), key=lambda i: -abs(array.strides[i])))
+
+
+def in_order(array: Array) -> Array:
+    """A view of an array with its dimensions as they lie in memory: C-contiguous if it is dense."""
+    return array if array.flags.c_contiguous else array.transpose(order(array))
+
+
 def dtype(name: Any) -> np.dtype[Any]:
     """Return the NumPy dtype of "fp32", "float32", "bf16", ...; bfloat16 comes from ml_dtypes."""
     name = PRECISIONS.get(name, name) if isinstance(name, str) else name

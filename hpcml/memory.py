@@ -168,6 +168,19 @@ def empty(
     return np.ndarray(shape, dtype, block, offset)
 
 
+def empty_like(array: Array, dtype: Any = None, category: str | None = None) -> Array:
+    """Return an uninitialised array of a NumPy array's shape, whose elements lie in its order.
+
+    Images that lie channels last stay so. Counted like `empty`.
+    """
+    dtype = array.dtype if dtype is None else dtype
+    if array.flags.c_contiguous:
+        return empty(array.shape, dtype, category)
+    order = backend.order(array)
+    made = empty(tuple([array.shape[i] for i in order]), dtype, category)
+    return made.transpose(np.argsort(order))
+
+
 def adopt(
     region: Any, offset: int, shape: tuple[int, ...], dtype: Any, category: str, owner: Any
 ) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from hpcml.autograd.halves import HALVES, rounded, widened
 from hpcml.autograd.mode import no_grad
-from hpcml.autograd.record import Context, empty
+from hpcml.autograd.record import Context, empty_like
 from hpcml.autograd.tensor import Tensor
 from hpcml.backend import Array, is_array, xp
 
@@ -82,7 +82,7 @@ class _Gradients:
             self.of[source] = (result, fresh)  # type: ignore[index]
         else:
             assert before is not None
-            out = before if ours else empty(before.shape, before)
+            out = before if ours else empty_like(before)
             self.of[source] = (xp(before).add(before, result, out=out), True)  # type: ignore[index]
 
     def _deliver(

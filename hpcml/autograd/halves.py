@@ -26,18 +26,18 @@ def widened(x: Any) -> Any:
     """x in float32 if it is an array of 16-bit floats; anything else as it is."""
     if getattr(x, "dtype", None) not in HALVES:
         return x
-    return kernels.widen(x, _empty(x.shape, _FLOAT32, x))
+    return kernels.widen(x, _empty_like(x, _FLOAT32))
 
 
 def narrowed(x: Array, dtype: np.dtype[Any], out: Array | None = None) -> Array:
     """x rounded to the 16-bit `dtype`, in `out` if that is given."""
-    return kernels.narrow(x, _empty(x.shape, dtype, x) if out is None else out)
+    return kernels.narrow(x, _empty_like(x, dtype) if out is None else out)
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Array) -> Array:
-    if isinstance(like, np.ndarray | np.generic):
-        return memory.empty(shape, dtype)
-    return backend.xp(like).empty(shape, dtype)
+def _empty_like(x: Array, dtype: np.dtype[Any]) -> Array:
+    if isinstance(x, np.ndarray):
+        return memory.empty_like(x, dtype)
+    return backend.xp(x).empty_like(x, dtype)
 
 
 def through_float32(ctx: Context, arrays: list[Any], attributes: dict[str, Any]) -> Array:

@@ -125,6 +125,17 @@ class Context:
             self._handed = empty(shape, like)
         return self._handed
 
+    def like(self, array: Array) -> Array:
+        """As `empty`, of the shape of `array` and with its elements in memory in its order."""
+        if array.flags.c_contiguous:
+            return self.empty(array.shape, array)
+        return self.own(empty_like(array))
+
+    def own(self, array: Array) -> Array:
+        """Return `array`, the result, of which nobody else keeps a view: it may be added to."""
+        self._handed = array
+        return array
+
     def take_pending(self) -> Array | None:
         """Return what this input's gradient has got so far, or None; the result must include it.
 
@@ -174,6 +185,13 @@ def empty(shape: tuple[int, ...], like: Array) -> Array:
     if isinstance(like, np.ndarray | np.generic):
         return memory.empty(shape, like.dtype)
     return backend.xp(like).empty(shape, like.dtype)
+
+
+def empty_like(array: Array) -> Array:
+    """Return an uninitialised array of the shape of `array`, its elements in the same order."""
+    if isinstance(array, np.ndarray | np.generic):
+        return memory.empty_like(array)
+    return backend.xp(array).empty_like(array)
 
 
 def _no_halves(dtype: np.dtype[Any]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcml import backend
 from hpcml.backend import Array, xp
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -46,6 +47,27 @@ def of(array: Array) -> ModuleType:
 
 
 @functools.cache
+def _compiled_images(dtype: str) -> ModuleType:
+    compiled(dtype)
+    from hpcml.kernels.cpu import images
+
+    images.load(dtype)
+    return images
+
+
+def images(array: Array) -> ModuleType:
+    """Return the module of kernels for images, for `array`'s device and dtype; see `of`.
+
+    They are loaded when first asked for: who computes with none does not wait for them.
+    """
+    if type(array) is np.ndarray and array.dtype.name in ("float32", "float64"):
+        return _compiled_images(array.dtype.name)
+    from hpcml.kernels import generic_images
+
+    return generic_images
+
+
+@functools.cache
 def multiplies(dtype: np.dtype[Any]) -> bool:
     """Whether there are products of matrices of this 16-bit type, on this machine's CPU.
 
@@ -57,11 +79,13 @@ def multiplies(dtype: np.dtype[Any]) -> bool:
 
 
 def widen(x: Array, out: Array | None = None) -> Array:
-    """Return 16-bit floats `x` in float32, exactly; in `out`, C-contiguous, if that is given."""
-    out = xp(x).empty(x.shape, _FLOAT32) if out is None else out
+    """Return 16-bit floats `x` in float32, exactly; in `out`, dense in any order, if given."""
+    out = xp(x).empty_like(x, _FLOAT32) if out is None else out
     if isinstance(x, np.ndarray):
-        words = np.ascontiguousarray(x).view(np.uint16).reshape(-1)
-        compiled("float32").halves.widen(words, out.reshape(-1), x.dtype != np.float16)
+        order = backend.order(out)
+        words = np.ascontiguousarray(x.transpose(order)).view(np.uint16).reshape(-1)
+        numbers = out.transpose(order).reshape(-1)
+        compiled("float32").halves.widen(words, numbers, x.dtype != np.float16)
     else:
         out[...] = x
     return out
@@ -72,9 +96,10 @@ def narrow(x: Array, out: Array) -> Array:
 
     x and out have one shape; what is too large becomes infinite, without a warning.
     """
-    if isinstance(x, np.ndarray) and x.dtype == _FLOAT32 and out.flags.c_contiguous:
-        words = out.view(np.uint16).reshape(-1)
-        numbers = np.require(x, requirements=("C", "W")).reshape(-1)
+    ours = isinstance(x, np.ndarray) and x.dtype == _FLOAT32
+    if ours and (words := backend.in_order(out)).flags.c_contiguous:
+        numbers = np.require(x.transpose(backend.order(out)), requirements=("C", "W")).reshape(-1)
+        words = words.view(np.uint16).reshape(-1)
         compiled("float32").halves.narrow(numbers, words, out.dtype != np.float16)
     else:
         with np.errstate(over="ignore"):

@@ -50,6 +50,11 @@ def gelu_tanh_backward(g: Array, x: Array, out: Array) -> None:
     out[...] = g * 0.5 * (1 + t + x * (1 - t * t) * _ROOT_2_OVER_PI * (1 + 3 * _CUBIC * x * x))
 
 
+def relu_backward(g: Array, y: Array, out: Array) -> None:
+    """out = g, but 0 where y = max(x, 0) is 0; at NaN it is g."""
+    out[...] = xp(g).where(y <= 0, 0, g)
+
+
 def column_sums(x: Array, out: Array) -> None:
     """out[j] = sum of x[r, j]."""
     out[...] = x.sum(0)

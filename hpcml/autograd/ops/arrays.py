@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpcml.backend import Array
+from hpcml.backend import Array, in_order, order
 
 if TYPE_CHECKING:
     from hpcml.autograd.record import Context
@@ -71,3 +71,22 @@ def promoted(name: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     else:
         return arrays
     return tuple([a.astype(target, copy=False) if hasattr(a, "dtype") else a for a in arrays])
+
+
+def dense(x: Array) -> Array:
+    """Return x, or a copy of it if its elements do not lie side by side, in whatever order.
+
+    A TypeError if they are not floats.
+    """
+    if x.dtype.kind in "biu":
+        raise TypeError(f"floats needed, not {x.dtype}: use .float()")
+    packed = in_order(x)
+    ready = packed.flags.c_contiguous and getattr(packed.flags, "behaved", True)
+    return x if ready else x.copy("K")
+
+
+def flat(x: Array, like: Array) -> Array:
+    """The elements of x in the order in which those of `like`, of the same shape, lie in memory."""
+    if not like.flags.c_contiguous:
+        x = x.transpose(order(like))
+    return contiguous(x).reshape(-1)

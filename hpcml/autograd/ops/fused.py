@@ -6,7 +6,15 @@ import numpy as np
 
 from hpcml import kernels, rng
 from hpcml.autograd.halves import HALVES, narrowed, widened
-from hpcml.autograd.ops.arrays import check_indices, contiguous, floats, integers, same_type
+from hpcml.autograd.ops.arrays import (
+    check_indices,
+    contiguous,
+    dense,
+    flat,
+    floats,
+    integers,
+    same_type,
+)
 from hpcml.autograd.record import Context, empty, movement, primitive
 from hpcml.backend import Array, xp
 
@@ -238,20 +246,20 @@ def gelu(ctx: Context, x: Array, *, approximate: str = "none") -> Array:
     """x Phi(x), or its tanh form (Hendrycks and Gimpel 2016)."""
     if approximate not in ("none", "tanh"):
         raise ValueError(f'approximate="{approximate}": use "none" or "tanh"')
-    x = floats(x)
+    x = dense(x)
     ctx.save(x)
     ctx.attributes = approximate
-    out = ctx.empty(x.shape, x)
+    out = ctx.like(x)
     kernel = kernels.of(x)
-    (kernel.gelu if approximate == "none" else kernel.gelu_tanh)(x.reshape(-1), out.reshape(-1))
+    (kernel.gelu if approximate == "none" else kernel.gelu_tanh)(flat(x, x), flat(out, x))
     return out
 
 
 @gelu.adjoint
 def gelu_x(ctx: Context, g: Array) -> Array:
     (x,) = ctx.saved
-    out = ctx.empty(x.shape, x)
+    out = ctx.like(x)
     k = kernels.of(x)
     kernel = k.gelu_backward if ctx.attributes == "none" else k.gelu_tanh_backward
-    kernel(contiguous(g).reshape(-1), x.reshape(-1), out.reshape(-1))
+    kernel(flat(g, x), flat(x, x), flat(out, x))
     return out

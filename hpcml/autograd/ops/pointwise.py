@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpcml import kernels
 from hpcml.autograd.halves import HALVES, narrowed, widened
-from hpcml.autograd.ops.arrays import promoted
+from hpcml.autograd.ops.arrays import flat, promoted
 from hpcml.autograd.record import Context, movement, primitive
 from hpcml.backend import Array, xp
 
@@ -24,12 +25,13 @@ def evaluate(ctx: Context, name: str, *arrays: Any) -> Array:
         shape = shapes[0]
     else:
         shape = xp(first).broadcast(*arrays).shape
-    return function(*arrays, out=ctx.empty(shape, first))
+    out = ctx.like(first) if first.shape == shape else ctx.empty(shape, first)
+    return function(*arrays, out=out)
 
 
 def times(ctx: Context, g: Array, factor: Any) -> Array:
     """g * factor, which broadcasts to g, in counted memory."""
-    return xp(g).multiply(g, factor, out=ctx.empty(g.shape, g))
+    return xp(g).multiply(g, factor, out=ctx.like(g))
 
 
 @primitive
@@ -61,7 +63,7 @@ def sub_a(ctx: Context, g: Array) -> Array:
 
 @sub.adjoint
 def sub_b(ctx: Context, g: Array) -> Array:
-    return ctx.fit(xp(g).negative(g, out=ctx.empty(g.shape, g)), 1)
+    return ctx.fit(xp(g).negative(g, out=ctx.like(g)), 1)
 
 
 @primitive
@@ -94,7 +96,7 @@ def div(ctx: Context, a: Array, b: Array) -> Array:
 @div.adjoint
 def div_a(ctx: Context, g: Array) -> Array:
     _, b = ctx.saved
-    return ctx.fit(xp(g).true_divide(g, b, out=ctx.empty(g.shape, g)), 0)
+    return ctx.fit(xp(g).true_divide(g, b, out=ctx.like(g)), 0)
 
 
 @div.adjoint
@@ -136,7 +138,7 @@ def neg(ctx: Context, a: Array) -> Array:
 
 @neg.adjoint
 def neg_a(ctx: Context, g: Array) -> Array:
-    return xp(g).negative(g, out=ctx.empty(g.shape, g))
+    return xp(g).negative(g, out=ctx.like(g))
 
 
 @primitive
@@ -163,7 +165,7 @@ def log(ctx: Context, a: Array) -> Array:
 @log.adjoint
 def log_a(ctx: Context, g: Array) -> Array:
     (a,) = ctx.saved
-    return xp(g).true_divide(g, a, out=ctx.empty(g.shape, g))
+    return xp(g).true_divide(g, a, out=ctx.like(g))
 
 
 @primitive
@@ -177,7 +179,7 @@ def sqrt(ctx: Context, a: Array) -> Array:
 @sqrt.adjoint
 def sqrt_a(ctx: Context, g: Array) -> Array:
     (out,) = ctx.saved
-    return xp(g).true_divide(g, 2 * out, out=ctx.empty(g.shape, g))
+    return xp(g).true_divide(g, 2 * out, out=ctx.like(g))
 
 
 @primitive
@@ -234,8 +236,10 @@ def relu(ctx: Context, a: Array) -> Array:
 
 @relu.adjoint
 def relu_a(ctx: Context, g: Array) -> Array:
-    (out,) = ctx.saved
-    return times(ctx, g, ~(out <= 0))  # not out > 0: NaN is passed on
+    (y,) = ctx.saved
+    out = ctx.like(y)
+    kernels.of(g).relu_backward(flat(g, y), flat(y, y), flat(out, y))
+    return out
 
 
 @primitive

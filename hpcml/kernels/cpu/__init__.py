@@ -19,6 +19,7 @@ from hpcml.kernels.cpu.pointwise import (
     gelu_backward,
     gelu_tanh,
     gelu_tanh_backward,
+    relu_backward,
     sgd_plain_update,
     sgd_update,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "random_normal",
     "random_uniform",
     "random_words",
+    "relu_backward",
     "sgd_plain_update",
     "sgd_update",
     "shared",

@@ -54,7 +54,7 @@ def cache_folder() -> Path:
     written or locked is replaced by one of this node.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for source in sorted(Path(__file__).resolve().parent.glob("*.py")):
+    for source in sorted(Path(__file__).resolve().parent.rglob("*.py")):
         digest.update(f"{source} {source.stat().st_mtime_ns}".encode() + source.read_bytes())
     cpu = cpu_target.target_context.codegen().magic_tuple()
     digest.update(f"{sys.implementation.cache_tag} {numba.__version__} {cpu}".encode())
@@ -143,10 +143,11 @@ def lanes(function: Callable[..., Any]) -> Any:
 def load(dtype: str) -> None:
     """Read all kernels for `dtype` from disk; what is missing one process compiles for all.
 
-    A file that cannot be read (of a machine that lost power, say) is made again.
+    All are those of the modules that have been imported: call it again after others. A file that
+    cannot be read (of a machine that lost power, say) is made again.
     """
     folder = cache_folder()
-    complete = folder / f"{dtype}-complete"
+    complete = folder / f"{dtype}-{len(_registry)}-complete"
     with open(folder / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # many processes read at once
         if complete.exists():

@@ -58,6 +58,16 @@ def gelu_tanh_backward(g: Any, x: Any, out: Any, low: int, high: int) -> None:
         out[i] = g[i] * half * (one + t + v * (one - t * t) * (a + b3 * v * v))
 
 
+@divided("void(R[::1], R[::1], T[::1])", elements)
+def relu_backward(g: Any, y: Any, out: Any, low: int, high: int) -> None:
+    """out = g, but 0 where y = max(x, 0) is 0; at NaN it is g."""
+    g, y, out = g[low:high], y[low:high], out[low:high]
+    zero = g.dtype.type(0)
+    for i in range(g.size):
+        v = g[i]
+        out[i] = zero if y[i] <= zero else v
+
+
 @divided("void(R[:, ::1], T[::1])", columns, ranges=1)
 def column_sums(x: Any, out: Any, low: int, high: int) -> None:
     """out[j] = sum of x[r, j] over rows, added in order."""
