@@ -2,6 +2,14 @@
 
 from hpcml.nn import functional
 from hpcml.nn.attention import MultiheadAttention, PackedAttention
+from hpcml.nn.convolution import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
 from hpcml.nn.layers import (
     GELU,
     CrossEntropyLoss,
@@ -19,10 +27,40 @@ from hpcml.nn.layers import (
 )
 from hpcml.nn.module import Module
 from hpcml.nn.parameter import Constant, Normal, Parameter, Uniform
+from hpcml.nn.pooling import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveAvgPool3d,
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    MaxPool1d,
+    MaxPool2d,
+    MaxPool3d,
+    Upsample,
+)
 
 __all__ = [
     "GELU",
+    "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "Constant",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "CrossEntropyLoss",
     "Dropout",
     "Embedding",
@@ -30,6 +68,9 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MSELoss",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
     "Module",
     "ModuleList",
     "MultiheadAttention",
@@ -41,5 +82,6 @@ __all__ = [
     "Sigmoid",
     "Tanh",
     "Uniform",
+    "Upsample",
     "functional",
 ]

@@ -11,7 +11,65 @@ from hpcml.autograd import Tensor
 from hpcml.autograd.operators import array_of
 from hpcml.autograd.ops import attention, fused, pointwise, shape
 from hpcml.autograd.ops import linear as products
+from hpcml.errors import UserError
+from hpcml.nn.images import (
+    batch_norm,
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+)
 from hpcml.nn.part import Part, Range
+from hpcml.nn.pools import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+    interpolate,
+    max_pool1d,
+    max_pool2d,
+    max_pool3d,
+)
+
+__all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "attention_weights",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "batch_norm",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "cross_entropy",
+    "dropout",
+    "embedding",
+    "gelu",
+    "interpolate",
+    "layer_norm",
+    "linear",
+    "log_softmax",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "mse_loss",
+    "packed_self_attention",
+    "pad",
+    "relu",
+    "scaled_dot_product_attention",
+    "sigmoid",
+    "softmax",
+    "tanh",
+]
 
 
 def linear(input: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -208,73 +266,25 @@ def attention_weights(
     return fused.softmax(scores.masked_fill(blind, 0), dim=-1).masked_fill(blind, 0)
 
 
-def pad(input: Tensor, pad: tuple[int, ...], *, value: float = 0.0) -> Tensor:
-    """Surround by `value`: (before, after) of the last dimension, then of the one before, ..."""
+def pad(
+    input: Tensor, pad: tuple[int, ...], mode: str = "constant", value: float | None = None
+) -> Tensor:
+    """Surround: (before, after) of the last dimension, then of the one before, ...
+
+    mode: "constant" (by `value`, 0 by default), "reflect" (the inner elements mirrored),
+    "replicate" (the outermost) or "circular" (those of the other side). Raises UserError for what
+    an image is too small for.
+    """
     pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)]
     widths = [(0, 0)] * (input.ndim - len(pairs)) + pairs[::-1]
-    return shape.pad(input, widths=tuple(widths), value=value)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
-
-
-def conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-) -> Tensor:
-    """Cross-correlation: (N, C, H, W) with weight (F, C, kh, kw) -> (N, F, H', W')."""
-    filters, channels, *size = weight.shape
-    if input.ndim != 4 or input.shape[1] != channels:
-        raise ValueError(f"conv2d({input.shape}, weight {weight.shape}): channels must agree")
-    view = shape.windows(
-        _surround(input, padding, 0.0),
-        size=tuple(size),
-        stride=_pair(stride),
-        dilation=_pair(dilation),
-    )  # (N, C, H', W', kh, kw)
-    rows = view.permute(0, 2, 3, 1, 4, 5).flatten(3)
-    return products.linear(rows, weight.reshape(filters, -1), bias).permute(0, 3, 1, 2)
-
-
-def max_pool2d(
-    input: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
-) -> Tensor:
-    """Maximum over windows, the first gets the gradient: (N, C, H, W) -> (N, C, H', W')."""
-    windows = _pooled(input, kernel_size, stride, padding, -np.inf).flatten(-2)
-    first = windows.argmax(-1, keepdim=True).data
-    return shape.take_along_dim(windows, index=first, dim=-1).squeeze(-1)
-
-
-def avg_pool2d(
-    input: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
-) -> Tensor:
-    """Mean over windows, padding counted: (N, C, H, W) -> (N, C, H', W')."""
-    return _pooled(input, kernel_size, stride, padding, 0.0).mean((-2, -1))
-
-
-def _pooled(input: Tensor, kernel_size: Any, stride: Any, padding: Any, value: float) -> Tensor:
-    size = _pair(kernel_size)
-    return shape.windows(
-        _surround(input, padding, value),
-        size=size,
-        stride=size if stride is None else _pair(stride),
-        dilation=(1, 1),
-    )
-
-
-def _surround(input: Tensor, padding: int | tuple[int, int], value: float) -> Tensor:
-    vertical, horizontal = _pair(padding)
-    if vertical or horizontal:
-        return pad(input, (horizontal, horizontal, vertical, vertical), value=value)
-    return input
+    if mode not in ("constant", "reflect", "replicate", "circular"):
+        raise UserError(f'pad: mode="{mode}": use constant, reflect, replicate or circular')
+    if mode != "constant":
+        for n, pair in zip(input.shape, widths, strict=True):
+            most = {"reflect": n - 1, "circular": n}.get(mode, max(pair) if n else 0)
+            if max(pair) > most or min(pair) < 0:
+                raise UserError(
+                    f'pad: {pair} elements about {n} of {input.shape}: mode="{mode}" takes 0 to '
+                    f"{most}"
+                )
+    return shape.pad(input, widths=tuple(widths), mode=mode, value=value or 0.0)

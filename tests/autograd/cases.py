@@ -9,7 +9,17 @@ import numpy as np
 
 from hpcml import rng
 from hpcml.autograd import Primitive, Tensor
-from hpcml.autograd.ops import attention, extremes, fused, linear, pointwise, shape
+from hpcml.autograd.ops import (
+    attention,
+    extremes,
+    fused,
+    images,
+    linear,
+    norm,
+    pointwise,
+    pooling,
+    shape,
+)
 from hpcml.nn import module
 from tests.autograd.support import Array, normal
 
@@ -59,6 +69,27 @@ def seeded(function: Primitive, *sizes: tuple[int, ...], **attributes: Any) -> C
     return evaluate, [normal(*s, salt=i) for i, s in enumerate(sizes)]
 
 
+def plan(dims: int, **given: Any) -> dict[str, Any]:
+    """Options of a convolution, the simplest ones where none are given."""
+    ones, none = (1,) * dims, ((0, 0),) * dims
+    return {"stride": ones, "padding": none, "dilation": ones, "groups": 1} | given
+
+
+def convolving(image: tuple[int, ...], filters: tuple[int, ...], **given: Any) -> Case:
+    how = plan(len(image) - 2, **given)
+    return keyed(images.convolution, image, filters, filters[:1], **how)
+
+
+def transposing(
+    image: tuple[int, ...], filters: tuple[int, ...], sizes: tuple[int, ...], **given: Any
+) -> Case:
+    how = {"dilation": (1,) * len(sizes), "groups": 1} | given
+    shapes = image, filters, (filters[1] * how["groups"],)
+    return keyed(images.transposed_convolution, *shapes, sizes=sizes, **how)
+
+
+BAND = pooling.Band.of([(0, [1.0]), (0, [0.5, -2.0]), (1, [1.0, 2.0, 3.0]), (3, [2.0]), (3, [1.0])])
+ESTIMATES = normal(3, salt=5), np.abs(normal(3, salt=6)) + 0.5
 CHOICE = np.array([[True, False, True], [False, True, True]])
 TABLE: dict[Primitive, list[Case]] = {
     pointwise.add: both(pointwise.add),
@@ -229,28 +260,100 @@ TABLE: dict[Primitive, list[Case]] = {
             np.array(2),
         ]
     ],
-    shape.take_along_dim: [
-        keyed(shape.take_along_dim, (3, 4), index=np.array(i), dim=d)
-        for i, d in [
-            ([[0, 0], [3, 1], [2, 2]], 1),
-            ([[1, 1, 0, 2]], 0),
-            ([[1], [1], [1]], -1),
-            ([[3, 3]], 1),
-            ([[1], [2]], 0),
-        ]
-    ],
     shape.pad: [
         keyed(shape.pad, (2, 3), widths=((1, 0), (0, 2)), value=3.0),
         keyed(shape.pad, (0, 3), widths=((1, 1), (0, 0))),
+        *[
+            keyed(shape.pad, (2, 4, 3), widths=((0, 0), (3, 1), (1, 2)), mode=mode)
+            for mode in ("reflect", "replicate", "circular")
+        ],
     ],
-    shape.windows: [
-        keyed(shape.windows, (2, 7, 6), size=(3, 2), stride=s, dilation=d)
-        for s in [(1, 1), (2, 3)]
-        for d in [(1, 1), (2, 1), (3, 2)]
-    ]
-    + [
-        keyed(shape.windows, (0, 4), size=(2,), stride=(1,), dilation=(1,)),
-        keyed(shape.windows, (1,), size=(1,), stride=(1,), dilation=(1,)),
+    images.convolution: [
+        convolving((2, 3, 7), (4, 3, 3), stride=(2,), padding=((1, 1),)),
+        convolving((2, 4, 7, 6), (6, 2, 3, 2), padding=((1, 0), (2, 1)), groups=2),
+        convolving((1, 3, 9, 8), (2, 3, 3, 3), stride=(2, 3), dilation=(2, 1)),
+        convolving((2, 20, 5, 5), (18, 20, 1, 1), stride=(2, 2)),
+        convolving((1, 2, 5, 4, 6), (3, 2, 2, 3, 3), stride=(1, 2, 1), padding=((0, 1),) * 3),
+        convolving((0, 3, 5, 5), (4, 3, 3, 3)),
+        (
+            lambda x, w: images.convolution(x, w, None, **plan(2)),
+            [normal(2, 3, 5, 5), normal(4, 3, 3, 3)],
+        ),
+    ],
+    images.transposed_convolution: [
+        transposing((2, 3, 5), (3, 4, 3), (12,), stride=(2,), before=(0,)),
+        transposing((2, 4, 3, 5), (4, 2, 3, 2), (6, 6), stride=(2, 1), before=(1, 0), groups=2),
+        transposing((1, 2, 2, 3, 2), (2, 3, 2, 2, 2), (4, 6, 4), stride=(2,) * 3, before=(0,) * 3),
+        transposing((0, 2, 3), (2, 3, 2), (4,), stride=(1,), before=(0,)),
+    ],
+    pooling.max_pool: [
+        keyed(
+            pooling.max_pool,
+            (2, 3, 7),
+            sizes=(3,),
+            kernel=(3,),
+            stride=(2,),
+            before=(0,),
+            dilation=(1,),
+        ),
+        keyed(
+            pooling.max_pool,
+            (2, 2, 6, 7),
+            sizes=(3, 4),
+            kernel=(3, 3),
+            stride=(2, 2),
+            before=(1, 1),
+            dilation=(1, 1),
+        ),
+        keyed(
+            pooling.max_pool,
+            (1, 2, 4, 5, 6),
+            sizes=(2, 3, 2),
+            kernel=(2, 2, 3),
+            stride=(2, 1, 1),
+            before=(0, 0, 0),
+            dilation=(1, 2, 2),
+        ),
+        keyed(
+            pooling.max_pool,
+            (0, 2, 4),
+            sizes=(2,),
+            kernel=(2,),
+            stride=(2,),
+            before=(0,),
+            dilation=(1,),
+        ),
+    ],
+    pooling.resample: [
+        keyed(pooling.resample, (2, 3, 4), bands=(BAND,)),
+        keyed(pooling.resample, (2, 2, 4, 3), bands=(BAND, None)),
+        keyed(pooling.resample, (1, 2, 4, 2, 4), bands=(BAND, None, BAND)),
+        keyed(pooling.resample, (0, 2, 4), bands=(BAND,)),
+        keyed(pooling.resample, (1, 2, 4), bands=(None,)),
+    ],
+    norm.batch_norm: [
+        *[
+            keyed(
+                norm.batch_norm, s, (3,), (3,), running=None, training=True, momentum=0.1, eps=1e-2
+            )
+            for s in [(5, 3), (2, 3, 4), (2, 3, 2, 3), (1, 3, 2, 2, 2), (0, 3, 2)]
+        ],
+        keyed(
+            norm.batch_norm,
+            (2, 3, 4),
+            (3,),
+            (3,),
+            running=ESTIMATES,
+            training=False,
+            momentum=0.1,
+            eps=1e-2,
+        ),
+        (
+            lambda x: norm.batch_norm(
+                x, None, None, running=None, training=True, momentum=0.1, eps=1e-2
+            ),
+            [normal(4, 3)],
+        ),
     ],
     module.boundary: [keyed(module.boundary, (2, 3), on_gradient=lambda g: None)],
 }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hpcml.kernels import cpu, generic, of
+from hpcml.kernels import cpu, generic, generic_images, of
+from hpcml.kernels.cpu import images
 from hpcml.kernels.cpu.team import Divided
 from tests.kernels.support import DTYPES, SIZES, bits, close, randoms
 
@@ -24,7 +25,12 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_cpu_and_generic_have_the_same_kernels(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("fast", "plain", "count"), [(cpu, generic, 27), (images, generic_images, 11)]
+)
+def test_cpu_and_generic_have_the_same_kernels(
+    fast: ModuleType, plain: ModuleType, count: int
+) -> None:
     def kernels(module: Any) -> dict[str, list[str]]:
         values = {
             name: value.compiled if isinstance(value, Divided) else value
@@ -40,10 +46,10 @@ def test_cpu_and_generic_have_the_same_kernels(dtype: str) -> None:
             and not name.startswith("_")
         }
 
-    compiled = kernels(cpu)
+    compiled = kernels(fast)
     compiled.pop("load")
-    assert len(compiled) == 26
-    assert compiled == kernels(generic)
+    assert len(compiled) == count
+    assert compiled == kernels(plain)
 
 
 def test_which_module_serves_an_array(dtype: str) -> None:

@@ -34,6 +34,18 @@ LAYERS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "Flatten": ((), {}),
     "CrossEntropyLoss": ((), {}),
     "MSELoss": ((), {}),
+    "Conv1d": ((4, 6, 3), {}),
+    "Conv2d": ((4, 6, (3, 2)), {"groups": 2, "stride": 2, "padding": 1}),
+    "Conv2d without bias": ((4, 6, 3), {"bias": False, "padding": "same"}),
+    "Conv3d": ((2, 3, 2), {"dilation": 2, "padding_mode": "circular"}),
+    "ConvTranspose1d": ((4, 6, 3), {"stride": 2, "output_padding": 1}),
+    "ConvTranspose2d": ((4, 6, 3), {"groups": 2}),
+    "ConvTranspose3d": ((2, 3, 2), {"bias": False}),
+    **{f"{kind}Pool{d}d": ((2,), {}) for kind in ("Max", "Avg", "AdaptiveAvg") for d in (1, 2, 3)},
+    **{f"BatchNorm{d}d": ((3,), {}) for d in (1, 2, 3)},
+    "BatchNorm2d without weights": ((3,), {"affine": False}),
+    "BatchNorm1d without estimates": ((3,), {"track_running_stats": False}),
+    "Upsample": ((), {"scale_factor": 2}),
 }
 
 
@@ -60,7 +72,10 @@ def test_state_has_the_names_shapes_and_order_of_torch(name: str) -> None:
 def test_first_values_are_distributed_as_in_torch(name: str) -> None:
     torch.manual_seed(0)
     kind = name.split()[0]
-    arguments = {"Linear": (200, 300), "Embedding": (200, 300), "MultiheadAttention": (200, 4)}
+    arguments: dict[str, tuple[Any, ...]] = {
+        "Linear": (200, 300), "Embedding": (200, 300), "MultiheadAttention": (200, 4),
+        **{f"{kind}{d}d": (20, 400, 3) for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)},
+    }  # fmt: skip
     sizes = arguments.get(kind, LAYERS[name][0])
     ours, theirs = (getattr(lib, kind)(*sizes, **LAYERS[name][1]) for lib in (nn, torch.nn))
     for key, value in theirs.state_dict().items():
@@ -93,7 +108,18 @@ def check_signature(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["relu", "layer_norm", "dropout", "embedding", "cross_entropy", "mse_loss", "tanh", "sigmoid"],
+    [
+        "relu",
+        "layer_norm",
+        "dropout",
+        "embedding",
+        "cross_entropy",
+        "mse_loss",
+        "tanh",
+        "sigmoid",
+        "batch_norm",
+        "interpolate",
+    ],
 )
 def test_signatures_of_functions_fit_torch(name: str) -> None:
     check_signature(getattr(F, name), getattr(torch.nn.functional, name))
@@ -102,10 +128,21 @@ def test_signatures_of_functions_fit_torch(name: str) -> None:
 def test_signatures_that_torch_does_not_tell() -> None:
     documented = {
         "linear": "input weight bias", "gelu": "input approximate",
-        "conv2d": "input weight bias stride padding dilation",
-        "max_pool2d": "input kernel_size stride padding", "pad": "input pad",
-        "avg_pool2d": "input kernel_size stride padding", "softmax": "input dim",
-        "log_softmax": "input dim",
+        "softmax": "input dim", "log_softmax": "input dim", "pad": "input pad mode value",
+        **{f"conv{d}d": "input weight bias stride padding dilation groups" for d in (1, 2, 3)},
+        **{
+            f"conv_transpose{d}d": "input weight bias stride padding output_padding groups dilation"
+            for d in (1, 2, 3)
+        },
+        **{
+            f"max_pool{d}d": "input kernel_size stride padding dilation ceil_mode"
+            for d in (1, 2, 3)
+        },
+        **{
+            f"avg_pool{d}d": "input kernel_size stride padding ceil_mode count_include_pad"
+            for d in (1, 2, 3)
+        },
+        **{f"adaptive_avg_pool{d}d": "input output_size" for d in (1, 2, 3)},
         "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale",
     }  # fmt: skip
     for name, expected in documented.items():

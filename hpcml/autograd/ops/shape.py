@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcml.autograd.halves import widened
 from hpcml.autograd.record import Context, movement, primitive, unbroadcast
-from hpcml.backend import Array, xp
+from hpcml.backend import Array, order, xp
 
 Axes = int | tuple[int, ...] | list[int] | None
 
@@ -122,24 +122,6 @@ def getitem_x(ctx: Context, g: Array) -> Array:
     return out
 
 
-@movement
-def take_along_dim(ctx: Context, x: Array, *, index: Array, dim: int) -> Array:
-    """out[..., i, ...] = x[..., index[..., i, ...], ...] along `dim` (PyTorch's gather)."""
-    ctx.attributes = index, dim
-    return xp(x).take_along_axis(x, index, dim)
-
-
-@take_along_dim.adjoint
-def take_along_dim_x(ctx: Context, g: Array) -> Array:
-    index, dim = ctx.attributes
-    g = widened(g)
-    out = ctx.accumulator(ctx.shapes[0], g)
-    grid = list(xp(g).ogrid[tuple(slice(n) for n in out.shape)])
-    grid[dim] = index
-    xp(g).add.at(out, tuple(grid), g)
-    return out
-
-
 def cat(tensors: list[Any], dim: int = 0) -> Any:
     """Join tensors along `dim`; the other sizes must agree."""
     return _concatenation(len(tensors))(*tensors, dim=dim)
@@ -174,49 +156,51 @@ def _concatenation(count: int) -> Any:
     return made
 
 
+_PAD = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+"""What NumPy calls the ways to pad."""
+
+
 @movement
 def pad(
-    ctx: Context, x: Array, *, widths: tuple[tuple[int, int], ...], value: float = 0.0
-) -> Array:
-    """Surround x by `value`: widths[i] elements (before, after) along dimension i."""
-    ctx.attributes = tuple(slice(a, a + n) for (a, _), n in zip(widths, x.shape, strict=True))
-    return xp(x).pad(x, widths, constant_values=value)
+    ctx: Context, x: Array, *,
+    widths: tuple[tuple[int, int], ...], mode: str = "constant", value: float = 0.0,
+) -> Array:  # fmt: skip
+    """Surround x: widths[i] elements (before, after) along dimension i.
+
+    mode: "constant" (by `value`), "reflect" (the inner elements mirrored, without the outermost),
+    "replicate" (the outermost) or "circular" (those of the other side).
+    """
+    ctx.attributes = widths, mode
+    options = {"constant_values": value} if mode == "constant" else {}
+    dims = order(x)
+    padded = xp(x).pad(x.transpose(dims), [widths[i] for i in dims], _PAD[mode], **options)
+    return padded.transpose(np.argsort(dims))
 
 
 @pad.adjoint
 def pad_x(ctx: Context, g: Array) -> Array:
-    return g[ctx.attributes]
+    widths, mode = ctx.attributes
+    if mode == "constant":
+        pairs = zip(widths, ctx.shapes[0], strict=True)
+        return g[tuple(slice(before, before + n) for (before, _), n in pairs)]
+    g = widened(g)
+    for dim, (before, after) in enumerate(widths):
+        if before or after:
+            g = _folded(g.swapaxes(0, dim), before, after, mode).swapaxes(0, dim)
+    return g
 
 
-@movement
-def windows(
-    ctx: Context, x: Array, *,
-    size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...],
-) -> Array:  # fmt: skip
-    """All windows over the last len(size) dimensions: (..., positions..., size...), a view.
-
-    Convolution is a product with the windows, pooling a reduction over them.
-    """
-    m, d = xp(x), len(size)
-    reach = tuple((k - 1) * s + 1 for k, s in zip(size, dilation, strict=True))
-    if any(n < r for n, r in zip(x.shape[-d:], reach, strict=True)):
-        raise ValueError(f"windows {reach} do not fit into {x.shape[-d:]}: pad the input")
-    view = m.lib.stride_tricks.sliding_window_view(x, reach, tuple(range(-d, 0)))
-    index = tuple(slice(None, None, s) for s in (*stride, *dilation))
-    ctx.attributes = size, stride, dilation
-    return view[(..., *index)]
-
-
-@windows.adjoint
-def windows_x(ctx: Context, g: Array) -> Array:
-    size, stride, dilation = ctx.attributes
-    d, g = len(size), widened(g)
-    out = ctx.accumulator(ctx.shapes[0], g)
-    positions = g.shape[-2 * d : -d]
-    for offset in np.ndindex(*size):  # each place in the window is a strided slice of the input
-        target = tuple(
-            slice(o * dil, o * dil + (n - 1) * s + 1, s)
-            for o, dil, s, n in zip(offset, dilation, stride, positions, strict=True)
-        )
-        out[(..., *target)] += g[(..., *offset)]
+def _folded(g: Array, before: int, after: int, mode: str) -> Array:
+    """The gradient of padding along dimension 0: the borders added where they were taken from."""
+    end = g.shape[0] - after
+    out, low, high = g[before:end].copy("K"), g[:before], g[end:]
+    if mode == "replicate":
+        out[0] += low.sum(0)
+        out[-1] += high.sum(0)
+    elif mode == "reflect":
+        out[1 : before + 1] += low[::-1]
+        out[len(out) - 1 - after : len(out) - 1] += high[::-1]
+    else:
+        out[len(out) - before :] += low
+        out[:after] += high
     return out

@@ -1,0 +1,105 @@
+"""Batch normalisation (Ioffe and Szegedy 2015)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpcml import kernels
+from hpcml.autograd.ops.arrays import contiguous, same_type
+from hpcml.autograd.ops.images import channels_first, channels_last
+from hpcml.autograd.record import Context, empty, primitive
+from hpcml.backend import Array, xp
+
+
+def _rows(x: Array) -> Array:
+    """(N, C, *S) as a matrix with a column for each channel."""
+    last = channels_last(x)
+    return last.reshape(x.size // max(x.shape[1], 1), x.shape[1])
+
+
+@primitive
+def batch_norm(
+    ctx: Context, x: Array, weight: Array | None, bias: Array | None, *,
+    running: tuple[Array, Array] | None, training: bool, momentum: float, eps: float,
+) -> Array:  # fmt: skip
+    """Normalise each channel of x (N, C, *S), then scale and shift it: weight, bias (C) or None.
+
+    running: estimates of mean and variance (C), or None. In training the statistics are those of x,
+    and the estimates, if any, go from r to (1 - momentum) r + momentum * statistic, of variances
+    the unbiased one; otherwise the estimates are the statistics.
+    """
+    same_type(ctx, "x", "weight", "bias")
+    rows = _rows(x)
+    count, channels = rows.shape
+    k, m = kernels.images(x), xp(x)
+    if training:
+        mean, variance = m.zeros((2, channels), x.dtype)
+        if count:
+            k.batch_moments(rows, mean, variance)
+        if running is not None and count:
+            unbiased = variance * (count / max(count - 1, 1))
+            for estimate, found in zip(running, (mean, unbiased), strict=True):
+                estimate *= 1 - momentum
+                estimate += momentum * found
+    else:
+        assert running is not None
+        mean, variance = (estimate.astype(x.dtype) for estimate in running)
+    inverse = (1 / m.sqrt(variance + eps)).astype(x.dtype)
+    scale = inverse if weight is None else inverse * weight
+    shift = m.zeros(channels, x.dtype) if bias is None else contiguous(bias)
+    last = channels_last(x)
+    out = empty(last.shape, x)
+    k.batch_norm(rows, mean, scale, shift, out.reshape(rows.shape))
+    ctx.attributes = mean, inverse, training
+    ctx.save(x, weight)
+    return channels_first(out)
+
+
+def _sums(ctx: Context, g: Array) -> Any:
+    """The rows of g and of x, and the sums over columns of g and of g (x - mean)."""
+
+    def compute() -> tuple[Array, Array, Array]:
+        x, _ = ctx.saved
+        mean, _, _ = ctx.attributes
+        sums = xp(g).zeros((2, x.shape[1]), g.dtype)
+        pair = _rows(g), _rows(x)
+        if x.size:
+            kernels.images(g).batch_norm_sums(*pair, mean, sums)
+        return *pair, sums
+
+    return ctx.shared(compute)
+
+
+@batch_norm.adjoint
+def batch_norm_x(ctx: Context, g: Array) -> Array:
+    x, weight = ctx.saved
+    mean, inverse, training = ctx.attributes
+    g_rows, x_rows, sums = _sums(ctx, g)
+    slopes = xp(g).zeros_like(sums)
+    if training and x.size:
+        slopes[0] = sums[0] / len(x_rows)
+        slopes[1] = sums[1] * inverse**2 / len(x_rows)
+    pending = ctx.take_pending()
+    before = g_rows[:0] if pending is None else _rows(pending)
+    scale = inverse if weight is None else inverse * weight
+    n, channels, *sizes = x.shape
+    out = empty((n, *sizes, channels), g)
+    kernels.images(g).batch_norm_backward(
+        g_rows, x_rows, mean, scale, slopes, before, out.reshape(x_rows.shape)
+    )
+    return ctx.own(channels_first(out))
+
+
+@batch_norm.adjoint
+def batch_norm_weight(ctx: Context, g: Array) -> Array:
+    _, inverse, _ = ctx.attributes
+    _, _, sums = _sums(ctx, g)
+    return xp(g).multiply(sums[1], inverse, out=ctx.empty(ctx.shapes[1], g))
+
+
+@batch_norm.adjoint
+def batch_norm_bias(ctx: Context, g: Array) -> Array:
+    _, _, sums = _sums(ctx, g)
+    out = ctx.empty(ctx.shapes[2], g)
+    out[...] = sums[0]
+    return out

@@ -1,0 +1,251 @@
+"""Small blocks of matrix products whose sums stay in registers: the inner loops of convolutions.
+
+A tile has some rows and one or two vectors of columns: as many sums as the CPU has registers for,
+less what holds the factors (Goto and van de Geijn 2008, section 6). They are written in LLVM's own
+language, because numba has no vectors; LLVM makes of them what BLAS libraries have in assembly.
+
+Memory is given by address and offsets in bytes; tables are of addresses. `zero` is a 0 of the type
+of the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_WORD, _INT, _BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
+_AHEAD = 8
+"""Rows of the right factor that are asked for before they are needed."""
+
+
+def _registers() -> tuple[int, int, int]:
+    """Rows of a tile; the same of sums over rows, of which powers of 2 are most; bytes a vector."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 14, 13, 64  # 32 registers: 28 sums, 2 of the one factor, 1 or 2 of the other
+    if features.get("avx2"):
+        return 6, 6, 32  # 16 registers
+    return 14, 13, 16  # AArch64 has 32; where there are fewer, LLVM keeps some sums in memory
+
+
+HIGH, DEEP, BYTES = _registers()
+
+
+class _Code:
+    """Writes LLVM's language: vectors in memory, and a tile of sums."""
+
+    def __init__(self, context: Any, builder: Any, zero: Any, rows: int = 0, vectors: int = 0):
+        self.builder = builder
+        self.real = context.get_value_type(zero)
+        self.size = zero.bitwidth // 8
+        self.lanes = BYTES // self.size
+        self.vector = ir.VectorType(self.real, self.lanes)
+        self.sums = [
+            [cgutils.alloca_once(builder, self.vector) for _ in range(vectors)] for _ in range(rows)
+        ]
+
+    def function(self, name: str, result: Any, *arguments: Any) -> Any:
+        """One of LLVM's own functions."""
+        kind = ir.FunctionType(result, arguments)
+        return cgutils.get_or_insert_function(self.builder.module, kind, name)
+
+    def of_vectors(self, name: str, result: Any, *arguments: Any) -> Any:
+        """One of LLVM's functions of vectors."""
+        return self.function(f"{name}.v{self.lanes}f{8 * self.size}", result, *arguments)
+
+    def at(self, address: Any, offset: Any, kind: Any) -> Any:
+        """A pointer to `offset` bytes beyond an address."""
+        offset = _WORD(offset) if isinstance(offset, int) else offset
+        return self.builder.inttoptr(self.builder.add(address, offset), kind.as_pointer())
+
+    def words(self, table: Any, first: Any, count: int, more: Any) -> list[Any]:
+        """`count` words of a table, from number `first` on, to which `more` is added."""
+        start = self.builder.inttoptr(table, _WORD.as_pointer())
+        places = [self.builder.add(first, _WORD(i)) for i in range(count)]
+        found = [self.builder.load(self.builder.gep(start, [place])) for place in places]
+        return [self.builder.add(word, more) for word in found]
+
+    def load(self, address: Any, offset: Any = 0) -> Any:
+        """The vector at an address."""
+        return self.builder.load(self.at(address, offset, self.vector), align=self.size)
+
+    def store(self, value: Any, address: Any, offset: Any = 0) -> None:
+        """Store a vector at an address."""
+        self.builder.store(value, self.at(address, offset, self.vector), align=self.size)
+
+    def fetch(self, address: Any, offset: int) -> None:
+        """Ask for a line of the cache."""
+        prefetch = self.function(
+            "llvm.prefetch.p0", ir.VoidType(), _BYTE.as_pointer(), _INT, _INT, _INT
+        )
+        pointer = self.at(address, offset, _BYTE)
+        self.builder.call(prefetch, [pointer, _INT(0), _INT(3), _INT(1)])  # to read, all levels
+
+    def begin(self, addresses: Sequence[Any]) -> None:
+        """Set each row of sums to what is at its address."""
+        for sums, address in zip(self.sums, addresses, strict=True):
+            for v, place in enumerate(sums):
+                self.builder.store(self.load(address, v * BYTES), place)
+
+    def add(self, left: Sequence[Any], right: Any) -> None:
+        """Add to sum (r, v) the number at left[r] times vector v of the row at `right`."""
+        fma = self.of_vectors("llvm.fma", self.vector, *[self.vector] * 3)
+        factors = [self.load(right, v * BYTES) for v in range(len(self.sums[0]))]
+        for pointer, sums in zip(left, self.sums, strict=True):
+            number = self.spread(self.builder.load(pointer), self.vector)
+            for place, factor in zip(sums, factors, strict=True):
+                total = self.builder.load(place)
+                self.builder.store(self.builder.call(fma, [number, factor, total]), place)
+
+    def spread(self, number: Any, vector: Any) -> Any:
+        """A vector of the same number."""
+        undefined = ir.Constant(vector, ir.Undefined)
+        first = self.builder.insert_element(undefined, number, _INT(0))
+        zeros = ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count)
+        return self.builder.shuffle_vector(first, undefined, zeros)
+
+    def end(self, addresses: Sequence[Any]) -> None:
+        """Store each row of sums at its address."""
+        for sums, address in zip(self.sums, addresses, strict=True):
+            for v, place in enumerate(sums):
+                self.store(self.builder.load(place), address, v * BYTES)
+
+
+def _of_words(zero: Any, count: int) -> Any:
+    return types.void(zero, *[types.int64] * count)
+
+
+def _rows(vectors: int) -> Any:
+    @intrinsic
+    def rows(
+        typingctx: Any, zero: Any, left: Any, shift: Any, taps: Any, run: Any, right: Any,
+        begins: Any, outs: Any, column: Any,
+    ) -> Any:  # fmt: skip
+        """out[r] = begin[r] + sum over t and c of left[t, r][c] * right[t * run + c].
+
+        left, begins and outs: tables (taps, HIGH), (HIGH), (HIGH), whose addresses are moved by
+        shift, column and column. right: a matrix (taps * run, vectors).
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _, left, shift, taps, run, right, begins, outs, column = args
+            code = _Code(context, builder, signature.args[0], HIGH, vectors)
+            high, width = _WORD(HIGH), vectors * BYTES
+            code.begin(code.words(begins, _WORD(0), HIGH, column))
+            with cgutils.for_range(builder, taps) as tap:
+                lines = code.words(left, builder.mul(tap.index, high), HIGH, shift)
+                before = builder.mul(tap.index, run)
+                with cgutils.for_range(builder, run) as place:
+                    along = builder.mul(place.index, _WORD(code.size))
+                    step = builder.mul(builder.add(before, place.index), _WORD(width))
+                    row = builder.add(right, step)
+                    for offset in range(0, width, 64):
+                        code.fetch(row, _AHEAD * width + offset)
+                    code.add([code.at(line, along, code.real) for line in lines], row)
+            code.end(code.words(outs, _WORD(0), HIGH, column))
+            return context.get_dummy_value()
+
+        return _of_words(zero, 8), generate
+
+    return rows
+
+
+def _columns(vectors: int) -> Any:
+    @intrinsic
+    def columns(
+        typingctx: Any, zero: Any, left: Any, shift: Any, count: Any, right: Any, pitch: Any,
+        outs: Any, column: Any,
+    ) -> Any:  # fmt: skip
+        """out[i] += sum over k of left[k][i] * right[k].
+
+        left, outs: tables (count), (DEEP), whose addresses are moved by shift and column. right:
+        rows `pitch` bytes apart.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _, left, shift, count, right, pitch, outs, column = args
+            code = _Code(context, builder, signature.args[0], DEEP, vectors)
+            places = code.words(outs, _WORD(0), DEEP, column)
+            code.begin(places)
+            with cgutils.for_range(builder, count) as place:
+                (line,) = code.words(left, place.index, 1, shift)
+                numbers = [code.at(line, i * code.size, code.real) for i in range(DEEP)]
+                code.add(numbers, builder.add(right, builder.mul(place.index, pitch)))
+            code.end(places)
+            return context.get_dummy_value()
+
+        return _of_words(zero, 7), generate
+
+    return columns
+
+
+rows_of_one, rows_of_two = _rows(1), _rows(2)
+columns_of_one, columns_of_two = _columns(1), _columns(2)
+
+
+@intrinsic
+def copy(typingctx: Any, zero: Any, count: Any, source: Any, target: Any) -> Any:
+    """Copy `count` numbers from one address to another, in whole vectors and a masked one."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, count, source, target = args
+        code = _Code(context, builder, signature.args[0])
+        vector, lanes = code.vector, code.lanes
+        pointer, mask = vector.as_pointer(), ir.VectorType(ir.IntType(1), lanes)
+        load = code.of_vectors("llvm.masked.load", vector, pointer, _INT, mask, vector)
+        store = code.of_vectors("llvm.masked.store", ir.VoidType(), vector, pointer, _INT, mask)
+        numbers = ir.Constant(ir.VectorType(_WORD, lanes), list(range(lanes)))
+        steps = builder.sdiv(builder.add(count, _WORD(lanes - 1)), _WORD(lanes))
+        with cgutils.for_range(builder, steps) as step:
+            rest = builder.sub(count, builder.mul(step.index, _WORD(lanes)))
+            chosen = builder.icmp_signed("<", numbers, code.spread(rest, numbers.type))
+            offset = builder.mul(step.index, _WORD(BYTES))
+            here, there = code.at(source, offset, vector), code.at(target, offset, vector)
+            nothing, align = ir.Constant(vector, None), _INT(code.size)
+            value = builder.call(load, [here, align, chosen, nothing])
+            builder.call(store, [value, there, align, chosen])
+        return context.get_dummy_value()
+
+    return _of_words(zero, 3), generate
+
+
+@intrinsic
+def transpose(typingctx: Any, zero: Any, sources: Any, targets: Any) -> Any:
+    """Transpose a square of as many numbers as a vector has: tables of its rows, and of columns."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code = _Code(context, builder, signature.args[0])
+        lanes, first = code.lanes, _WORD(0)
+        rows = [code.load(address) for address in code.words(args[1], first, lanes, first)]
+        kind = ir.VectorType(_INT, lanes)
+        apart = 1
+        while apart < lanes:  # of pairs of rows, exchange what lies across the diagonal
+            low = [j if not j & apart else lanes + j - apart for j in range(lanes)]
+            high = [j + apart if not j & apart else lanes + j for j in range(lanes)]
+            for i in (i for i in range(lanes) if not i & apart):
+                pair = rows[i], rows[i + apart]
+                for which, mask in ((i, low), (i + apart, high)):
+                    rows[which] = builder.shuffle_vector(*pair, ir.Constant(kind, mask))
+            apart *= 2
+        for row, address in zip(rows, code.words(args[2], first, lanes, first), strict=True):
+            code.store(row, address)
+        return context.get_dummy_value()
+
+    return _of_words(zero, 2), generate
+
+
+@intrinsic
+def fetch(typingctx: Any, zero: Any, address: Any) -> Any:
+    """Ask for a line of the cache, soon to be read."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _Code(context, builder, signature.args[0]).fetch(args[1], 0)
+        return context.get_dummy_value()
+
+    return _of_words(zero, 1), generate

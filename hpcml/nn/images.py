@@ -1,0 +1,200 @@
+"""Functions of images and other regular grids, under PyTorch's names and argument orders.
+
+Images are (N, C, *S) with one to three spatial dimensions; results lie in memory channels last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hpcml.autograd import Tensor
+from hpcml.autograd.ops import images, norm
+from hpcml.errors import UserError
+
+Size = int | tuple[int, ...]
+"""A number for all spatial dimensions, or one for each."""
+
+
+def sizes(where: str, what: str, value: Any, dims: int, least: int = 1) -> tuple[int, ...]:
+    """A number for each of `dims` spatial dimensions; raises UserError for what is none."""
+    many = tuple(value) if isinstance(value, tuple | list) else (value,) * dims
+    if len(many) != dims or any(not isinstance(n, int) or n < least for n in many):
+        raise UserError(
+            f"{where}: {what}={value}: give a number of at least {least}, or {dims} of them"
+        )
+    return many
+
+
+def check_image(where: str, input: Tensor, dims: int) -> None:
+    """Raise UserError unless this is a batch of images of so many dimensions."""
+    if input.ndim != dims + 2:
+        shape = ", ".join(("N", "C", *"DHW"[3 - dims :]))
+        raise UserError(f"{where}: input {input.shape} must be ({shape})")
+
+
+def _plan(
+    where: str, kernel: tuple[int, ...], stride: Size, padding: Size | str, dilation: Size
+) -> dict[str, Any]:
+    """Stride, padding before and after, and dilation along each dimension."""
+    dims = len(kernel)
+    strides, dilations = (
+        sizes(where, what, n, dims) for what, n in (("stride", stride), ("dilation", dilation))
+    )
+    if padding == "same":
+        if strides != (1,) * dims:
+            raise UserError(f'{where}: padding="same" needs stride 1, not {stride}: give numbers')
+        total = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
+        pairs = tuple((n // 2, n - n // 2) for n in total)
+    else:
+        each = sizes(where, "padding", 0 if padding == "valid" else padding, dims, 0)
+        pairs = tuple((n, n) for n in each)
+    return {"stride": strides, "padding": pairs, "dilation": dilations}
+
+
+def _out_sizes(where: str, shape: tuple[int, ...], kernel: tuple[int, ...], plan: Any) -> Any:
+    """Sizes of the output of a filter or window; raises UserError where it does not fit."""
+    found = images.out_sizes(shape, kernel, **plan)
+    if min(found, default=1) < 1:
+        raise UserError(
+            f"{where}: a window of {kernel} with dilation {plan['dilation']} does not fit into an "
+            f"image of {shape} with padding {plan['padding']}: pad more, or take a larger image"
+        )
+    return found
+
+
+def convolve(
+    where: str, input: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: Size, padding: Size | str, dilation: Size, groups: int,
+) -> Tensor:  # fmt: skip
+    """`conv1d` to `conv3d` for whom errors name: a function or a layer."""
+    check_image(where, input, weight.ndim - 2)
+    filters, channels, *kernel = weight.shape
+    if groups < 1 or filters % groups or input.shape[1] != channels * groups:
+        raise UserError(
+            f"{where}: input {input.shape}, weight {weight.shape}, groups={groups}: the input must "
+            f"have {channels} * groups channels, and groups divide {filters} filters"
+        )
+    _check_bias(where, bias, filters)
+    plan = _plan(where, tuple(kernel), stride, padding, dilation)
+    _out_sizes(where, input.shape[2:], tuple(kernel), plan)
+    return images.convolution(input, weight, bias, **plan, groups=groups)
+
+
+def _check_bias(where: str, bias: Tensor | None, filters: int) -> None:
+    if bias is not None and bias.shape != (filters,):
+        raise UserError(f"{where}: bias {bias.shape} must be ({filters},)")
+
+
+def convolve_transposed(
+    where: str, input: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: Size, padding: Size, output_padding: Size, groups: int, dilation: Size,
+) -> Tensor:  # fmt: skip
+    """`conv_transpose1d` to `conv_transpose3d` for whom errors name."""
+    dims = weight.ndim - 2
+    check_image(where, input, dims)
+    channels, filters, *kernel = weight.shape
+    if groups < 1 or channels % groups or input.shape[1] != channels:
+        raise UserError(
+            f"{where}: input {input.shape}, weight {weight.shape}, groups={groups}: the input must "
+            f"have {channels} channels, of which groups is a divisor"
+        )
+    _check_bias(where, bias, filters * groups)
+    plan = _plan(where, tuple(kernel), stride, padding, dilation)
+    extra = sizes(where, "output_padding", output_padding, dims, 0)
+    before = tuple(a for a, _ in plan["padding"])
+    every = zip(input.shape[2:], kernel, extra, plan["stride"], before, plan["dilation"],
+                strict=True)  # fmt: skip
+    found = []
+    for n, k, e, s, b, d in every:
+        if e >= max(s, d):
+            raise UserError(
+                f"{where}: output_padding={output_padding} must be below stride or dilation"
+            )
+        found.append((n - 1) * s - 2 * b + (k - 1) * d + 1 + e)
+    if min(found) < 1:
+        raise UserError(f"{where}: padding={padding} leaves nothing of an image {input.shape[2:]}")
+    how = {"stride": plan["stride"], "before": before, "dilation": plan["dilation"]}
+    return images.transposed_convolution(
+        input, weight, bias, sizes=tuple(found), **how, groups=groups
+    )
+
+
+def called(function: Callable[..., Tensor], name: str) -> Any:
+    """A function by the name it has in PyTorch."""
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+def _conv(dims: int) -> Any:
+    def conv(
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1,
+        padding: Size | str = 0, dilation: Size = 1, groups: int = 1,
+    ) -> Tensor:  # fmt: skip
+        """Cross-correlation: (N, C, *S) with weight (F, C / groups, *K) -> (N, F, *S').
+
+        padding: on both sides, or "valid" (none), or "same" (as many outputs as inputs; of an odd
+        number the larger part behind). Raises UserError for sizes that do not fit.
+        """
+        return convolve(f"conv{dims}d", input, weight, bias, stride, padding, dilation, groups)
+
+    return called(conv, f"conv{dims}d")
+
+
+conv1d, conv2d, conv3d = (_conv(dims) for dims in (1, 2, 3))
+
+
+def _conv_transpose(dims: int) -> Any:
+    def conv(
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1,
+        padding: Size = 0, output_padding: Size = 0, groups: int = 1, dilation: Size = 1,
+    ) -> Tensor:  # fmt: skip
+        """The adjoint of a convolution: (N, C, *S) with weight (C, F / groups, *K) -> (N, F, *S').
+
+        output_padding: places by which the result is larger behind than it must be. Raises
+        UserError for sizes that do not fit.
+        """
+        where = f"conv_transpose{dims}d"
+        return convolve_transposed(
+            where, input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+
+    return called(conv, f"conv_transpose{dims}d")
+
+
+conv_transpose1d, conv_transpose2d, conv_transpose3d = (_conv_transpose(d) for d in (1, 2, 3))
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise each channel of (N, C, *S) (Ioffe and Szegedy 2015).
+
+    training: by the statistics of `input`, which also move the running ones, if given: r to (1 -
+    momentum) r + momentum * statistic. Otherwise by the running ones.
+    """
+    if input.ndim < 2:
+        raise UserError(f"batch_norm: input {input.shape} must be (N, C, ...)")
+    channels = input.shape[1]
+    given = {"running_mean": running_mean, "running_var": running_var, "weight": weight,
+             "bias": bias}  # fmt: skip
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != (channels,):
+            raise UserError(f"batch_norm: {name} {tensor.shape} for an input {input.shape}")
+    if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
+        raise UserError("batch_norm: give running_mean and running_var, or train without both")
+    if training and input.numel() == channels:
+        raise UserError(f"batch_norm: {input.shape} has one value a channel: train with more")
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = running_mean.data, running_var.data
+    return norm.batch_norm(
+        input, weight, bias, running=running, training=training, momentum=momentum, eps=eps
+    )

@@ -1,0 +1,239 @@
+"""Layers that pool, resize and normalise images, with PyTorch's names and signatures."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from hpcml.autograd import Tensor
+from hpcml.errors import UserError
+from hpcml.nn import functional as F
+from hpcml.nn.images import Size
+from hpcml.nn.module import Module
+from hpcml.nn.parameter import Constant, Parameter
+
+
+class _MaxPool(Module):
+    dims: ClassVar[int]
+
+    def __init__(
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        dilation: Size = 1,
+        *,
+        ceil_mode: bool = False,
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.dilation, self.ceil_mode = dilation, ceil_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, *S) -> (N, C, *S')."""
+        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[self.dims - 1]
+        return pool(  # type: ignore[no-any-return]
+            input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+class MaxPool1d(_MaxPool):
+    """Maximum of windows of sequences."""
+
+    dims = 1
+
+
+class MaxPool2d(_MaxPool):
+    """Maximum of windows of images."""
+
+    dims = 2
+
+
+class MaxPool3d(_MaxPool):
+    """Maximum of windows of volumes."""
+
+    dims = 3
+
+
+class _AvgPool(Module):
+    dims: ClassVar[int]
+
+    def __init__(
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.ceil_mode, self.count_include_pad = ceil_mode, count_include_pad
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, *S) -> (N, C, *S')."""
+        pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[self.dims - 1]
+        return pool(  # type: ignore[no-any-return]
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
+            self.count_include_pad,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+class AvgPool1d(_AvgPool):
+    """Mean of windows of sequences."""
+
+    dims = 1
+
+
+class AvgPool2d(_AvgPool):
+    """Mean of windows of images."""
+
+    dims = 2
+
+
+class AvgPool3d(_AvgPool):
+    """Mean of windows of volumes."""
+
+    dims = 3
+
+
+class _AdaptiveAvgPool(Module):
+    dims: ClassVar[int]
+
+    def __init__(self, output_size: Any) -> None:
+        super().__init__()
+        self.output_size = output_size
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, *S) -> (N, C, *output_size)."""
+        pools = F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d
+        return pools[self.dims - 1](input, self.output_size)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Size."""
+        return f"output_size={self.output_size}"
+
+
+class AdaptiveAvgPool1d(_AdaptiveAvgPool):
+    """Means of so many parts of sequences."""
+
+    dims = 1
+
+
+class AdaptiveAvgPool2d(_AdaptiveAvgPool):
+    """Means of so many parts of images; 1 for the mean of all, global pooling."""
+
+    dims = 2
+
+
+class AdaptiveAvgPool3d(_AdaptiveAvgPool):
+    """Means of so many parts of volumes."""
+
+    dims = 3
+
+
+class Upsample(Module):
+    """Resize images to `size` or by `scale_factor`; see `functional.interpolate`."""
+
+    def __init__(
+        self,
+        size: Size | None = None,
+        scale_factor: float | tuple[float, ...] | None = None,
+        mode: str = "nearest",
+        align_corners: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.size, self.scale_factor = size, scale_factor
+        self.mode, self.align_corners = mode, align_corners
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, *S) -> (N, C, *S')."""
+        return F.interpolate(input, self.size, self.scale_factor, self.mode, self.align_corners)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"size={self.size}, scale_factor={self.scale_factor}, mode={self.mode}"
+
+
+class _BatchNorm(Module):
+    ndims: ClassVar[tuple[int, ...]]
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise UserError(f"{type(self).__name__}: num_features={num_features} must be positive")
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        shape = (num_features,)
+        self.weight = Parameter(shape=shape, init=Constant(1.0)) if affine else None
+        self.bias = Parameter(shape=shape, init=Constant(0.0)) if affine else None
+        self.running_mean = self.running_var = self.num_batches_tracked = None
+        if track_running_stats:
+            self.register_buffer("running_mean", Tensor(np.zeros(shape, np.float32)))
+            self.register_buffer("running_var", Tensor(np.ones(shape, np.float32)))
+            self.register_buffer("num_batches_tracked", Tensor(np.zeros((), np.int64)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Same shape; in training the running estimates move."""
+        if input.ndim not in self.ndims or input.shape[1] != self.num_features:
+            where = f"{self.name} ({type(self).__name__})" if self.name else type(self).__name__
+            some = " or ".join(map(str, self.ndims))
+            raise UserError(
+                f"{where}: input {input.shape} must have {some} dimensions, the second of size "
+                f"{self.num_features}"
+            )
+        momentum, tracked = self.momentum, self.num_batches_tracked
+        if self.training and tracked is not None:
+            tracked.data[...] += 1
+            if momentum is None:  # the mean of all so far
+                momentum = 1 / int(tracked)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias,
+            self.training or tracked is None, momentum or 0.0, self.eps,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+class BatchNorm1d(_BatchNorm):
+    """Batch normalisation of (N, C) or (N, C, L) (Ioffe and Szegedy 2015).
+
+    In training by the mean and variance of each channel in the batch at hand, a microbatch; in
+    evaluation by running estimates, buffers that training moves: r to (1 - momentum) r + momentum *
+    statistic, or with momentum None to the mean of all so far.
+    """
+
+    ndims = (2, 3)
+
+
+class BatchNorm2d(_BatchNorm):
+    """Batch normalisation of (N, C, H, W); see `BatchNorm1d`."""
+
+    ndims = (4,)
+
+
+class BatchNorm3d(_BatchNorm):
+    """Batch normalisation of (N, C, D, H, W); see `BatchNorm1d`."""
+
+    ndims = (5,)
