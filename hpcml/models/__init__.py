@@ -2,6 +2,8 @@
 
 from hpcml.models.generate import generate
 from hpcml.models.gpt import GPT, NextTokenLoss
+from hpcml.models.meshnet import MeshNet
 from hpcml.models.mlp import MLP
+from hpcml.models.resnet import ResNet
 
-__all__ = ["GPT", "MLP", "NextTokenLoss", "generate"]
+__all__ = ["GPT", "MLP", "MeshNet", "NextTokenLoss", "ResNet", "generate"]

@@ -41,7 +41,14 @@ SLOTS = {
     "data": Slot(
         {"text": "hpcml.data.text:text", "regression": "hpcml.data.regression:regression"}
     ),
-    "model": Slot({"gpt": "hpcml.models.gpt:GPT", "mlp": "hpcml.models.mlp:MLP"}),
+    "model": Slot(
+        {
+            "gpt": "hpcml.models.gpt:GPT",
+            "mlp": "hpcml.models.mlp:MLP",
+            "resnet": "hpcml.models.resnet:ResNet",
+            "meshnet": "hpcml.models.meshnet:MeshNet",
+        }
+    ),
     "loss": Slot(
         {
             "next_token": "hpcml.models.gpt:NextTokenLoss",

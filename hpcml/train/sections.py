@@ -71,7 +71,7 @@ class Model(Chosen):
     """What learns. What the data know (such as vocab_size) is filled in."""
 
     section: ClassVar[str] = "model"
-    kind: str = key("gpt", "gpt, mlp, or package.module:name of your own")
+    kind: str = key("gpt", "gpt, mlp, resnet, meshnet, or package.module:name of your own")
     init_from: str = key("", "a model.safetensors to start from (default: fresh parameters)")
 
 
