@@ -6,7 +6,7 @@
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
-extras=mpich,test
+extras=mpich,test,images
 case ${1:-} in
 "") ;;
 --peer) extras+=,peer ;;

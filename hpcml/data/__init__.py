@@ -2,6 +2,8 @@
 
 A data set is map-style as in PyTorch: `len(dataset)` and `dataset[i]`, one sample as a tuple of
 arrays or numbers. One that also has `fetch(indices)`, returning whole stacked arrays, is faster.
+One that has `fetch_part(indices, numbers, space)` instead is told the numbers of the samples in the
+run, on which augmentation depends, and can read a part of each (`Batch.part`; None: all).
 """
 
 from __future__ import annotations

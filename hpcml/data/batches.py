@@ -12,6 +12,8 @@ from hpcml.data.sampler import Sampler
 from hpcml.errors import UserError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Space = tuple[slice, ...]
+"""A part of an image: for each spatial dimension where it begins and ends."""
 
 
 class Batch:
@@ -34,11 +36,29 @@ class Batch:
         """Load the samples `part` of the batch: a tuple of arrays, samples along dimension 0."""
         if not isinstance(part, slice):
             raise TypeError(f"a batch is indexed by a slice, such as batch[0:4], not by {part!r}")
-        indices = self._indices[part]
+        return self._load(part, None)
+
+    def part(self, samples: slice, space: Space) -> tuple[Array, ...]:
+        """Load a part of the pixels of some samples: images (n, C, *part) and what belongs to them.
+
+        space: where the part begins and ends along each spatial dimension of the images, which are
+        the first field. Fields of one value for each pixel, (n, *S), are cut likewise, others are
+        whole. A data set with `fetch_part` reads no more than that, of others all is read and cut.
+        """
+        return self._load(samples, space)
+
+    def _load(self, samples: slice, space: Space | None) -> tuple[Array, ...]:
+        indices = self._indices[samples]
+        fetch_part = getattr(self._dataset, "fetch_part", None)
+        if fetch_part is not None:
+            numbers = np.arange(self.first, self.first + len(self))[samples]
+            return tuple(fetch_part(indices, numbers, space))
         fetch = getattr(self._dataset, "fetch", None)
         if fetch is not None:
-            return tuple(fetch(indices))
-        return _stack([self._dataset[int(index)] for index in indices], indices)
+            fields = tuple(fetch(indices))
+        else:
+            fields = _stack([self._dataset[int(index)] for index in indices], indices)
+        return fields if space is None else _cut(fields, space)
 
 
 class Batches:
@@ -79,6 +99,19 @@ class Batches:
         if self._sampler is not None:
             return self._sampler.indices(first, first + self.batch_size)
         return np.arange(first, min(first + self.batch_size, len(self.dataset)), dtype=np.int64)
+
+
+def _cut(fields: tuple[Array, ...], space: Space) -> tuple[Array, ...]:
+    """Cut images (n, C, *S), the first field, and fields (n, *S)."""
+    images, *others = fields
+    size = images.shape[2:]
+    if len(size) != len(space):
+        raise UserError(
+            f"a part {space} of samples of shape {images.shape[1:]}: give a slice for each "
+            "dimension after the channels"
+        )
+    cut = [field[(slice(None), *space)] if field.shape[1:] == size else field for field in others]
+    return (images[(slice(None), slice(None), *space)], *cut)
 
 
 def _stack(samples: list[Any], indices: Array) -> tuple[Array, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,7 +23,8 @@ class Data:
     """The data of a run.
 
     `info` holds what a model may ask for by the name of a parameter (such as `vocab_size`), `loss`
-    names the loss that suits the data, `tokenizer` turns text into samples and back.
+    names the loss that suits the data, `tokenizer` turns text into samples and back. `metrics` are
+    recorded beside the loss: see `hpcml.parallelize`.
     """
 
     train: Dataset
@@ -31,6 +32,7 @@ class Data:
     info: Mapping[str, Any] = field(default_factory=dict)
     loss: str = "cross_entropy"
     tokenizer: Tokenizer | None = None
+    metrics: Mapping[str, Callable[[Any, Any], float]] = field(default_factory=dict)
 
 
 def as_data(made: Any) -> Data:

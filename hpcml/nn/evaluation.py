@@ -1,11 +1,13 @@
-"""Evaluation as a state that ends: afterwards every module is as it was."""
+"""Evaluation: a state that ends, after which every module is as it was, and what is measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from hpcml.autograd import no_grad
+from hpcml.autograd import Tensor, no_grad
+from hpcml.autograd.operators import array_of
 from hpcml.nn.module import Module
 
 
@@ -20,3 +22,9 @@ def evaluating(model: Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+def accuracy(output: Tensor, target: Any) -> float:
+    """Share of targets that have the largest logit: output (N, C, ...), target (N, ...)."""
+    found = output.data.argmax(1)
+    return float((found == array_of(target)).mean())

@@ -14,7 +14,7 @@ from hpcml.train.sections import SECTIONS
 WIDTH = 96
 
 MEANING = {
-    "data.path": "file, folder or glob (default: Python's own library)",
+    "data.path": "file, folder or glob (default: Python's own library, scikit-learn's digits)",
     "data.tokenizer": "byte or char",
     "data.sequence_length": "tokens in a sample",
     "data.val_fraction": "part kept for validation, the last",
@@ -22,7 +22,15 @@ MEANING = {
     "data.in_features": "numbers in a sample",
     "data.out_features": "numbers to predict",
     "data.noise": "standard deviation of the noise",
-    "data.seed": "what the numbers are made from",
+    "data.seed": "what random numbers are made from",
+    "data.labels": "file of the labels (default: beside the images)",
+    "data.axes": "what dimensions of arrays are, such as NHWC (default: NHW, NCHW or NCDHW)",
+    "data.num_classes": "classes (0: one more than the largest label)",
+    "data.mean": "of each channel, subtracted (default: of the training part)",
+    "data.std": "of each channel, by which is divided (default: of the training part)",
+    "data.flip": "mirror half of the training images left and right",
+    "data.shift": "largest shift of training images, in pixels: a crop after padding by as many",
+    "data.rotate": "largest turn of training images, in degrees",
     "model.vocab_size": "number of tokens",
     "model.sequence_length": "longest sequence",
     "model.layers": "blocks",

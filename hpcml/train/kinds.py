@@ -39,7 +39,11 @@ class Slot:
 
 SLOTS = {
     "data": Slot(
-        {"text": "hpcml.data.text:text", "regression": "hpcml.data.regression:regression"}
+        {
+            "text": "hpcml.data.text:text",
+            "images": "hpcml.data.images:images",
+            "regression": "hpcml.data.regression:regression",
+        }
     ),
     "model": Slot(
         {

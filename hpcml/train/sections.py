@@ -63,7 +63,7 @@ class Data(Chosen):
     """What is learned from."""
 
     section: ClassVar[str] = "data"
-    kind: str = key("text", "text, regression, or package.module:name of your own")
+    kind: str = key("text", "text, images, regression, or package.module:name of your own")
 
 
 @dataclass(frozen=True)
