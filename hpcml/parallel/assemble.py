@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from hpcml.parallel.pipeline.asynchronous import AsynchronousStep
 from hpcml.parallel.pipeline.chain import declares
 from hpcml.parallel.pipeline.schedules import ASYNCHRONOUS
 from hpcml.parallel.pipeline.step import PipelineStep
+from hpcml.parallel.scores import Metric
 from hpcml.parallel.shards import detach
 from hpcml.parallel.step import LossFunction, Step
 from hpcml.parallel.zero import Zero
@@ -56,6 +57,7 @@ def parallelize(
     activations: str = "keep",
     offload_dir: str = "",
     vertical_sync: bool = False,
+    metrics: Mapping[str, Metric] | None = None,
     **settings: Any,
 ) -> Step:
     """Make a training step of a serially written model: `loss_value = step(batch)`.
@@ -103,6 +105,8 @@ def parallelize(
         "pipedream" and "pipedream-2bw" update while other microbatches are under way, which use
         earlier weights; vertical_sync: with "pipedream", all stages those of as many updates. After
         training, call `step.settle()`.
+    metrics: functions of outputs and targets, such as `nn.evaluation.accuracy`, by name: their mean
+        over samples is in `step.scores` after a step and in what `step.measure` returns.
 
     Without a number of threads (`backend.set_threads`) the processes of a node share its cores, or
     each has OMP_NUM_THREADS. Raises UserError for what this version cannot do.
@@ -128,6 +132,7 @@ def parallelize(
         model, loss, mesh, how=tensor_split, sequence_parallel=sequence_parallel,
         overlap=overlap, partition_activations=partition_activations,
     )  # fmt: skip
+    _check_metrics(metrics, division)
     given = groups(model) if groups else list(model.parameters())
     assembly = cut(model, mesh, schedule, chunks, stages, costs)
     if assembly is not None:
@@ -148,8 +153,9 @@ def parallelize(
             held=None if assembly is None else assembly.held,
         )  # fmt: skip
     return make(
-        model, division, mesh, states, microbatch=microbatch, grad_clip=grad_clip, seed=seed
-    )
+        model, division, mesh, states, microbatch=microbatch, grad_clip=grad_clip, seed=seed,
+        metrics=metrics,
+    )  # fmt: skip
 
 
 def _made(make: Callable[..., Optimizer], given: Any, settings: dict[str, Any]) -> Optimizer:
@@ -212,6 +218,23 @@ def _check_schedule(mesh: Mesh, schedule: str, vertical_sync: bool) -> None:
         raise UserError(
             f"pipeline.schedule={schedule} with mesh.pp=1: one stage has nothing to go on with "
             "meanwhile: set mesh.pp=2 or more, or pipeline.schedule=1f1b"
+        )
+
+
+def _check_metrics(metrics: Mapping[str, Metric] | None, division: tensor.Division) -> None:
+    """Refuse metrics that would not see whole outputs."""
+    if not metrics:
+        return
+    names = ", ".join(metrics)
+    if division.loss is None:
+        raise UserError(
+            f"metrics={names} of a model that returns its loss: there are no outputs to measure: "
+            "give parallelize the loss, or leave metrics out"
+        )
+    if any(not output.gathers for output in division.outputs):
+        raise UserError(
+            f"metrics={names} of outputs that tensor-parallel ranks divide: leave metrics out, or "
+            'the style "output" in the model\'s splits'
         )
 
 

@@ -26,6 +26,11 @@ class Microbatch(NamedTuple):
     last: bool
     """Whether the rank computes no more in this step."""
 
+    @property
+    def counted(self) -> int:
+        """How many samples count: all or none."""
+        return self.samples.stop - self.samples.start if self.weight else 0
+
 
 def count(size: int, microbatch: int, ranks: int) -> int:
     """Number of microbatches of a batch of `size` samples, over all ranks."""
@@ -40,8 +45,9 @@ def microbatches(
     The batch is cut into microbatches of `microbatch` samples (0: one for each rank), the last one
     possibly smaller; microbatch j goes to rank j mod size of the axis. A rank may get none.
 
-    lockstep: every rank gets as many; one that has none left computes the batch's first sample,
-    which counts nothing. So it joins in what ranks do together during forward and backward.
+    lockstep: every rank gets as many; one that has none left computes the first again, which counts
+    nothing then. So it joins in what ranks do together during forward and backward, and on as many
+    samples as others: of one alone batch norm could make nothing.
     """
     total = count(size, microbatch, axis.size)
     mine = len(range(axis.rank, total, axis.size))
@@ -53,7 +59,7 @@ def microbatches(
             samples = part(j, size, microbatch, axis.size)
             yield Microbatch(j, samples, (samples.stop - samples.start) / size, last)
         else:
-            yield Microbatch(j, slice(0, 1), 0.0, last)
+            yield Microbatch(j, part(0, size, microbatch, axis.size), 0.0, last)
 
 
 def part(number: int, size: int, microbatch: int, ranks: int) -> slice:

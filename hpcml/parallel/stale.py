@@ -111,6 +111,10 @@ class StaleStep(Step):
             parameter.gradient = parameter.gradient_buffer
         return self.zero.norm()
 
+    @property
+    def _sum_scores(self) -> None:
+        """Metrics of a batch are those of this rank's samples."""
+
     def settle(self) -> None:
         """Make all updates of the steps until now. Collective."""
         self._catch_up(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,11 +20,13 @@ from hpcml.optim import clip_scale
 from hpcml.parallel import data
 from hpcml.parallel.background import Staleness
 from hpcml.parallel.batch import as_tensor, samples_of, size_of
+from hpcml.parallel.buffers import Buffers
 from hpcml.parallel.finite import Finding, describe
 from hpcml.parallel.limits import advised
 from hpcml.parallel.pipeline.actions import Kind
 from hpcml.parallel.precision import LossScaler
 from hpcml.parallel.replicas import ReplicaError, check_replicas
+from hpcml.parallel.scores import Metric, Scores
 from hpcml.parallel.tensor import Division
 from hpcml.parallel.zero import Zero
 
@@ -38,7 +40,8 @@ class Step:
     """One update of the parameters for each call; see `parallelize`.
 
     After a call `grad_norm` holds the norm of the whole gradient before clipping; with float16 it
-    is infinite or not-a-number where the step was skipped because its gradient overflowed.
+    is infinite or not-a-number where the step was skipped because its gradient overflowed, and
+    `scores` the metrics of the batch, before the update.
     """
 
     _stage = 0
@@ -52,7 +55,7 @@ class Step:
 
     def __init__(
         self, model: Module, division: Division, mesh: Mesh, zero: Zero, *,
-        microbatch: int, grad_clip: float, seed: int,
+        microbatch: int, grad_clip: float, seed: int, metrics: Mapping[str, Metric] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.mesh, self.zero = model, mesh, zero
         self.division, self.loss = division, division.loss
@@ -69,6 +72,10 @@ class Step:
         self._unit = 0  # samples that the gradients are divided by
         self._compared = False  # whether ranks that divide the model have one loss
         self._weight = 1.0  # by which this rank's gradient counts
+        self.scores: dict[str, float] = {}
+        self._scores = Scores(metrics or {})
+        self.buffers = Buffers(model, mesh.deterministic)
+        self.buffers.broadcast(self.axis)
 
     def plan(self, size: int) -> None:
         """See that a step of `size` samples can be made; raises UserError if not."""
@@ -84,7 +91,10 @@ class Step:
         (then a rank loads only its own). Raises NonFiniteError, before the update, on all ranks.
         """
         first = getattr(batch, "first", self.samples)
-        return self._conclude(batch, first, self.compute(batch))
+        self._scores.begin()
+        loss = self._conclude(batch, first, self.compute(batch))
+        self.scores = self._scores.means(self._sum_scores, 1.0)
+        return loss
 
     @quiet
     def compute(self, batch: Any) -> Array:
@@ -133,18 +143,21 @@ class Step:
         fresh: to none of batches before.
         """
         total = data.count(size, self.microbatch, self.axis.size)
+        rounds = -(-total // self.axis.size)
         if fresh:
             self._unit = size
-            rounds = -(-total // self.axis.size)
             self.zero.begin(2 if self._holding else rounds)
+        self.buffers.begin(rounds, fresh=fresh)
         losses, span = np.zeros(total), self.mesh.ledger.span
         factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
         parts = data.microbatches(size, self.microbatch, self.axis, self.zero.lockstep)
         for self.current, part in enumerate(parts):
             self.zero.before_backward(real=part.weight > 0, last=part.last and not self._holding)
             with rng.samples(self.seed, first + part.samples.start):
-                with span(Kind.FORWARD, 0, part.number):
+                counted = self.buffers.microbatch(self.current, part.counted)
+                with span(Kind.FORWARD, 0, part.number), counted:
                     loss = self._loss(samples_of(batch, part.samples))
+                self.scored(part.weight)
                 if part.weight:
                     losses[part.number] = loss.item() * part.weight
                 with span(Kind.BACKWARD, 0, part.number):
@@ -183,6 +196,7 @@ class Step:
         """Complete the gradient over the ranks; the factor by which it counts. Collective."""
         self.zero.finish()
         factor = self._unit / self._held / (self.scaler.scale if self.scaler else 1.0)
+        self.buffers.complete(None if self.apart else self._owners, self._held)
         self._held = 0
         return factor
 
@@ -221,7 +235,7 @@ class Step:
 
         inputs: arrays of all samples, as the model takes them.
         """
-        with self.settled(), self.division.whole_outputs(), evaluating(self.model):
+        with self._together(), self.division.whole_outputs(), evaluating(self.model):
             outputs = self._outputs([as_tensor(one, self._dtype) for one in inputs])
             self.zero.end_pass()
         return outputs
@@ -234,20 +248,26 @@ class Step:
             )
         return made.numpy()
 
-    @quiet
     def evaluate(self, batches: Iterable[Any]) -> float:
         """Return the mean loss over the samples of `batches`, divided among the ranks.
 
         Raises NonFiniteError, on all ranks.
         """
+        return self.measure(batches)["loss"]
+
+    @quiet
+    def measure(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Like `evaluate`, with the metrics: means over all samples, "loss" among them."""
         total, count = 0.0, 0
-        with self.settled(), evaluating(self.model):
+        self._scores.begin()
+        with self._together(), evaluating(self.model):
             for batch in batches:
                 size = size_of(batch)
                 for part in data.microbatches(size, self.microbatch, self.axis, self.zero.gathers):
                     loss = self._loss(samples_of(batch, part.samples))
+                    self.scored(part.counted)
                     if part.weight:
-                        total += loss.item() * (part.samples.stop - part.samples.start)
+                        total += loss.item() * part.counted
                     self.zero.end_pass()
                 count += size
         if count == 0:
@@ -255,7 +275,7 @@ class Step:
         mean = float(self.total(np.array([total]))[0]) / count
         if not math.isfinite(mean):
             raise NonFiniteError(f"validation loss {mean}: lower the learning rate")
-        return mean
+        return {"loss": mean, **self._scores.means(self.total, count)}
 
     @quiet
     def try_batch(self, fields: Sequence[Any]) -> None:
@@ -272,6 +292,11 @@ class Step:
         """
         with self.settled():
             yield from self.zero.gathered()
+
+    def gathered_buffers(self) -> dict[str, Array]:
+        """The buffers of the model, such as running estimates, by name. Collective."""
+        with self._together():
+            return {name: np.array(one.data) for name, one in self.buffers.named}
 
     def gathered_gradients(self) -> Iterator[tuple[str, Array]]:
         """Likewise the complete gradients of the parameters that are trained."""
@@ -295,10 +320,15 @@ class Step:
     def _loss(self, fields: Sequence[Any]) -> Tensor:
         arrays = [as_tensor(field, self._dtype) for field in fields]
         if self.loss is None:
-            loss = self.model(*arrays)
-        else:
-            loss = self.loss(self.model(*arrays[:-1]), arrays[-1])
-        return self.checked(loss)
+            return self.checked(self.model(*arrays))
+        return self.judged(self.model(*arrays[:-1]), arrays[-1])
+
+    def judged(self, outputs: Any, target: Tensor) -> Tensor:
+        """The loss of outputs; the metrics are noted."""
+        assert self.loss is not None
+        loss = self.checked(self.loss(outputs, target))
+        self._scores.see(outputs, target)
+        return loss
 
     def checked(self, loss: Any) -> Tensor:
         """A loss, if it is one."""
@@ -308,6 +338,25 @@ class Step:
                 f"the loss must be a tensor of one element, the mean over samples, not {found}"
             )
         return loss
+
+    def scored(self, weight: float) -> None:
+        """Let the metrics of the microbatch that was judged last count."""
+        self._scores.count(weight)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Within, parameters and buffers are those that training would end with. Collective."""
+        with self.settled():
+            if not self.apart:
+                yield
+                return
+            with self.buffers.averaged(self.axis):
+                yield
+
+    @property
+    def _sum_scores(self) -> Callable[[Array], Array] | None:
+        """How metrics of a batch are added up over the ranks; None where they do not wait."""
+        return self.total
 
     def total(self, values: Array) -> Array:
         """Sum over the ranks that have different shares, in place. Collective."""
@@ -320,7 +369,7 @@ class Step:
         part = data.part(bad, size_of(batch), self.microbatch, self.axis.size)
 
         def run() -> Tensor:
-            with rng.samples(self.seed, first + part.start):
+            with rng.samples(self.seed, first + part.start), self.buffers.microbatch(0, 0):
                 return self._loss(samples_of(batch, part))
 
         def agree(found: Finding | None) -> str:  # of what ranks divide, some may have seen it

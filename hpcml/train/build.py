@@ -18,6 +18,7 @@ from hpcml.optim import Optimizer
 from hpcml.parallel import Step, parallelize, threads
 from hpcml.parallel.batch import as_tensor, samples_of
 from hpcml.parallel.pipeline.partition import measured
+from hpcml.parallel.scores import Metric
 from hpcml.train import kinds, log, weights
 from hpcml.train.config import Config
 from hpcml.train.log import logger
@@ -65,7 +66,7 @@ def build(config: Config, mesh: Mesh) -> Run:
     if config.pipeline.balance == "measured" and mesh["pp"].size > 1:
         another = agree(mesh.world, partial(build_model, config, data.info))
         costs = measured_costs(config, mesh, data, another)
-    step = make_step(config, mesh, model, loss, costs)
+    step = make_step(config, mesh, model, loss, costs, data.metrics)
     agree(mesh.world, partial(step.plan, config.train.global_batch))
     agree(mesh.world, partial(try_sample, step, data))
     logger.info("%s, loss and data fit", type(model).__name__)
@@ -115,8 +116,9 @@ def build_model(config: Config, info: Mapping[str, Any]) -> Module:
 
 
 def make_step(
-    config: Config, mesh: Mesh, model: Module, loss: Any, costs: Sequence[float] | None = None
-) -> Step:
+    config: Config, mesh: Mesh, model: Module, loss: Any, costs: Sequence[float] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> Step:  # fmt: skip
     """The training step of a configuration; costs: of the model's links. Collective."""
 
     def optimizer(parameters: Any) -> Optimizer:
@@ -133,7 +135,7 @@ def make_step(
         stages=config.pipeline.stages, costs=costs, activations=config.pipeline.activations,
         offload_dir=config.pipeline.offload_dir, tensor_split=config.tensor.split,
         sequence_parallel=config.tensor.sequence_parallel,
-        partition_activations=config.tensor.partition_activations,
+        partition_activations=config.tensor.partition_activations, metrics=metrics,
         **{**asdict(together), "overlap": OVERLAP[together.overlap]},
     )  # fmt: skip
 

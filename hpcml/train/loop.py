@@ -64,7 +64,7 @@ class _Loop:
         self.recorder = RunRecorder(run.mesh, run.config.run.trace, run.folder / "ranks")
         self.stopped = False  # by a signal to any rank
         self.loss: float | None = None
-        self.val_loss: float | None = None
+        self.validation: dict[str, float] = {}  # the last one
 
     def run(self) -> int:
         """All steps, then the results; the exit code."""
@@ -92,7 +92,7 @@ class _Loop:
             raise
         finally:
             seconds = time.perf_counter() - start
-            self._end(Ending(exit_, together, seconds, self.loss, self.val_loss))
+            self._end(Ending(exit_, together, seconds, self.loss, self.validation))
         return INTERRUPTED if exit_ == "interrupted" else 0
 
     def _end(self, ending: Ending) -> None:
@@ -131,7 +131,7 @@ class _Loop:
         per_second = len(batch) / seconds
         record: dict[str, Any] = {
             "step": number, "loss": self.loss, "lr": rate, "grad_norm": run.step.grad_norm,
-            "seconds": seconds, "samples_per_second": per_second,
+            "seconds": seconds, "samples_per_second": per_second, **run.step.scores,
         }  # fmt: skip
         if run.data.tokenizer is not None:
             record["tokens_per_second"] = per_second * run.data.info["sequence_length"]
@@ -157,7 +157,7 @@ class _Loop:
             run.callback(record)
 
     def _validate(self, record: dict[str, Any]) -> None:
-        """Add the validation loss, unless a signal cuts it short."""
+        """Add the validation loss and metrics, unless a signal cuts it short."""
         config, val = self.of.config, self.of.data.val
         assert val is not None
         limit = config.run.eval_batches or None
@@ -168,9 +168,10 @@ class _Loop:
                 if self._asked_to_stop():
                     return
 
-        loss = self.of.step.evaluate(batches())
+        found = self.of.step.measure(batches())
         if not self.stopped:
-            record["val_loss"] = self.val_loss = loss
+            self.validation = {f"val_{name}": value for name, value in found.items()}
+            record |= self.validation
 
     def _add_usage(self, record: dict[str, Any], sent: dict[str, Any]) -> None:
         """Add memory and traffic of the step over all ranks; each rank keeps its own too."""

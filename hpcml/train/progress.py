@@ -64,10 +64,9 @@ class Progress:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Loss, validation loss and speed in a few words."""
+    """Loss, validation and speed in a few words."""
     parts = [f"loss {record['loss']:.4f}"]
-    if "val_loss" in record:
-        parts.append(f"val_loss {record['val_loss']:.4f}")
+    parts += [f"{name} {value:.4f}" for name, value in record.items() if name.startswith("val_")]
     unit = "tokens" if "tokens_per_second" in record else "samples"
     parts.append(f"{record[f'{unit}_per_second']:,.0f} {unit}/s")
     return "  ".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ def begin(run: Run, ranks: list[dict[str, Any]], progress: Progress) -> None:
     config, folder, data = run.config, run.folder, run.data
     (folder / "config.toml").write_text(configuration.dump(config))
     folder.write_json("env.json", {"mesh": run.mesh.sizes, **environment.describe(ranks)})
-    info = {name: value for name, value in data.info.items() if np.isscalar(value)}
+    info = {name: value for name, value in data.info.items() if _plain(value)}
     folder.write_json(
         "data.json",
         {"info": info, "tokenizer": data.tokenizer.to_dict() if data.tokenizer else None},
@@ -52,7 +53,8 @@ class Ending:
     together: bool
     seconds: float
     loss: float | None
-    val_loss: float | None
+    validation: Mapping[str, float]
+    """The last one's loss, "val_loss", and metrics; empty if there was none."""
 
 
 def end(run: Run, progress: Progress, ending: Ending) -> None:
@@ -70,7 +72,7 @@ def end(run: Run, progress: Progress, ending: Ending) -> None:
     else:
         _write(run, ending)
     losses = [f"loss {ending.loss:.4f}"] if ending.loss is not None else []
-    losses += [f"val_loss {ending.val_loss:.4f}"] if ending.val_loss is not None else []
+    losses += [f"{name} {value:.4f}" for name, value in ending.validation.items()]
     steps = run.step.steps
     progress.say(
         f"{ending.exit} after {steps} steps in {ending.seconds:.1f} s: {', '.join(losses)}"
@@ -83,12 +85,13 @@ def _write(run: Run, ending: Ending) -> None:
     step = run.step
     digest = None
     if ending.together or not step.collective:
+        buffers = step.gathered_buffers()
         entries = step.gathered()
         if run.mesh.rank > 0:
             for _ in entries:
                 pass
         elif ending.exit in ("completed", "interrupted"):
-            digest = weights.save(step.model, entries, run.folder / "model.safetensors")
+            digest = weights.save(step.model, entries, run.folder / "model.safetensors", buffers)
         else:
             digest = weights.fingerprint(entries)
     if run.mesh.rank == 0:
@@ -96,7 +99,8 @@ def _write(run: Run, ending: Ending) -> None:
             "summary.json",
             {
                 "final_loss": ending.loss,
-                "val_loss": ending.val_loss,
+                "val_loss": None,
+                **ending.validation,
                 "steps": step.steps,
                 "params": count(step.model),
                 "param_hash": digest,
@@ -104,6 +108,11 @@ def _write(run: Run, ending: Ending) -> None:
                 "exit": ending.exit,
             },
         )
+
+
+def _plain(value: Any) -> bool:
+    """Whether JSON can hold it: a number, a text or a tuple of these."""
+    return np.isscalar(value) or (isinstance(value, tuple) and all(map(np.isscalar, value)))
 
 
 def _memory_table(run: Run, used: usage.Record) -> str:

@@ -35,20 +35,26 @@ _TYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_INTEGERS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "U8": np.dtype(np.uint8),
+             "BOOL": np.dtype(np.bool_)}  # fmt: skip
+"""What buffers may have beside."""
 
 
-def save(model: Module, entries: Entries, path: Path) -> str:
+def save(
+    model: Module, entries: Entries, path: Path, buffers: Mapping[str, Values] | None = None
+) -> str:
     """Write the entries of a model as safetensors, and return their fingerprint.
 
-    Values are float64 in the file where the parameter is, and float32 otherwise. The file appears
-    when it is complete. Raises UserError where it cannot be written, having gone through all
-    entries: other ranks gather them together with this one.
+    Its buffers come after them, as they are; the fingerprint is of parameters alone. Their values
+    are float64 in the file where the parameter is, and float32 otherwise. The file appears when it
+    is complete. Raises UserError where it cannot be written, having gone through all entries: other
+    ranks gather them together with this one.
     """
     temporary = path.with_suffix(".tmp")
     remaining, digest, failure = iter(entries), hashlib.sha256(), None
     try:
         with temporary.open("wb") as file:
-            _write_header(model, file)
+            _write_header(model, file, buffers or {})
             for name, parameter in model.named_parameters():
                 given, array = next(remaining)
                 assert (name, parameter.whole_shape) == (given, array.shape)
@@ -56,6 +62,8 @@ def save(model: Module, entries: Entries, path: Path) -> str:
                 file.write(stored)
                 digest.update(stored)
                 del array, stored  # before the next one is gathered
+            for array in (buffers or {}).values():
+                file.write(np.ascontiguousarray(array).tobytes())
         temporary.replace(path)
     except OSError as error:
         failure = error
@@ -93,8 +101,9 @@ class Stored:
 def load(model: Module, path: str | Path, key: str = "model.init_from") -> None:
     """Let the parameters begin with the values in a safetensors file, which are read when needed.
 
-    The file may hold floating-point values of any type. A shared parameter may be in it under any
-    of its names. `key` is named in errors. Raises UserError, which tells all that does not fit.
+    Buffers get theirs at once. The file may hold floating-point values of any type. A shared
+    parameter may be in it under any of its names. `key` is named in errors. Raises UserError, which
+    tells all that does not fit.
     """
     try:
         stored, file = _open(path)
@@ -107,10 +116,16 @@ def load(model: Module, path: str | Path, key: str = "model.init_from") -> None:
     problems = [
         problem
         for name, parameter in named if name in stored
-        for problem in _problems(name, stored[name], parameter.shape)
+        for problem in _problems(name, stored[name], parameter.shape, _TYPES)
     ]  # fmt: skip
     problems += [f"{name} is missing" for name, parameter in named if id(parameter) not in found]
-    own = {name for name, _ in named}
+    buffers = dict(model.named_buffers())
+    for name, buffer in buffers.items():
+        if name not in stored:
+            problems.append(f"{name} is missing")
+        else:
+            problems += _problems(name, stored[name], buffer.shape, _TYPES | _INTEGERS)
+    own = {name for name, _ in named} | set(buffers)
     problems += [f"{name} is unexpected" for name in stored if name not in own]
     if problems:
         raise UserError(
@@ -121,6 +136,10 @@ def load(model: Module, path: str | Path, key: str = "model.init_from") -> None:
         values = np.frombuffer(file, _TYPES[place.dtype], math.prod(place.shape), place.offset)
         parameter.init = Stored(values)
         parameter.forget()
+    for name, buffer in buffers.items():
+        place, kinds = stored[name], _TYPES | _INTEGERS
+        values = np.frombuffer(file, kinds[place.dtype], math.prod(place.shape), place.offset)
+        buffer.data[...] = values.reshape(place.shape)
 
 
 @dataclass(frozen=True)
@@ -152,22 +171,24 @@ def _open(path: str | Path) -> tuple[dict[str, _Place], mmap.mmap]:
     }, mapped
 
 
-def _problems(name: str, place: _Place, shape: tuple[int, ...]) -> Iterator[str]:
+def _problems(
+    name: str, place: _Place, shape: tuple[int, ...], types: Mapping[str, np.dtype[Any]]
+) -> Iterator[str]:
     if place.shape != shape:
         yield f"{name} has shape {place.shape}, not {shape}"
-    if place.dtype not in _TYPES:
-        yield f"{name} has type {place.dtype}, not one of {', '.join(_TYPES)}"
+    if place.dtype not in types:
+        yield f"{name} has type {place.dtype}, not one of {', '.join(types)}"
 
 
-def _write_header(model: Module, file: BinaryIO) -> None:
+def _write_header(model: Module, file: BinaryIO, buffers: Mapping[str, Values]) -> None:
     """The names, types, shapes and places of the values that follow, in the same order."""
     header: dict[str, Mapping[str, Any]] = {}
     end = 0
-    for name, parameter in model.named_parameters():
-        dtype = _stored(parameter.dtype)
-        shape = parameter.whole_shape
+    parameters = [(name, _stored(p.dtype), p.whole_shape) for name, p in model.named_parameters()]
+    others = [(name, array.dtype, array.shape) for name, array in buffers.items()]
+    for name, dtype, shape in parameters + others:
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        code = next(code for code, known in _TYPES.items() if known == dtype)
+        code = next(code for code, known in (_TYPES | _INTEGERS).items() if known == dtype)
         header[name] = {
             "dtype": code, "shape": shape, "data_offsets": (start, end)
         }  # fmt: skip

@@ -135,6 +135,7 @@ class AsynchronousStep(PipelineStep):
                 f"a batch of {every} microbatches after one of {self._flow.table.every} with "
                 f'pipeline.schedule="{self.schedule}": let all have as many, or call settle()'
             )
+        self.buffers.begin(len(given.parts), fresh=True)
         try:
             self._flow.take(given)
         except BaseException:
@@ -144,6 +145,7 @@ class AsynchronousStep(PipelineStep):
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
         assert self._flow is not None
+        self.buffers.complete(self._owners, self._held)
         self._held = 0
         self._compare(losses)
         losses = self.total(losses)

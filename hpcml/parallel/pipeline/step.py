@@ -89,6 +89,7 @@ class PipelineStep(Step):
         if fresh:
             self._unit = size
             self.zero.begin(2 if self._holding else rounds)
+        self.buffers.begin(rounds, fresh=fresh)
         factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
         # All ranks of a pipeline, and all pipelines, go through the same table.
         parts = list(data.microbatches(size, self.microbatch, self.axis, lockstep=True))
@@ -153,8 +154,7 @@ class PipelineStep(Step):
 
     def loss_of(self, out: Any, arrays: Sequence[Tensor]) -> Tensor:
         """The loss, given what the last stage gave."""
-        loss = out if self.loss is None else self.loss(out, arrays[-1])
-        return self.checked(loss)
+        return self.checked(out) if self.loss is None else self.judged(out, arrays[-1])
 
     # --- results --------------------------------------------------------------------------------
 
@@ -242,11 +242,14 @@ class Microbatches:
         """The outputs of a stage; of the last one the loss."""
         step, part = self.step, self.parts[microbatch]
         step.current = microbatch if mode.recording else -1  # it may be computed again
-        with rng.samples(step.seed, self.first + part.samples.start):
+        again = mode.recording == self.drops(stage)  # forward for the second time
+        counted = step.buffers.microbatch(microbatch, 0 if again else part.counted)
+        with rng.samples(step.seed, self.first + part.samples.start), counted:
             out = step.run_stage(stage, inputs, self.inputs(microbatch))
             if stage < len(step.assembly.rank_of) - 1:
                 return out
             loss = step.loss_of(out, self.fields(microbatch))
+        step.scored(part.weight)
         if part.weight:
             self.losses[part.number] = loss.item() * part.weight
         return loss
