@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hpcml.errors import UserError
-from hpcml.parallel.pipeline.actions import Action, Kind
+from hpcml.parallel.pipeline.actions import RECEIVES, Action, Kind
 
 USUAL = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0}
 """Two products of matrices in backward for one in forward. Other kinds take no time, except that
 each half of a backward takes half as long as the whole."""
 
-_COST = re.compile(rf"(\d*)({'|'.join(Kind)})=(.+)", re.ASCII)
+_KINDS = [kind for kind in Kind if kind not in RECEIVES]
+"""What can have a cost: that of a message is its send's."""
+_COST = re.compile(rf"(\d*)({'|'.join(_KINDS)})=(.+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Costs:
             if match is None or math.isnan(value):
                 raise UserError(
                     f'cost "{part}": write kind=number, or with a stage, such as F=1,B=2,3F=1.5 '
-                    f"(kinds: {', '.join(Kind)})"
+                    f"(kinds: {', '.join(_KINDS)})"
                 )
             kind = Kind(match[2])
             if match[1]:

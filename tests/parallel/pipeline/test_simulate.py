@@ -210,7 +210,9 @@ def test_costs() -> None:
     assert found.makespan == found.busy[0] == 2 * (1.5 + 3) + 4 * 0.75 + 2
 
 
-@pytest.mark.parametrize("text", ["F", "X=1", "F=one", "F=nan", "F=-1", "1=2", "B=inf", "F==1"])
+@pytest.mark.parametrize(
+    "text", ["F", "X=1", "F=one", "F=nan", "F=-1", "1=2", "B=inf", "F==1", "recvF=1"]
+)
 def test_wrong_costs_are_one_line(text: str) -> None:
     with pytest.raises(UserError, match=r"\A[^\n]*(write kind=number|a number)[^\n]*\Z"):
         Costs.parse(text)
