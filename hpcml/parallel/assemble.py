@@ -16,7 +16,7 @@ from hpcml.parallel import groups, modes, tensor, threads
 from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.pipeline.assemble import Assembly, assemble, placement
 from hpcml.parallel.pipeline.asynchronous import AsynchronousStep
-from hpcml.parallel.pipeline.chain import declares
+from hpcml.parallel.pipeline.chain import cuttable
 from hpcml.parallel.pipeline.schedules import ASYNCHRONOUS
 from hpcml.parallel.pipeline.step import PipelineStep
 from hpcml.parallel.scores import Metric
@@ -184,7 +184,7 @@ def cut(
     broadcast_parameters(model.parameters(), axis)
     if axis.size > 1:
         rank_of = placement(schedule, axis.size, chunks)
-    elif mesh.deterministic and declares(model):
+    elif mesh.deterministic and cuttable(model):
         rank_of, where = (0,), ()
     else:
         return None

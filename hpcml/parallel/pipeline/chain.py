@@ -13,6 +13,7 @@ other link has. What a link returns is what the next one is called with: a tenso
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -47,9 +48,11 @@ def links(model: Module) -> list[Link]:
     return made
 
 
-def declares(model: Module) -> bool:
-    """Whether a model says where it may be cut."""
-    return bool(_entries(model))
+def cuttable(model: Module) -> bool:
+    """Whether a model says where it may be cut, and can be."""
+    with suppress(UserError):
+        return bool(links(model))
+    return False
 
 
 def _entries(model: Module) -> tuple[str, ...]:
@@ -76,15 +79,22 @@ def _names(model: Module, entry: str) -> Iterator[str]:
     if not any(sign in entry for sign in "*?["):
         yield entry
         return
-    depth = entry.count(".")
-    fitting = [name for name, _ in model.named_modules()
-               if name and name.count(".") == depth and fnmatchcase(name, entry)]  # fmt: skip
+    fitting = [n for n in _paths(model, entry.count(".")) if fnmatchcase(n, entry)]
     if not fitting:
         names = ", ".join(name for name, _ in model.named_modules() if name)
         raise UserError(
             f'{type(model).__name__}.chain: no module is called "{entry}": there are {names:.200}'
         )
     yield from fitting
+
+
+def _paths(module: Module, depth: int) -> Iterator[str]:
+    """All names of that depth; a module that is there twice is called twice, so both count."""
+    for name, child in module.named_children():
+        if depth == 0:
+            yield name
+        else:
+            yield from (f"{name}.{path}" for path in _paths(child, depth - 1))
 
 
 def _find(model: Module, name: str) -> Any:
@@ -130,7 +140,7 @@ def _check(model: Module, made: list[Link]) -> None:
     for link in made:
         for module in link.modules:
             owner = seen.setdefault(id(module), link.name)
-            if owner != link.name and module._parameters:
+            if owner != link.name and (module._parameters or module._buffers):
                 raise UserError(
                     f'{kind}.chain: "{owner}" and "{link.name}" both have the module '
                     f'"{module.name}": make a module of one of them, or one link of both'

@@ -105,6 +105,20 @@ def test_a_chain_that_does_not_fit(chain: tuple[str, ...], words: list[str]) -> 
     assert "\n" not in said and all(word in said for word in words), said
 
 
+def test_a_layer_that_is_called_twice_counts_twice() -> None:
+    """It is in the chain under both names, so one that learns is refused, not left out."""
+    once, act = nn.Linear(3, 3), nn.ReLU()
+    found = links(nn.Sequential(once, act, nn.Linear(3, 3), act).name_parts())
+    assert [link.name for link in found] == ["0", "1", "2", "3"]
+    twice = nn.Sequential(once, act, once).name_parts()
+    with pytest.raises(UserError, match='"0" and "2" both have the module "0"'):
+        links(twice)
+    mesh = Mesh(Alone(), deterministic=True)  # where nothing need be cut it can be trained
+    step = hpcml.parallelize(twice, loss=nn.MSELoss(), optimizer=hpcml.optim.SGD, mesh=mesh)
+    x = np.ones((2, 3), np.float32)
+    assert np.isfinite(step((x, x)))
+
+
 @cases("count", [1, 2, 3, 4, 5])
 @cases("layers", [3, 4, 5])
 def test_stages_are_balanced(layers: int, count: int) -> None:
