@@ -35,7 +35,7 @@ class Tie:
 
         complete: of a bucket, what this rank has of its complete gradient.
         """
-        first, twin = (storage.home.get(id(p)) for p in (self.first, self.twin))
+        first, twin = self._trained(storage)
         if first is not None and twin is not None:
             total = complete(first)
             total += complete(twin)
@@ -49,6 +49,24 @@ class Tie:
             pipeline.recv(there, peer)
             sent.wait()
             here += there
+
+    def hand_on(
+        self, storage: FlatStorage, complete: Callable[[Bucket], Array], pipeline: Axis
+    ) -> None:
+        """Let the twin have the gradient that the first has by now. Collective over their ranks."""
+        first, twin = self._trained(storage)
+        if first is not None and twin is not None:
+            complete(twin)[...] = complete(first)
+        elif first is not None:
+            pipeline.send(complete(first).copy(), self.ranks[1])
+        elif twin is not None:
+            there = complete(twin)
+            there[...] = pipeline.recv(np.empty_like(there), self.ranks[0])
+
+    def _trained(self, storage: FlatStorage) -> list[Bucket | None]:
+        """The buckets of both, None of one that is elsewhere or frozen."""
+        found = (storage.home.get(id(p)) for p in (self.first, self.twin))
+        return [bucket if bucket and bucket.trained else None for bucket in found]
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,20 @@ class Held:
         """All that this rank has, its twins too."""
         named = [parameter for _, parameter in self.named]
         return named + [tie.twin for tie in self.ties if id(tie.twin) in self.stage_of]
+
+    def add_up(
+        self, storage: FlatStorage, complete: Callable[[Bucket], Array], pipeline: Axis
+    ) -> None:
+        """Let all copies of a parameter have the sum of their gradients. Collective; see `Tie`.
+
+        Of several twins the last one to be added alone sees the sum of all.
+        """
+        last = {id(tie.first): tie for tie in self.ties}
+        for tie in self.ties:
+            tie.add_up(storage, complete, pipeline)
+        for tie in self.ties:
+            if tie is not last[id(tie.first)]:
+                tie.hand_on(storage, complete, pipeline)
 
     def by_stage(self, buckets: Sequence[Bucket]) -> dict[int, list[Bucket]]:
         """Buckets by the stage of their parameters."""

@@ -141,8 +141,7 @@ class Zero:
         """Complete the sums over microbatches and ranks: each rank has those of what it owns."""
         with self._span(Kind.REDUCE):
             self._gradients.finish()
-            for tie in self.held.ties:
-                tie.add_up(self.storage, self._gradients.complete, self.groups.pp)
+            self.held.add_up(self.storage, self._gradients.complete, self.groups.pp)
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient, in which every parameter counts once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,13 @@ class Assembly:
     def groups(self, given: Iterable[Any]) -> list[dict[str, Any]]:
         """Parameter groups with what this rank has of them."""
         mine = {id(parameter) for parameter in self.held.parameters}
-        twins = {id(tie.first): tie.twin for tie in self.held.ties}
+        twins: defaultdict[int, list[Parameter]] = defaultdict(list)
+        for tie in self.held.ties:
+            twins[id(tie.first)].append(tie.twin)
         found = []
         for group in _as_groups(given):
-            both = [
-                p for one in group["params"] for p in (one, twins.get(id(one))) if p is not None
-            ]
-            found.append({**group, "params": [p for p in both if id(p) in mine]})
+            every = [p for one in group["params"] for p in (one, *twins[id(one)])]
+            found.append({**group, "params": [p for p in every if id(p) in mine]})
         return found
 
 
@@ -147,8 +148,8 @@ def _twin(parameter: Parameter) -> Parameter:
         requires_grad=parameter.requires_grad,
     )  # fmt: skip
     twin.name, twin.part, twin.parts = parameter.name, parameter.part, parameter.parts
-    # Buckets of their own on both sides, so that sums of one fit the other.
-    parameter.layout["pp"] = "R"
+    # A bucket of its own on both sides, so that sums of one fit the other.
+    parameter.layout["pp"] = f"R {parameter.name}"
     twin.layout = dict(parameter.layout)
     if parameter.has_values:
         twin.data = parameter.data.copy()
