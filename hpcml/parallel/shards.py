@@ -230,7 +230,8 @@ def gathered(
     """
     current: Bucket | None = None
     whole: Array = None
-    room: Array = None  # one for all: the caller still holds the last array when the next is made
+    # One for all of a type: the caller still holds the last array when the next is made.
+    rooms: dict[str, Array] = {}
     for name, parameter in parameters:
         bucket = storage.home.get(id(parameter))
         if bucket is None:  # frozen, and held by every rank
@@ -240,10 +241,10 @@ def gathered(
             held, complete = held_of(bucket)
             current, whole = bucket, held
             if not complete:
-                if room is None:
+                if held.dtype.name not in rooms:
                     size = max(bucket.size for bucket in storage.buckets)
-                    room = memory.empty((size,), held.dtype, "buffers")
-                whole = room[: bucket.size]
+                    rooms[held.dtype.name] = memory.empty((size,), held.dtype, "buffers")
+                whole = rooms[held.dtype.name][: bucket.size]
                 gather(bucket, held, whole, axis, storage.sharding)
         yield name, bucket.view(whole, bucket.number(parameter))
 

@@ -312,6 +312,26 @@ def test_first_values_are_those_of_one_rank(kind: str) -> None:
     on_threads(program, ranks=2)
 
 
+@cases("layout", [{"dp": 2}, {"dp": 1, "pp": 2}], ids=name_of)
+def test_exact_values_beside_frozen_ones(layout: dict[str, int]) -> None:
+    """What is gathered of 16-bit parameters is their master in float32, whatever comes before."""
+    half = hpcml.backend.dtype("bfloat16")
+
+    def program() -> None:
+        model = GPT(VOCAB, LENGTH, 3, 2, 8, tie_embeddings=False).to(half)
+        model.transformer.wte.requires_grad_(False)
+        step = hpcml.parallelize(
+            model, loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW, mesh=Mesh(**layout), zero=3
+        )
+        step(tokens(0))
+        found = values(step)
+        weight = found["transformer.h.0.mlp.c_fc.weight"]
+        assert found["transformer.wte.weight"].dtype == half and weight.dtype == np.float32
+        assert (weight.view(np.uint32) % (1 << 16)).any()
+
+    on_threads(program, ranks=2)
+
+
 def test_values_that_were_given_are_those_of_the_first_rank() -> None:
     def program(mesh: Mesh) -> dict[str, np.ndarray]:
         model = GPT(VOCAB, LENGTH, 3, 2, 8).to(np.float64).name_parts()
