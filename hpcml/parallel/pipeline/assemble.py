@@ -72,6 +72,7 @@ def assemble(
     """
     chain = links(model)
     cut = stages(chain, len(rank_of), where, costs)
+    _check_trained(cut, rank_of)
     stage_of_link = {link.name: stage.index for stage in cut for link in stage.links}
     ties = list(_ties(model, chain, stage_of_link, rank_of, apart))
     twins = {(link, id(tie.first)): tie.twin for link, tie in ties}
@@ -96,6 +97,19 @@ def assemble(
     )  # fmt: skip
     mine = {stage.index: stage for stage in cut if rank_of[stage.index] == rank}
     return Assembly(mine, tuple(rank_of), held)
+
+
+def _check_trained(cut: Sequence[Stage], rank_of: Sequence[int]) -> None:
+    """Each rank's optimizer needs something, unless none has (which it says itself)."""
+    trains = {rank_of[s.index] for s in cut if any(p.requires_grad for p in s.parameters)}
+    for stage in cut:
+        if trains and rank_of[stage.index] not in trains:
+            names = ", ".join(link.name for link in stage.links)
+            raise UserError(
+                f"rank {rank_of[stage.index]} of the pipeline has nothing to train, parameters of "
+                f"{names:.200} are frozen: let its stage go on to one that is trained "
+                "(pipeline.stages), or set mesh.pp lower"
+            )
 
 
 class Elsewhere:

@@ -184,6 +184,13 @@ def test_cuts_by_name_and_by_number() -> None:
     assert by_name == stages(chain, 3, [2, 6])
 
 
+def half_frozen() -> GPT:
+    model = gpt(tie_embeddings=False)
+    for part in (model.transformer.wte, model.transformer.wpe, *model.transformer.h[:2]):
+        part.requires_grad_(False)
+    return model
+
+
 REFUSED: list[tuple[Callable[[], nn.Module], int, dict[str, Any], list[str]]] = [
     (lambda: gpt(1), 4, {"schedule": "interleaved"}, ["8 stages", "4 links", "mesh.pp"]),
     (gpt, 2, {"schedule": "1f2b"}, ['"1f2b"', "1f1b"]),
@@ -191,6 +198,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], int, dict[str, Any], list[str]]] = 
     (gpt, 2, {"stages": ["transformer.h.9"]}, ['"transformer.h.9" is no link']),
     (lambda: Chained(), 2, {}, ["declares no chain", "mesh.pp=1"]),
     (lambda: gpt(2).requires_grad_(False), 2, {}, ["no parameter requires a gradient"]),
+    (half_frozen, 3, {}, ["rank 0 of the pipeline has nothing to train", "transformer.embed"]),
     (gpt, 2, {"mode": "local", "period": 2}, ["mode=local", "mesh.pp=2"]),
 ]  # fmt: skip
 
