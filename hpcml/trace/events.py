@@ -56,7 +56,7 @@ def _slices(number: int, rank: Recorded, zero: float) -> Iterator[Event]:
 
 
 def _arrows(number: int, ranks: Sequence[Recorded], zero: float) -> Iterator[Event]:
-    """From each message that was sent to the action that it was for."""
+    """From each message to the action that it was for, if both are in this step."""
     done = [(rank, one) for rank in ranks for one in actions(rank)]
 
     def name(rank: Recorded, send: Action | None) -> str:
@@ -64,10 +64,11 @@ def _arrows(number: int, ranks: Sequence[Recorded], zero: float) -> Iterator[Eve
         return ".".join([str(number), *line, str(send)])
 
     sent = {name(rank, one.action) for rank, one in done if one.action.kind in SENDS}
+    both = sent & {name(rank, sender(one.action)) for rank, one in done}
     for rank, one in done:
         out = one.action.kind in SENDS
         id = name(rank, one.action if out else sender(one.action))
-        if id in sent:
+        if id in both:
             at = (one.start - zero) * 1e6
             way: Event = {"ph": "s"} if out else {"ph": "f", "bp": "e"}  # to the slice around it
             yield {"name": "message", "cat": TRANSFER, "id": id, "pid": rank.rank, "tid": 0,

@@ -21,6 +21,7 @@ from hpcml.trace.picture import draw, of_step
 from hpcml.trace.record import Recorded, Recorder, RunRecorder, Trace, load
 from hpcml.trace.segments import segments
 from hpcml.trace.theory import theories
+from tests.trace.support import recorded
 
 BATCH = tuple(np.random.default_rng(0).integers(0, 13, (2, 4, 7)))
 
@@ -178,3 +179,13 @@ def test_a_trace_of_nothing_but_steps_has_events() -> None:
     ranks = run({"dp": 1}, 1)
     found = events(Trace([], {1: ranks}))["traceEvents"]
     assert [event["name"] for event in found][:3] == ["step 1", "0F0", "0B0"]
+
+
+def test_a_message_for_the_next_step_has_no_arrow() -> None:
+    """Pipelines that are not emptied use it only then; half an arrow would lead nowhere."""
+    first = recorded(0, {"pp": 0}, [("0F0", 0, 1), ("0sendF0", 1, 2), ("0F1", 2, 3),
+                                    ("0sendF1", 3, 4)])  # fmt: skip
+    second = recorded(1, {"pp": 1}, [("1F0", 2, 3)])
+    found = events(Trace([], {1: [first, second]}))["traceEvents"]
+    arrows = [(event["ph"], event["id"]) for event in found if event["name"] == "message"]
+    assert arrows == [("s", "1.0sendF0"), ("f", "1.0sendF0")]
