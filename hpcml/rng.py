@@ -85,6 +85,16 @@ def samples(seed: int, first: int) -> Iterator[None]:
         _state.seed, _state.first, _state.uses = before
 
 
+@contextmanager
+def later(count: int) -> Iterator[None]:
+    """Compute the samples from number `count` on of those that are being computed."""
+    _state.first += count
+    try:
+        yield
+    finally:
+        _state.first -= count
+
+
 def draw(name: str) -> tuple[int, int]:
     """Return (key, number of the first sample) for the next random mask called `name`.
 

@@ -90,7 +90,7 @@ class Context:
             array = apart(array, x)
         if mode.pack is not None and backend.is_array(array):
             self._packed = True
-            return mode.unpack, mode.pack(array)
+            return _unpacking(mode.unpack, array.flags.c_contiguous), mode.pack(array)
         return None, array
 
     @property
@@ -100,7 +100,7 @@ class Context:
         if self._packed:
             for i, (unpack, value) in enumerate(self._saved):
                 if unpack is not None and unpack is not _data:
-                    self._saved[i] = (None, contiguous(unpack(value)))
+                    self._saved[i] = (None, unpack(value))
             self._packed = False
         arrays = [value if unpack is None else unpack(value) for unpack, value in self._saved]
         if self.wide:
@@ -209,6 +209,17 @@ def _data(parameter: Tensor) -> Array:
     return parameter.data
 
 
+def _unpacking(unpack: Any, in_order: bool) -> Callable[[Any], Array]:
+    """What gets an array back as adjoints take it: they know other orders only from forward."""
+
+    def get(value: Any) -> Array:
+        array: Array = unpack(value)
+        dense = not in_order and backend.in_order(array).flags.c_contiguous
+        return array if dense else contiguous(array)
+
+    return get
+
+
 def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
     """Sum `gradient` to `shape`, which broadcasts to its shape: the adjoint of broadcasting."""
     if gradient.shape == shape:
@@ -271,7 +282,8 @@ class Primitive:
             out = apart(out, x)
         if True not in needs:
             return kind(out)
-        ctx.sources = tuple([x.ctx or x if isinstance(x, kind) else None for x in inputs])
+        # What needs no gradient is not kept: what was saved of it may be in another form.
+        ctx.sources = tuple([x.ctx or x if n else None for x, n in zip(inputs, needs, strict=True)])
         ctx._inputs, ctx._handed = (), None  # or the record would keep every result
         result = kind(out, True)
         result.ctx = ctx

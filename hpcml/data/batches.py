@@ -32,6 +32,12 @@ class Batch:
         """Number of samples in the batch, over all ranks."""
         return len(self._indices)
 
+    @property
+    def image_size(self) -> tuple[int, ...] | None:
+        """Pixels along each dimension of the images, where the data set knows."""
+        size: tuple[int, ...] | None = getattr(self._dataset, "image_size", None)
+        return size
+
     def __getitem__(self, part: slice) -> tuple[Array, ...]:
         """Load the samples `part` of the batch: a tuple of arrays, samples along dimension 0."""
         if not isinstance(part, slice):

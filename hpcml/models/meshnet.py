@@ -12,7 +12,6 @@ model_zoo/models/mesh: for 1024 x 1024 pixels of 18 channels, widths of 256, 384
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 from hpcml.autograd import Tensor
@@ -24,6 +23,7 @@ from hpcml.nn import (
     Conv3d,
     Module,
     Normal,
+    PixelShuffle,
     ReLU,
     Sequential,
 )
@@ -45,31 +45,6 @@ class ConvBlock(Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, *S) -> (N, filters, *S')."""
         return self.relu(self.bn(self.conv(x)))  # type: ignore[no-any-return]
-
-
-class Pixels(Module):
-    """All pixels of each place side by side: (N, C * factor^d, *M) -> (N, C, *size).
-
-    Channel c of pixel (i, j) of a place is its channel c * factor^2 + i * factor + j (Shi et al.
-    2016, as PyTorch's PixelShuffle). What is beyond `size` at the end is cut off.
-    """
-
-    def __init__(self, factor: int, size: Sequence[int]) -> None:
-        super().__init__()
-        self.factor, self.size = factor, tuple(size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C * factor^d, *M) -> (N, C, *size)."""
-        n, channels, *places = x.shape
-        d, f = len(places), self.factor
-        x = x.reshape(n, channels // f**d, *[f] * d, *places)
-        x = x.permute(0, 1, *(axis for dim in range(d) for axis in (2 + d + dim, 2 + dim)))
-        x = x.reshape(n, channels // f**d, *(f * m for m in places))
-        return x[(slice(None), slice(None), *map(slice, self.size))]
-
-    def extra_repr(self) -> str:
-        """Sizes."""
-        return f"factor={self.factor}, size={self.size}"
 
 
 class MeshNet(Module):
@@ -111,7 +86,7 @@ class MeshNet(Module):
             blocks += [first, *(ConvBlock(dims, width, width, 3, 1) for _ in range(convs - 1))]
         self.blocks = Sequential(*blocks)
         self.predict = _CONV[dims](widths[-1], num_classes * factor**dims, 1)
-        self.pixels = Pixels(factor, size)
+        self.pixels = PixelShuffle(factor, size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, *size) -> logits (N, num_classes, *size)."""

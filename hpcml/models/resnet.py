@@ -113,6 +113,8 @@ class ResNet(Module):
     chain = ("conv1", "bn1", "relu", "maxpool", "layer1.*", "layer2.*", "layer3.*", "layer4.*",
              "avgpool", "flatten", "fc")  # fmt: skip
     """What forward calls one after the other: a pipeline may be cut between any two."""
+    spatial: ClassVar[dict[str, str]] = {"avgpool": "gather"}
+    """Where ranks that divide images come together."""
     units = ("layer?.*",)
     """What ZeRO stage 3 gathers at once, beside the other layers."""
 

@@ -40,6 +40,7 @@ from hpcml.nn.pooling import (
     MaxPool1d,
     MaxPool2d,
     MaxPool3d,
+    PixelShuffle,
     Upsample,
 )
 
@@ -77,6 +78,7 @@ __all__ = [
     "Normal",
     "PackedAttention",
     "Parameter",
+    "PixelShuffle",
     "ReLU",
     "Sequential",
     "Sigmoid",

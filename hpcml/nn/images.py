@@ -10,10 +10,14 @@ from typing import Any
 
 from hpcml.autograd import Tensor
 from hpcml.autograd.ops import images, norm
+from hpcml.autograd.ops.norm import Across
 from hpcml.errors import UserError
 
 Size = int | tuple[int, ...]
 """A number for all spatial dimensions, or one for each."""
+
+Padding = Size | str | tuple[tuple[int, int], ...]
+"""On both sides, or "valid" (none), or "same"; or (before, after) for each dimension."""
 
 
 def sizes(where: str, what: str, value: Any, dims: int, least: int = 1) -> tuple[int, ...]:
@@ -33,8 +37,8 @@ def check_image(where: str, input: Tensor, dims: int) -> None:
         raise UserError(f"{where}: input {input.shape} must be ({shape})")
 
 
-def _plan(
-    where: str, kernel: tuple[int, ...], stride: Size, padding: Size | str, dilation: Size
+def plan(
+    where: str, kernel: tuple[int, ...], stride: Size, padding: Padding, dilation: Size
 ) -> dict[str, Any]:
     """Stride, padding before and after, and dilation along each dimension."""
     dims = len(kernel)
@@ -46,26 +50,28 @@ def _plan(
             raise UserError(f'{where}: padding="same" needs stride 1, not {stride}: give numbers')
         total = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
         pairs = tuple((n // 2, n - n // 2) for n in total)
+    elif isinstance(padding, tuple) and any(isinstance(n, tuple) for n in padding):
+        pairs = tuple(n for n in padding if isinstance(n, tuple))
     else:
         each = sizes(where, "padding", 0 if padding == "valid" else padding, dims, 0)
         pairs = tuple((n, n) for n in each)
     return {"stride": strides, "padding": pairs, "dilation": dilations}
 
 
-def _out_sizes(where: str, shape: tuple[int, ...], kernel: tuple[int, ...], plan: Any) -> Any:
+def window_sizes(where: str, shape: tuple[int, ...], kernel: tuple[int, ...], how: Any) -> Any:
     """Sizes of the output of a filter or window; raises UserError where it does not fit."""
-    found = images.out_sizes(shape, kernel, **plan)
+    found = images.out_sizes(shape, kernel, **how)
     if min(found, default=1) < 1:
         raise UserError(
-            f"{where}: a window of {kernel} with dilation {plan['dilation']} does not fit into an "
-            f"image of {shape} with padding {plan['padding']}: pad more, or take a larger image"
+            f"{where}: a window of {kernel} with dilation {how['dilation']} does not fit into an "
+            f"image of {shape} with padding {how['padding']}: pad more, or take a larger image"
         )
     return found
 
 
 def convolve(
     where: str, input: Tensor, weight: Tensor, bias: Tensor | None,
-    stride: Size, padding: Size | str, dilation: Size, groups: int,
+    stride: Size, padding: Padding, dilation: Size, groups: int,
 ) -> Tensor:  # fmt: skip
     """`conv1d` to `conv3d` for whom errors name: a function or a layer."""
     check_image(where, input, weight.ndim - 2)
@@ -76,9 +82,9 @@ def convolve(
             f"have {channels} * groups channels, and groups divide {filters} filters"
         )
     _check_bias(where, bias, filters)
-    plan = _plan(where, tuple(kernel), stride, padding, dilation)
-    _out_sizes(where, input.shape[2:], tuple(kernel), plan)
-    return images.convolution(input, weight, bias, **plan, groups=groups)
+    how = plan(where, tuple(kernel), stride, padding, dilation)
+    window_sizes(where, input.shape[2:], tuple(kernel), how)
+    return images.convolution(input, weight, bias, **how, groups=groups)
 
 
 def _check_bias(where: str, bias: Tensor | None, filters: int) -> None:
@@ -86,25 +92,14 @@ def _check_bias(where: str, bias: Tensor | None, filters: int) -> None:
         raise UserError(f"{where}: bias {bias.shape} must be ({filters},)")
 
 
-def convolve_transposed(
-    where: str, input: Tensor, weight: Tensor, bias: Tensor | None,
-    stride: Size, padding: Size, output_padding: Size, groups: int, dilation: Size,
-) -> Tensor:  # fmt: skip
-    """`conv_transpose1d` to `conv_transpose3d` for whom errors name."""
-    dims = weight.ndim - 2
-    check_image(where, input, dims)
-    channels, filters, *kernel = weight.shape
-    if groups < 1 or channels % groups or input.shape[1] != channels:
-        raise UserError(
-            f"{where}: input {input.shape}, weight {weight.shape}, groups={groups}: the input must "
-            f"have {channels} channels, of which groups is a divisor"
-        )
-    _check_bias(where, bias, filters * groups)
-    plan = _plan(where, tuple(kernel), stride, padding, dilation)
-    extra = sizes(where, "output_padding", output_padding, dims, 0)
-    before = tuple(a for a, _ in plan["padding"])
-    every = zip(input.shape[2:], kernel, extra, plan["stride"], before, plan["dilation"],
-                strict=True)  # fmt: skip
+def transposed_sizes(
+    where: str, shape: tuple[int, ...], kernel: tuple[int, ...], how: dict[str, Any],
+    output_padding: Size,
+) -> tuple[int, ...]:  # fmt: skip
+    """Sizes of the output of a transposed convolution; raises UserError where there is none."""
+    extra = sizes(where, "output_padding", output_padding, len(shape), 0)
+    before = tuple(a for a, _ in how["padding"])
+    every = zip(shape, kernel, extra, how["stride"], before, how["dilation"], strict=True)
     found = []
     for n, k, e, s, b, d in every:
         if e >= max(s, d):
@@ -113,10 +108,36 @@ def convolve_transposed(
             )
         found.append((n - 1) * s - 2 * b + (k - 1) * d + 1 + e)
     if min(found) < 1:
-        raise UserError(f"{where}: padding={padding} leaves nothing of an image {input.shape[2:]}")
-    how = {"stride": plan["stride"], "before": before, "dilation": plan["dilation"]}
+        raise UserError(f"{where}: padding={before} leaves nothing of an image {shape}")
+    return tuple(found)
+
+
+def check_transposed(
+    where: str, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int
+) -> None:
+    """Raise UserError unless these go together."""
+    check_image(where, input, weight.ndim - 2)
+    channels, filters = weight.shape[:2]
+    if groups < 1 or channels % groups or input.shape[1] != channels:
+        raise UserError(
+            f"{where}: input {input.shape}, weight {weight.shape}, groups={groups}: the input must "
+            f"have {channels} channels, of which groups is a divisor"
+        )
+    _check_bias(where, bias, filters * groups)
+
+
+def convolve_transposed(
+    where: str, input: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: Size, padding: Size, output_padding: Size, groups: int, dilation: Size,
+) -> Tensor:  # fmt: skip
+    """`conv_transpose1d` to `conv_transpose3d` for whom errors name."""
+    check_transposed(where, input, weight, bias, groups)
+    kernel = weight.shape[2:]
+    how = plan(where, kernel, stride, padding, dilation)
+    found = transposed_sizes(where, input.shape[2:], kernel, how, output_padding)
+    before = tuple(a for a, _ in how.pop("padding"))
     return images.transposed_convolution(
-        input, weight, bias, sizes=tuple(found), **how, groups=groups
+        input, weight, bias, sizes=found, before=before, **how, groups=groups
     )
 
 
@@ -174,11 +195,14 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    across: Across | None = None,
 ) -> Tensor:
     """Normalise each channel of (N, C, *S) (Ioffe and Szegedy 2015).
 
     training: by the statistics of `input`, which also move the running ones, if given: r to (1 -
-    momentum) r + momentum * statistic. Otherwise by the running ones.
+    momentum) r + momentum * statistic. Otherwise by the running ones. across: `input` is a part of
+    what these statistics are of.
     """
     if input.ndim < 2:
         raise UserError(f"batch_norm: input {input.shape} must be (N, C, ...)")
@@ -190,11 +214,18 @@ def batch_norm(
             raise UserError(f"batch_norm: {name} {tensor.shape} for an input {input.shape}")
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         raise UserError("batch_norm: give running_mean and running_var, or train without both")
-    if training and input.numel() == channels:
+    if training and across is None and input.numel() == channels:
         raise UserError(f"batch_norm: {input.shape} has one value a channel: train with more")
     running = None
     if running_mean is not None and running_var is not None:
         running = running_mean.data, running_var.data
     return norm.batch_norm(
-        input, weight, bias, running=running, training=training, momentum=momentum, eps=eps
+        input,
+        weight,
+        bias,
+        running=running,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        across=across,
     )

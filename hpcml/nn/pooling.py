@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from hpcml.autograd import Tensor
+from hpcml.autograd.ops.norm import Across
 from hpcml.errors import UserError
 from hpcml.nn import functional as F
 from hpcml.nn.images import Size
@@ -164,12 +166,48 @@ class Upsample(Module):
         return f"size={self.size}, scale_factor={self.scale_factor}, mode={self.mode}"
 
 
+class PixelShuffle(Module):
+    """All pixels of each place side by side: (N, C * factor^d, *S) -> (N, C, factor * S).
+
+    Channel c of pixel (i, j) of a place is its channel c * factor^2 + i * factor + j (Shi et al.
+    2016, "Real-time single image and video super-resolution"). In one to three dimensions. size:
+    what is beyond at the end is cut off.
+    """
+
+    def __init__(self, upscale_factor: int, size: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.upscale_factor = upscale_factor
+        self.size = None if size is None else tuple(size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C * factor^d, *S) -> (N, C, *size)."""
+        out = self.shuffle(input)
+        return out if self.size is None else out[(slice(None), slice(None), *map(slice, self.size))]
+
+    def shuffle(self, input: Tensor) -> Tensor:
+        """The same without a cut."""
+        n, channels, *places = input.shape
+        d, f = len(places), self.upscale_factor
+        if channels % f**d:
+            where = f"{self.name} (PixelShuffle)" if self.name else "PixelShuffle"
+            raise UserError(f"{where}: {channels} channels are not {f}^{d} for each of the result")
+        x = input.reshape(n, channels // f**d, *[f] * d, *places)
+        x = x.permute(0, 1, *(axis for dim in range(d) for axis in (2 + d + dim, 2 + dim)))
+        return x.reshape(n, channels // f**d, *(f * m for m in places))
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"upscale_factor={self.upscale_factor}, size={self.size}"
+
+
 class _BatchNorm(Module):
     ndims: ClassVar[tuple[int, ...]]
 
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    across: Across | None = None
+    """How statistics come of those of parts, where ranks have parts of a sample."""
 
     def __init__(
         self,
@@ -208,7 +246,7 @@ class _BatchNorm(Module):
                 momentum = 1 / int(tracked)
         return F.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias,
-            self.training or tracked is None, momentum or 0.0, self.eps,
+            self.training or tracked is None, momentum or 0.0, self.eps, across=self.across,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -18,18 +18,18 @@ _LINEAR = {"linear": 1, "bilinear": 2, "trilinear": 3}
 _MOST_TAPS = 1 << 16  # their numbers are kept in 16 bits
 
 
-def _windows(
-    where: str, input: Tensor, kernel: Size, stride: Any, padding: Size, dilation: Size,
+def windows(
+    where: str, shape: tuple[int, ...], kernel: Size, stride: Any, padding: Size, dilation: Size,
     ceil_mode: bool,
 ) -> tuple[tuple[int, ...], ...]:  # fmt: skip
     """Sizes of the output, window, strides, padding and dilation along each dimension."""
-    dims = input.ndim - 2
+    dims = len(shape)
     size = sizes(where, "kernel_size", kernel, dims)
     strides = size if stride is None else sizes(where, "stride", stride, dims)
     before = sizes(where, "padding", padding, dims, 0)
     dilations = sizes(where, "dilation", dilation, dims)
     found = []
-    every = zip(input.shape[2:], size, strides, before, dilations, strict=True)
+    every = zip(shape, size, strides, before, dilations, strict=True)
     for n, k, s, p, d in every:
         reach = (k - 1) * d + 1
         if 2 * p > reach:
@@ -38,11 +38,21 @@ def _windows(
         if rest < 0:
             raise UserError(
                 f"{where}: a window of {size} with dilation {dilations} does not fit into an image "
-                f"of {input.shape[2:]} with padding {before}: pad more, or take a larger image"
+                f"of {shape} with padding {before}: pad more, or take a larger image"
             )
         count = (-(-rest // s) if ceil_mode else rest // s) + 1
         found.append(count - ((count - 1) * s >= n + p))  # each begins before what is behind
     return tuple(found), size, strides, before, dilations
+
+
+def max_windows(
+    where: str, shape: tuple[int, ...], kernel: Size, *how: Any
+) -> tuple[tuple[int, ...], ...]:
+    """`windows` of which the maximum can be taken."""
+    found = windows(where, shape, kernel, *how)
+    if math.prod(found[1]) > _MOST_TAPS:
+        raise UserError(f"{where}: kernel_size={kernel}: at most {_MOST_TAPS} elements")
+    return found
 
 
 def _max_pool(dims: int) -> Any:
@@ -57,11 +67,9 @@ def _max_pool(dims: int) -> Any:
         """
         where = f"max_pool{dims}d"
         check_image(where, input, dims)
-        found, size, strides, before, dilations = _windows(
-            where, input, kernel_size, stride, padding, dilation, ceil_mode
+        found, size, strides, before, dilations = max_windows(
+            where, input.shape[2:], kernel_size, stride, padding, dilation, ceil_mode
         )
-        if math.prod(size) > _MOST_TAPS:
-            raise UserError(f"{where}: kernel_size={kernel_size}: at most {_MOST_TAPS} elements")
         return pooling.max_pool(
             input, sizes=found, kernel=size, stride=strides, before=before, dilation=dilations
         )
@@ -84,6 +92,18 @@ def _means(n: int, m: int, size: int, stride: int, padding: int, counted: bool) 
     return Band.of(rows)
 
 
+def average_bands(
+    where: str, shape: tuple[int, ...], kernel_size: Size, stride: Size | None, padding: Size,
+    ceil_mode: bool, count_include_pad: bool,
+) -> tuple[Band, ...]:  # fmt: skip
+    """Means of windows, as a matrix for each dimension."""
+    found, size, strides, before, _ = windows(
+        where, shape, kernel_size, stride, padding, 1, ceil_mode
+    )
+    every = zip(shape, found, size, strides, before, strict=True)
+    return tuple(_means(*each, count_include_pad) for each in every)
+
+
 def _avg_pool(dims: int) -> Any:
     def avg_pool(
         input: Tensor, kernel_size: Size, stride: Size | None = None, padding: Size = 0,
@@ -96,11 +116,10 @@ def _avg_pool(dims: int) -> Any:
         """
         where = f"avg_pool{dims}d"
         check_image(where, input, dims)
-        found, size, strides, before, _ = _windows(
-            where, input, kernel_size, stride, padding, 1, ceil_mode
+        shape = input.shape[2:]
+        bands = average_bands(
+            where, shape, kernel_size, stride, padding, ceil_mode, count_include_pad
         )
-        every = zip(input.shape[2:], found, size, strides, before, strict=True)
-        bands = tuple(_means(*each, count_include_pad) for each in every)
         return pooling.resample(input, bands=bands)
 
     return called(avg_pool, f"avg_pool{dims}d")
@@ -116,6 +135,14 @@ def _parts(n: int, m: int) -> Band:
     return Band.of([(a, [1 / (b - a)] * (b - a)) for a, b in ends])
 
 
+def adaptive_bands(where: str, shape: tuple[int, ...], output_size: Any) -> tuple[Band | None, ...]:
+    """Means of parts, as a matrix for each dimension; None for one that stays as it is."""
+    asked = output_size if isinstance(output_size, tuple | list) else (output_size,) * len(shape)
+    wanted = [n if m is None else m for n, m in zip(shape, asked, strict=False)]
+    found = sizes(where, "output_size", (*wanted, *asked[len(wanted) :]), len(shape))
+    return tuple(None if n == m else _parts(n, m) for n, m in zip(shape, found, strict=True))
+
+
 def _adaptive_avg_pool(dims: int) -> Any:
     def adaptive_avg_pool(input: Tensor, output_size: Any) -> Tensor:
         """Means of as many parts as `output_size` says: (N, C, *S) -> (N, C, *output_size).
@@ -124,11 +151,7 @@ def _adaptive_avg_pool(dims: int) -> Any:
         """
         where = f"adaptive_avg_pool{dims}d"
         check_image(where, input, dims)
-        asked = output_size if isinstance(output_size, tuple | list) else (output_size,) * dims
-        same = input.shape[2:]
-        wanted = [n if m is None else m for n, m in zip(same, asked, strict=False)]
-        found = sizes(where, "output_size", (*wanted, *asked[len(wanted) :]), dims)
-        bands = tuple(None if n == m else _parts(n, m) for n, m in zip(same, found, strict=True))
+        bands = adaptive_bands(where, input.shape[2:], output_size)
         return pooling.resample(input, bands=bands)
 
     return called(adaptive_avg_pool, f"adaptive_avg_pool{dims}d")
@@ -171,21 +194,30 @@ def interpolate(
     `align_corners` says that the centres of the outermost elements stay where they are, instead of
     the edges. Raises UserError for what does not fit.
     """
-    where, dims = "interpolate", input.ndim - 2
+    bands = resize_bands(input.shape[2:], size, scale_factor, mode, align_corners)
+    return pooling.resample(input, bands=bands)
+
+
+def resize_bands(
+    shape: tuple[int, ...], size: Size | None, scale_factor: float | tuple[float, ...] | None,
+    mode: str, align_corners: bool | None,
+) -> tuple[Band, ...]:  # fmt: skip
+    """Interpolation, as a matrix for each dimension; see `interpolate`."""
+    where, dims = "interpolate", len(shape)
     if (size is None) == (scale_factor is None):
         raise UserError(f"{where}: give either size={size} or scale_factor={scale_factor}")
     if mode != "nearest" and _LINEAR.get(mode) != dims:
         names = ", ".join(["nearest", *(name for name, d in _LINEAR.items() if d == dims)])
-        raise UserError(f'{where}: mode="{mode}" for an input {input.shape}: use one of {names}')
+        raise UserError(f'{where}: mode="{mode}" for images of {shape}: use one of {names}')
     if align_corners is not None and mode == "nearest":
         raise UserError(f"{where}: align_corners={align_corners} is for linear modes: leave it out")
     factors: tuple[float, ...] = ()
     if scale_factor is not None:
         factors = scale_factor if isinstance(scale_factor, tuple) else (scale_factor,) * dims
-        size = tuple(int(n * f) for n, f in zip(input.shape[2:], factors, strict=True))
+        size = tuple(int(n * f) for n, f in zip(shape, factors, strict=True))
     found = sizes(where, "size", size, dims)
     bands = []
-    for dim, (n, m) in enumerate(zip(input.shape[2:], found, strict=True)):
+    for dim, (n, m) in enumerate(zip(shape, found, strict=True)):
         scale = 1 / factors[dim] if factors else n / m
         if mode == "nearest":
             bands.append(_nearest(n, m, scale))
@@ -193,4 +225,4 @@ def interpolate(
             bands.append(_linear(n, m, (n - 1) / (m - 1) if m > 1 else 0.0, True))
         else:
             bands.append(_linear(n, m, scale, False))
-    return pooling.resample(input, bands=tuple(bands))
+    return tuple(bands)

@@ -8,11 +8,12 @@ from typing import Any
 
 from hpcml import rng
 from hpcml.comm import Mesh, launch
+from hpcml.comm.grid import AXES
 from hpcml.comm.guard import agree
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
-from hpcml.parallel import groups, modes, tensor, threads
+from hpcml.parallel import groups, modes, spatial, tensor, threads
 from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.pipeline.assemble import Assembly, assemble, placement
 from hpcml.parallel.pipeline.asynchronous import AsynchronousStep
@@ -69,7 +70,8 @@ def parallelize(
         parallelism, any other all outputs.
     optimizer: a class such as `hpcml.optim.AdamW`, made with `settings` (lr=..., ...).
     mesh: where to run; all ranks along "dp" by default. Axes "tp" and "cp" divide the model as its
-        `splits` declare (`hpcml.parallel.tensor`).
+        `splits` declare (`hpcml.parallel.tensor`); "sp_d", "sp_h" and "sp_w" divide images, up to
+        where its `spatial` says (`hpcml.parallel.spatial`).
     zero: stage of ZeRO: 0 copies everything; 1 divides the optimizer's state among the ranks, 2 the
         gradients too, 3 the parameters too.
     microbatch: samples computed at once; 0 for a rank's whole share.
@@ -128,10 +130,13 @@ def parallelize(
     seed = rng.seed() if seed is None else seed
     model.name_parts()
     detach(model.parameters())
-    division = tensor.divide(
-        model, loss, mesh, how=tensor_split, sequence_parallel=sequence_parallel,
-        overlap=overlap, partition_activations=partition_activations,
-    )  # fmt: skip
+    if spatial.ranks_of(mesh) > 1:
+        division: tensor.Division = spatial.divide(model, loss, mesh)
+    else:
+        division = tensor.divide(
+            model, loss, mesh, how=tensor_split, sequence_parallel=sequence_parallel,
+            overlap=overlap, partition_activations=partition_activations,
+        )  # fmt: skip
     _check_metrics(metrics, division)
     given = groups(model) if groups else list(model.parameters())
     assembly = cut(model, mesh, schedule, chunks, stages, costs)
@@ -197,7 +202,7 @@ def cut(
 def _check(mesh: Mesh, microbatch: int, grad_clip: float, bucket_mb: float) -> None:
     """Refuse what can never be."""
     for name, size in mesh.sizes.items():
-        if size > 1 and name not in ("pp", "dp", "cp", "tp"):
+        if size > 1 and name not in AXES:
             raise UserError(f"mesh.{name}={size} is not available in this version: mesh.{name}=1")
     if microbatch < 0:
         raise UserError(f"microbatch={microbatch} must be 0 (a rank's whole share) or more")

@@ -13,13 +13,15 @@ from hpcml.backend import Array
 from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
 from hpcml.optim.buckets import Sharding
+from hpcml.parallel.spatial.grid import NAMES
 
 
 @dataclass(frozen=True)
 class Groups:
     """Axes of data parallelism, and how the states are divided among them.
 
-    dp: every data-parallel rank, and every context-parallel one, as these too have all parameters.
+    dp: every data-parallel rank, and every context-parallel and spatial one, as these too have all
+    parameters, and gradients of their part of the work.
     all: those whose gradients are summed; the same, unless the mode of data parallelism keeps ranks
     apart. shard: the ranks that divide one copy of the states; at
     stage 0 all of them (they divide the work of a reduction). replica: the ranks that hold the same
@@ -46,7 +48,8 @@ class Groups:
 
 def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Groups:
     """The groups of a mesh: `ranks` divide a copy of the states (0: all). Collective."""
-    axis = mesh["dp", "cp"]
+    names = ("dp", "cp", *NAMES)
+    axis = mesh[names]
     if stage not in (0, 1, 2, 3):
         raise UserError(f"zero.stage={stage} must be 0, 1, 2 or 3")
     if ranks < 0 or (ranks and axis.size % ranks):
@@ -57,7 +60,7 @@ def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Grou
         )
     shard, replica = axis, Axis("dp.replica", ledger=mesh.ledger)
     if stage and ranks not in (0, axis.size):
-        replica, shard = mesh.split(("dp", "cp"), ranks, ("replica", "shard"))
+        replica, shard = mesh.split(names, ranks, ("replica", "shard"))
     # Not the parameters: GEMM reads them all the time, and shared memory has small pages.
     in_place = ["grads"] if stage < 2 else []
     sharding = Sharding(stage, shard.size, shard.rank, layers)

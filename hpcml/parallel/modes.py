@@ -12,6 +12,7 @@ from hpcml.nn import Module
 from hpcml.parallel.elastic import ElasticStep
 from hpcml.parallel.groups import Groups, apart
 from hpcml.parallel.local import LocalStep
+from hpcml.parallel.spatial.grid import NAMES
 from hpcml.parallel.stale import StaleStep
 from hpcml.parallel.step import Step
 
@@ -31,7 +32,7 @@ def choose(
     _needs("sync_steps", sync_steps, 0, mode == "local", "mode=local")
     _needs("staleness", staleness, 0, mode == "async", "mode=async")
     _needs("elastic", elastic, 0, mode == "async", "mode=async")
-    divided = {name: mesh[name].size for name in ("pp", "tp", "cp") if mesh[name].size > 1}
+    divided = {name: mesh[name].size for name in ("pp", "tp", "cp", *NAMES) if mesh[name].size > 1}
     if mode != "sync" and divided:
         name, size = divided.popitem()
         raise UserError(

@@ -19,7 +19,7 @@ from hpcml.nn.evaluation import evaluating
 from hpcml.optim import clip_scale
 from hpcml.parallel import data
 from hpcml.parallel.background import Staleness
-from hpcml.parallel.batch import as_tensor, samples_of, size_of
+from hpcml.parallel.batch import as_tensor, size_of
 from hpcml.parallel.buffers import Buffers
 from hpcml.parallel.finite import Finding, describe
 from hpcml.parallel.limits import advised
@@ -27,6 +27,7 @@ from hpcml.parallel.pipeline.actions import Kind
 from hpcml.parallel.precision import LossScaler
 from hpcml.parallel.replicas import ReplicaError, check_replicas
 from hpcml.parallel.scores import Metric, Scores
+from hpcml.parallel.spatial.grid import NAMES
 from hpcml.parallel.tensor import Division
 from hpcml.parallel.zero import Zero
 
@@ -73,9 +74,9 @@ class Step:
         self._compared = False  # whether ranks that divide the model have one loss
         self._weight = 1.0  # by which this rank's gradient counts
         self.scores: dict[str, float] = {}
-        self._scores = Scores(metrics or {})
+        self._scores = Scores(division.metrics(metrics or {}))
         self.buffers = Buffers(model, mesh.deterministic)
-        self.buffers.broadcast(self.axis)
+        self.buffers.broadcast(self.groups.dp)
 
     def plan(self, size: int) -> None:
         """See that a step of `size` samples can be made; raises UserError if not."""
@@ -156,7 +157,7 @@ class Step:
             with rng.samples(self.seed, first + part.samples.start):
                 counted = self.buffers.microbatch(self.current, part.counted)
                 with span(Kind.FORWARD, 0, part.number), counted:
-                    loss = self._loss(samples_of(batch, part.samples))
+                    loss = self._loss(self.division.fields(batch, part.samples))
                 self.scored(part.weight)
                 if part.weight:
                     losses[part.number] = loss.item() * part.weight
@@ -179,7 +180,7 @@ class Step:
 
     def _compare(self, losses: Array) -> None:
         """Once, see that ranks which divide the model have one loss: each has all of it."""
-        axis = self.mesh["cp", "tp"]
+        axis = self.mesh["cp", *NAMES, "tp"]
         if self._compared or axis.size == 1:
             return
         self._compared = True
@@ -236,7 +237,9 @@ class Step:
         inputs: arrays of all samples, as the model takes them.
         """
         with self._together(), self.division.whole_outputs(), evaluating(self.model):
-            outputs = self._outputs([as_tensor(one, self._dtype) for one in inputs])
+            outputs = self._outputs(
+                [as_tensor(one, self._dtype) for one in self.division.inputs(inputs)]
+            )
             self.zero.end_pass()
         return outputs
 
@@ -264,7 +267,7 @@ class Step:
             for batch in batches:
                 size = size_of(batch)
                 for part in data.microbatches(size, self.microbatch, self.axis, self.zero.gathers):
-                    loss = self._loss(samples_of(batch, part.samples))
+                    loss = self._loss(self.division.fields(batch, part.samples))
                     self.scored(part.counted)
                     if part.weight:
                         total += loss.item() * part.counted
@@ -278,10 +281,10 @@ class Step:
         return {"loss": mean, **self._scores.means(self.total, count)}
 
     @quiet
-    def try_batch(self, fields: Sequence[Any]) -> None:
-        """Evaluate the loss of a batch's fields and forget it: raises what a step would raise."""
+    def try_batch(self, batch: Any) -> None:
+        """Evaluate the loss of a batch and forget it: raises what a step would raise."""
         with evaluating(self.model):
-            self._loss(fields)
+            self._loss(self.division.fields(batch, slice(0, size_of(batch))))
         self.zero.end_pass()
 
     def gathered(self) -> Iterator[tuple[str, Array]]:
@@ -370,10 +373,10 @@ class Step:
 
         def run() -> Tensor:
             with rng.samples(self.seed, first + part.start), self.buffers.microbatch(0, 0):
-                return self._loss(samples_of(batch, part))
+                return self._loss(self.division.fields(batch, part))
 
         def agree(found: Finding | None) -> str:  # of what ranks divide, some may have seen it
-            every = self.mesh["pp", "cp", "tp"].allgather_object((self._stage, found))
+            every = self.mesh["pp", "cp", *NAMES, "tp"].allgather_object((self._stage, found))
             first = min((f for f in every if f[1]), key=_place, default=(0, ""))
             return str(first[1])
 

@@ -166,7 +166,7 @@ def decay_matrices(model: Module) -> list[dict[str, Any]]:
 def try_sample(step: Step, data: Data) -> None:
     """Evaluate two samples, so that a model or loss that does not fit the data says so now."""
     try:
-        step.try_batch(next(iter(Batches(data.train, 2, None)))[0:2])
+        step.try_batch(next(iter(Batches(data.train, 2, None))))
     except UserError:
         raise
     except (ValueError, TypeError, IndexError) as error:

@@ -173,6 +173,8 @@ def _activation(event: Event, seen: Seen, expected: _Run, found: _Run, pipelined
     other = found.seen.get(event)
     if other is not None:
         item.parallel, item.place = other.values, other.place
+        if event.stage == "backward":
+            item.serial = seen.values * seen.values.dtype.type(other.place.share)
     item.elsewhere = other is None and pipelined
     if (event.stage, event.what) == ("forward", "output"):
         item.bias = expected.parameters["first values"].get(f"{event.layer}.bias")

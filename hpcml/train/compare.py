@@ -13,6 +13,7 @@ import numpy as np
 from hpcml.backend import Array
 from hpcml.comm import Mesh
 from hpcml.nn.part import Range, blocks
+from hpcml.parallel.spatial import NAMES
 from hpcml.train.watch import Event, Place
 
 FLOOR = 1e-2
@@ -207,15 +208,17 @@ def _indices(
 
 
 def _along(dim: int, from_end: int, n: int, place: Place, mesh: Mesh) -> Iterator[Sequence[int]]:
-    """The elements along one dim that a rank may have: of features, positions or heads."""
-    tp = mesh["tp"]
+    """The elements along one dim that a rank may have: of features, positions, heads or space."""
     if from_end == -1 and place.features[0] == n:
         yield _spread(place.features[1], 0, n, n)
     if from_end == -2 and place.length and n % place.length == 0:  # rows may be (B T, features)
         for ranges in (place.own, place.context):
             yield _spread(ranges, 0, n, place.length)
-    if dim > 0 and tp.size > 1:
-        yield range(*blocks(n, tp.size)[tp.rank])
+    if dim == 0 and place.samples is not None:
+        yield range(*place.samples)
+    for axis in (mesh[name] for name in ("tp", *NAMES)):
+        if dim > 0 and axis.size > 1:
+            yield range(*blocks(n, axis.size)[axis.rank])
 
 
 def _spread(ranges: Sequence[Range], start: int, stop: int, step: int) -> list[int]:

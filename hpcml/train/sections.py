@@ -127,9 +127,9 @@ class Mesh:
     pp: int = key(1, "pipeline parallel, stages of the model", low=1)
     dp: int = key(0, "data parallel (0: all ranks that are left)", low=0)
     cp: int = key(1, "context parallel, along the sequence", low=1)
-    sp_d: int = key(1, "spatially parallel, along the depth", low=1, now=(1,))
-    sp_h: int = key(1, "spatially parallel, along the height", low=1, now=(1,))
-    sp_w: int = key(1, "spatially parallel, along the width", low=1, now=(1,))
+    sp_d: int = key(1, "spatially parallel, along the depth", low=1)
+    sp_h: int = key(1, "spatially parallel, along the height", low=1)
+    sp_w: int = key(1, "spatially parallel, along the width", low=1)
     tp: int = key(1, "tensor parallel, within a layer", low=1)
 
 

@@ -16,7 +16,8 @@ from hpcml.nn import Module
 from hpcml.nn.module import boundary
 from hpcml.nn.part import Range
 from hpcml.parallel import Step
-from hpcml.parallel.tensor import Positions
+from hpcml.parallel.spatial import SpatialDivision
+from hpcml.parallel.tensor import Division
 
 MODEL, LOSS = "the model", "the loss"
 """What the model and the loss as a whole are called."""
@@ -42,10 +43,17 @@ class Place(NamedTuple):
     length: int = 0
     own: tuple[Range, ...] = ()
     context: tuple[Range, ...] = ()
+    samples: Range | None = None
+    """Where ranks that divide images divide samples."""
+    share: float = 1.0
+    """Of a gradient, where they all compute the same and each has its share."""
 
     @staticmethod
-    def of(positions: Positions) -> Place:
+    def of(division: Division) -> Place:
         """As the layers of a divided model have left it."""
+        if isinstance(division, SpatialDivision):
+            return Place(samples=division.grid.own_samples, share=division.grid.share)
+        positions = division.positions
         features = positions.features or (0, ())
         if not positions.divided:
             return Place(features)
@@ -113,7 +121,7 @@ class Watch:
 
     def _noted(self, value: Any, what: str) -> Any:
         """The same, with its tensors noted, and to be noted again when their gradients come."""
-        call, place = self._running[-1], Place.of(self.step.division.positions)
+        call, place = self._running[-1], Place.of(self.step.division)
         outside = self._running[-2].layer if len(self._running) > 1 else call.layer
         # What came in, a caller made; the gradient of what went out, too: by using it.
         maker, of_gradient = (outside, call.layer) if what == "input" else (call.layer, outside)

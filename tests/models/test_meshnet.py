@@ -8,7 +8,7 @@ import pytest
 from hpcml.autograd import Tensor
 from hpcml.errors import UserError
 from hpcml.models import MeshNet
-from hpcml.models.meshnet import Pixels
+from hpcml.nn import PixelShuffle
 
 
 @pytest.mark.parametrize("size", [(33, 18), (6, 9, 7)], ids=str)
@@ -24,7 +24,7 @@ def test_every_pixel_has_logits(size: tuple[int, ...]) -> None:
 def test_pixels_of_a_volume() -> None:
     """Channel c of pixel p is channel c * factor^3 + (p mod factor) of place p // factor."""
     x = np.random.default_rng(0).normal(size=(2, 3 * 8, 2, 3, 2))
-    found = Pixels(2, (4, 5, 3))(Tensor(x)).numpy()
+    found = PixelShuffle(2, (4, 5, 3))(Tensor(x)).numpy()
     assert found.shape == (2, 3, 4, 5, 3)
     for c, i, j, k in np.ndindex(found.shape[1:]):
         inner = 4 * (i % 2) + 2 * (j % 2) + k % 2

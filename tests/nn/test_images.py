@@ -350,7 +350,7 @@ MISTAKES: list[tuple[Callable[[], Any], list[str]]] = [
     ),
     (
         lambda: F.conv_transpose2d(leaf(A), leaf(normal(4, 2, 3, 3)), padding=4),
-        ["padding=4", "(5, 6)"],
+        ["padding=(4, 4)", "(5, 6)"],
     ),
     (lambda: F.max_pool2d(leaf(A), 7), ["max_pool2d", "(7, 7)", "(5, 6)"]),
     (lambda: F.avg_pool2d(leaf(A), 2, padding=2), ["avg_pool2d", "padding=2", "window of 2"]),

@@ -262,9 +262,9 @@ def test_settings_that_cannot_be(mesh: Mesh, options: dict[str, Any], words: lis
 
 
 @pytest.mark.mpi(min_size=2)
-def test_axes_that_come_later() -> None:
-    with pytest.raises(UserError, match=r"mesh.sp_h=\d is not available .* mesh.sp_h=1"):
-        make("mlp", Mesh(sp_h=Mesh().size))
+def test_axes_of_ones_own() -> None:
+    with pytest.raises(UserError, match=r"mesh.rows=\d is not available .* mesh.rows=1"):
+        make("mlp", Mesh({"rows": Mesh().size}))
 
 
 def test_optimizer_that_is_none(mesh: Mesh) -> None:

@@ -52,7 +52,7 @@ CASES = [
     ("run.steps=-1", 2, ["run.steps=-1"]),
     ("model.heads=3", 2, ["heads=3", "width=32"]),
     ("mesh.dp=7", 2, ["dp(7)", "mesh.dp=0"]),
-    ("mesh.sp_h=2", 2, ["mesh.sp_h=2", "not available"]),
+    ("mesh.sp_h=7", 2, ["sp_h(7)"]),
     ("data.path=missing.txt", 2, ["missing.txt", "does not exist"]),
     ("data.path=empty.txt", 2, ["empty.txt", "empty"]),
     ("data.path=binary.bin", 2, ["binary.bin", "binary"]),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from hpcml import kernels
 from hpcml.autograd.ops.arrays import contiguous, same_type
 from hpcml.autograd.ops.images import channels_first, channels_last
 from hpcml.autograd.record import Context, empty, primitive
 from hpcml.backend import Array, xp
+
+
+class Across(Protocol):
+    """How statistics of parts, such as ranks have, become those of the whole."""
+
+    def moments(self, count: int, mean: Array, variance: Array) -> int:
+        """Make mean and variance (C) of `count` elements those of all; how many these are."""
+
+    def total(self, sums: Array) -> Array:
+        """The sum over all parts."""
 
 
 def _rows(x: Array) -> Array:
@@ -21,12 +31,14 @@ def _rows(x: Array) -> Array:
 def batch_norm(
     ctx: Context, x: Array, weight: Array | None, bias: Array | None, *,
     running: tuple[Array, Array] | None, training: bool, momentum: float, eps: float,
+    across: Across | None = None,
 ) -> Array:  # fmt: skip
     """Normalise each channel of x (N, C, *S), then scale and shift it: weight, bias (C) or None.
 
     running: estimates of mean and variance (C), or None. In training the statistics are those of x,
     and the estimates, if any, go from r to (1 - momentum) r + momentum * statistic, of variances
-    the unbiased one; otherwise the estimates are the statistics.
+    the unbiased one; otherwise the estimates are the statistics. across: x is a part of what they
+    are taken of; gradients of weight and bias are then of that part.
     """
     same_type(ctx, "x", "weight", "bias")
     rows = _rows(x)
@@ -36,6 +48,8 @@ def batch_norm(
         mean, variance = m.zeros((2, channels), x.dtype)
         if count:
             k.batch_moments(rows, mean, variance)
+        if across is not None:
+            count = across.moments(count, mean, variance)
         if running is not None and count:
             unbiased = variance * (count / max(count - 1, 1))
             for estimate, found in zip(running, (mean, unbiased), strict=True):
@@ -50,7 +64,7 @@ def batch_norm(
     last = channels_last(x)
     out = empty(last.shape, x)
     k.batch_norm(rows, mean, scale, shift, out.reshape(rows.shape))
-    ctx.attributes = mean, inverse, training
+    ctx.attributes = mean, inverse, training, count, across
     ctx.save(x, weight)
     return channels_first(out)
 
@@ -60,7 +74,7 @@ def _sums(ctx: Context, g: Array) -> Any:
 
     def compute() -> tuple[Array, Array, Array]:
         x, _ = ctx.saved
-        mean, _, _ = ctx.attributes
+        mean = ctx.attributes[0]
         sums = xp(g).zeros((2, x.shape[1]), g.dtype)
         pair = _rows(g), _rows(x)
         if x.size:
@@ -73,12 +87,13 @@ def _sums(ctx: Context, g: Array) -> Any:
 @batch_norm.adjoint
 def batch_norm_x(ctx: Context, g: Array) -> Array:
     x, weight = ctx.saved
-    mean, inverse, training = ctx.attributes
+    mean, inverse, training, count, across = ctx.attributes
     g_rows, x_rows, sums = _sums(ctx, g)
     slopes = xp(g).zeros_like(sums)
-    if training and x.size:
-        slopes[0] = sums[0] / len(x_rows)
-        slopes[1] = sums[1] * inverse**2 / len(x_rows)
+    if training and count:
+        total = sums if across is None else across.total(sums)
+        slopes[0] = total[0] / count
+        slopes[1] = total[1] * inverse**2 / count
     pending = ctx.take_pending()
     before = g_rows[:0] if pending is None else _rows(pending)
     scale = inverse if weight is None else inverse * weight
@@ -92,7 +107,7 @@ def batch_norm_x(ctx: Context, g: Array) -> Array:
 
 @batch_norm.adjoint
 def batch_norm_weight(ctx: Context, g: Array) -> Array:
-    _, inverse, _ = ctx.attributes
+    inverse = ctx.attributes[1]
     _, _, sums = _sums(ctx, g)
     return xp(g).multiply(sums[1], inverse, out=ctx.empty(ctx.shapes[1], g))
 

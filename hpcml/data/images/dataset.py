@@ -38,6 +38,11 @@ class Images:
         """Number of samples."""
         return self.count
 
+    @property
+    def image_size(self) -> tuple[int, ...]:
+        """Pixels along each dimension of all images."""
+        return self.source.size
+
     def __getitem__(self, index: int) -> tuple[Array, Any]:
         """Return sample `index` as it is, without augmentation: image (C, *S) and its label."""
         if not 0 <= index < self.count:

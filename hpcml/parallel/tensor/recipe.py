@@ -24,7 +24,7 @@ the same there; with sequence or context parallelism, each rank's positions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -33,7 +33,9 @@ from typing import Any
 from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
 from hpcml.nn import CrossEntropyLoss, Module, Sequential
+from hpcml.parallel.batch import samples_of
 from hpcml.parallel.data import broadcast_parameters
+from hpcml.parallel.scores import Metric
 from hpcml.parallel.tensor.guard import guard
 from hpcml.parallel.tensor.kept import keep_parts
 from hpcml.parallel.tensor.layers import OutputLinear
@@ -42,7 +44,8 @@ from hpcml.parallel.tensor.positions import Positions
 from hpcml.parallel.tensor.replacing import replace
 from hpcml.parallel.tensor.styles import MEGATRON, NAIVE, Style
 
-_MARK = "_divided_among_ranks"  # an attribute of models that are
+MARK = "_divided_among_ranks"
+"""An attribute of models that are."""
 
 
 @dataclass
@@ -54,6 +57,18 @@ class Division:
     positions: Positions
     loss: Any
     outputs: list[OutputLinear] = field(default_factory=list)
+
+    def fields(self, batch: Any, samples: slice) -> Sequence[Any]:
+        """Some samples of a batch, field by field, as this rank takes them."""
+        return samples_of(batch, samples)
+
+    def inputs(self, fields: Sequence[Any]) -> Sequence[Any]:
+        """Inputs of the model, as this rank takes them."""
+        return fields
+
+    def metrics(self, given: Mapping[str, Metric]) -> Mapping[str, Metric]:
+        """Metrics of outputs and targets, as this rank has them."""
+        return given
 
     @contextmanager
     def whole_outputs(self) -> Iterator[None]:
@@ -89,7 +104,7 @@ def divide(
     part only of what all would save for backward, "cpu" in host memory
     (`hpcml.parallel.partition`). Raises UserError for what cannot be divided so.
     """
-    if getattr(model, _MARK, False):
+    if getattr(model, MARK, False):
         raise UserError(
             f"this {type(model).__name__} is divided among ranks already: make it anew, and load "
             "its values (load_state_dict of what `gathered` gave)"
@@ -105,7 +120,7 @@ def divide(
     _check_ends(model, styles, positions)
     makers = MEGATRON if how == "megatron" else NAIVE
     made = {id(m): _make(makers[style], m, positions) for m, style in styles}
-    setattr(model, _MARK, True)
+    setattr(model, MARK, True)
     replace(model, made)
     division.outputs = [m for m in model.modules() if isinstance(m, OutputLinear)]
     if how == "megatron":

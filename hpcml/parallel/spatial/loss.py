@@ -1,0 +1,107 @@
+"""Losses of what ranks divide: each computes its share of the mean over the whole batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hpcml import collectives
+from hpcml.autograd import Tensor
+from hpcml.errors import UserError
+from hpcml.nn import CrossEntropyLoss, Module, MSELoss
+from hpcml.nn import functional as F
+from hpcml.parallel.scores import Metric
+from hpcml.parallel.spatial.grid import INSIDE, OUTSIDE, Grid
+
+
+class SpatialLoss(Module):
+    """A loss of a divided model's outputs: -> `I`, the mean over all pixels or samples.
+
+    Outputs of blocks: `nn.CrossEntropyLoss` and `nn.MSELoss` with reduction "mean" take each rank's
+    pixels, and divide by how many there are in all; for any other loss, outputs and targets are
+    gathered. After the end of the region any loss that is a mean over samples does.
+    """
+
+    def __init__(self, loss: Any, grid: Grid) -> None:
+        super().__init__()
+        self.serial, self.grid = loss, grid
+
+    def forward(self, input: Any, target: Any) -> Tensor:
+        """Outputs and targets as this rank has them; targets of all samples where it has some."""
+        share = self._share(input, target)
+        self.grid.ended, self.grid.state = self.grid.state, OUTSIDE
+        return collectives.all_reduce(share, self.grid.axis, to="I")
+
+    def _share(self, input: Any, target: Any) -> Tensor:
+        grid = self.grid
+        if grid.inside:
+            pixels = _PIXELS.get(type(self.serial))
+            if pixels is not None and self.serial.reduction == "mean":
+                return pixels(self.serial, grid, input, target)  # type: ignore[no-any-return]
+            input, target = grid.joined(self, input), self._joined(target)
+        elif grid.own_samples is not None:
+            first, end = grid.own_samples
+            if first == end:
+                return _nothing(input)
+            return self._of(input, target[first:end]) * ((end - first) / grid.count)
+        return self._of(input, target) * (1 / grid.axis.size)
+
+    def _of(self, input: Any, target: Any) -> Tensor:
+        loss = self.serial(input, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {loss.shape}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserError(
+                f"the loss must be a tensor of one element, the mean over samples, not {found}"
+            )
+        return loss
+
+    def _joined(self, target: Any) -> Any:
+        """All of a target (N, *S) or (N, C, *S)."""
+        array = np.asarray(target.data if isinstance(target, Tensor) else target)
+        missing = array.ndim == len(self.grid.whole) + 1
+        whole = self.grid.joined(self, Tensor(array[:, None] if missing else array)).data
+        return Tensor(whole[:, 0] if missing else whole)
+
+
+def measured(metric: Metric, grid: Grid) -> Metric:
+    """A metric of the outputs of all ranks: a mean over pixels or samples, from each rank's own."""
+
+    def all_of(outputs: Any, target: Any) -> float:
+        own = grid.own(grid.ended)
+        if own is not None:
+            target = target[own[0] : own[1]]
+        sizes = outputs.shape[2:] if grid.ended == INSIDE else ()
+        count = math.prod((len(outputs.data), *sizes))
+        value = metric(outputs, target) if count else 0.0
+        sums = grid.axis.allreduce(np.array([value * count, count]))
+        return float(sums[0] / sums[1])
+
+    return all_of
+
+
+def _nothing(input: Any) -> Tensor:
+    """Zero, made of outputs for no sample, so that backward goes the way of the other ranks."""
+    if not isinstance(input, Tensor):
+        raise UserError(
+            'spatial = "samples" with fewer samples than ranks needs a model that returns one '
+            'tensor: use "gather", or larger microbatches'
+        )
+    return input.sum() * 0.0
+
+
+def _cross_entropy(loss: CrossEntropyLoss, grid: Grid, input: Tensor, target: Any) -> Tensor:
+    numbers = np.asarray(target.data if isinstance(target, Tensor) else target)
+    own = int((numbers != loss.ignore_index).sum())
+    count = int(grid.axis.allreduce(np.array([own]))[0])
+    total = F.cross_entropy(input, numbers, ignore_index=loss.ignore_index, reduction="sum")
+    return total * (1 / count if count else np.nan)
+
+
+def _squares(loss: MSELoss, grid: Grid, input: Tensor, target: Any) -> Tensor:
+    count = int(grid.axis.allreduce(np.array([input.numel()]))[0])
+    return F.mse_loss(input, target, reduction="sum") * (1 / max(count, 1))
+
+
+_PIXELS: dict[type, Any] = {CrossEntropyLoss: _cross_entropy, MSELoss: _squares}

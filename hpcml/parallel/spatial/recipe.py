@@ -1,0 +1,217 @@
+"""A whole model made spatially parallel, by what its layers are and what it declares.
+
+Convolutions, pools, batch normalisation, resizing and dropout need no declaration. A model says by
+patterns of module names where the region ends in which ranks have blocks of the images, and which
+layers of its own compute each pixel by itself:
+
+    class MyModel(Module):
+        spatial = {"scale": "pointwise", "avgpool": "gather"}
+
+| style | the module |
+|---|---|
+| "gather" | gets whole images of all samples: from here on ranks compute the same |
+| "samples" | gets whole images of this rank's samples: from here on ranks divide these |
+| "pointwise" | takes blocks as it would take the whole |
+
+Without an end the outputs are of pixels, and the loss is of each rank's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from hpcml import nn
+from hpcml.comm import Mesh
+from hpcml.errors import UserError
+from hpcml.nn import Module
+from hpcml.parallel.batch import samples_of
+from hpcml.parallel.data import broadcast_parameters
+from hpcml.parallel.scores import Metric
+from hpcml.parallel.spatial import ends, layers
+from hpcml.parallel.spatial.grid import NAMES, SAMPLES, Grid, Sizes
+from hpcml.parallel.spatial.guard import guard
+from hpcml.parallel.spatial.loss import SpatialLoss, measured
+from hpcml.parallel.spatial.norm import Together
+from hpcml.parallel.tensor.positions import Positions
+from hpcml.parallel.tensor.recipe import MARK, Division
+from hpcml.parallel.tensor.styles import is_plain
+
+DIVIDED: dict[type[Module], Callable[[Any, Grid], layers.Forward]] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), layers.convolution),
+    **dict.fromkeys(
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), layers.transposed_convolution
+    ),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), layers.max_pool),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), layers.average_pool),
+    **dict.fromkeys(
+        (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), layers.adaptive_pool
+    ),
+    nn.Upsample: layers.upsample,
+    nn.PixelShuffle: layers.pixel_shuffle,
+    nn.Dropout: layers.dropout,
+}
+"""Layers, and the forward that each has on blocks."""
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class SpatialDivision(Division):
+    """A model of which each rank computes blocks of the images, and its loss with it."""
+
+    def __init__(self, grid: Grid, loss: Any, mesh: Mesh, ends: bool) -> None:
+        positions = Positions(mesh["tp"], mesh["cp"], sequence_parallel=False)
+        super().__init__(mesh["tp"], positions, SpatialLoss(loss, grid))
+        self.grid = grid
+        self._targets_cut = not ends
+
+    def fields(self, batch: Any, samples: slice) -> list[Any]:
+        """This rank's blocks of some samples of a batch (*inputs, target).
+
+        Images (N, C, *S) are cut; where outputs are of pixels, targets (N, *S') or (N, C, *S') too.
+        """
+        whole = getattr(batch, "image_size", None)
+        if whole is not None:
+            self.grid.begin(whole)
+            fields = list(batch.part(samples, self.grid.block(whole)))
+            if self._targets_cut:
+                self._check_target(np.shape(fields[-1]))
+            elif np.ndim(fields[-1]) > 1:  # of pixels, cut like these: a loss wants them all
+                fields[-1] = samples_of(batch, samples)[-1]
+            return fields
+        *inputs, target = samples_of(batch, samples)
+        inputs = self.inputs(inputs)
+        if self._targets_cut:
+            sizes = self._check_target(np.shape(target))
+            self.grid.require("the target", "targets", sizes)
+            target = self.grid.cut(target, sizes)
+        return [*inputs, target]
+
+    def _check_target(self, shape: Sizes) -> Sizes:
+        """Sizes of targets of pixels; raises UserError for others."""
+        dims = len(self.grid.whole)
+        if len(shape) <= dims:
+            raise UserError(
+                f"targets {shape} for outputs of pixels: give (N, *S) or (N, C, *S), or declare "
+                'where the region ends, spatial = {"name of a layer": "gather"}'
+            )
+        return shape[-dims:]
+
+    def inputs(self, fields: Sequence[Any]) -> list[Any]:
+        """This rank's blocks of what a model takes; the first are images, which begin a pass."""
+        whole = np.shape(fields[0])[2:]
+        self.grid.begin(whole)
+        return [self.grid.cut(one, whole) if np.shape(one)[2:] == whole else one for one in fields]
+
+    def metrics(self, given: Mapping[str, Metric]) -> Mapping[str, Metric]:
+        """Metrics of outputs and targets, over all ranks that divide these."""
+        return {name: measured(metric, self.grid) for name, metric in given.items()}
+
+    @contextmanager
+    def whole_outputs(self) -> Iterator[None]:
+        """Within, the model gives all its outputs to every rank. Collective."""
+        self.grid.gathers = True
+        try:
+            yield
+        finally:
+            self.grid.gathers = False
+
+
+def divide(model: Module, loss: Any, mesh: Mesh) -> SpatialDivision:
+    """Divide a model, in place, among the ranks of "sp_d", "sp_h" and "sp_w". Collective.
+
+    All ranks get the values of the first, where it has any. loss: called with outputs and target;
+    see `SpatialLoss`. The model's parts must have been named (`name_parts`). Raises UserError for
+    what cannot be divided so.
+    """
+    _check(model, loss, mesh)
+    broadcast_parameters(model.parameters(), mesh[NAMES])
+    grid = Grid(mesh)
+    styles = _styles(model)
+    known = {id(module) for module, _ in styles}
+    for module in list(model.modules()):
+        make = next((f for kind, f in DIVIDED.items() if is_plain(module, kind)), None)
+        if make is not None:
+            known.add(id(module))
+            _divided(module, grid, make(module, grid))
+        if any(is_plain(module, kind) for kind in _NORMS):
+            known.add(id(module))
+            _normalised(module, grid)
+    for module, style in styles:
+        if style in ends.STYLES:
+            _set(module, ends.end(module, grid, style))
+    for parameter in model.parameters():
+        parameter.layout.update({name: "R" for name in NAMES if mesh[name].size > 1})
+    guard(model, grid, known)
+    setattr(model, MARK, True)
+    return SpatialDivision(grid, loss, mesh, any(style in ends.STYLES for _, style in styles))
+
+
+def _check(model: Module, loss: Any, mesh: Mesh) -> None:
+    ours = mesh[NAMES]
+    for name in ("pp", "cp", "tp"):
+        size = mesh[name].size
+        if size > 1:
+            raise UserError(
+                f"mesh.{name}={size} with {ours.name}={ours.size}: ranks that divide images divide "
+                f"nothing else of a model: set mesh.{name}=1"
+            )
+    if loss is None:
+        raise UserError(
+            f"{ours.name}={ours.size} needs a loss of its own, called with outputs and target, "
+            "which ranks divide: pass loss="
+        )
+    if getattr(model, MARK, False):
+        raise UserError(
+            f"this {type(model).__name__} is divided among ranks already: make it anew, and load "
+            "its values (load_state_dict of what `gathered` gave)"
+        )
+
+
+def _styles(model: Module) -> list[tuple[Module, str]]:
+    """The modules that the model declares, each with its style."""
+    kind, named = type(model).__name__, dict(model.named_modules())
+    declared: Mapping[str, str] = getattr(model, "spatial", {})
+    if not isinstance(declared, Mapping):
+        raise UserError(f'{kind}.spatial={declared}: declare a mapping, such as {{"fc": "gather"}}')
+    known = ("pointwise", *ends.STYLES)
+    found = []
+    for pattern, style in declared.items():
+        if style not in known:
+            raise UserError(
+                f'{kind}.spatial: "{pattern}": "{style}" is unknown: use {", ".join(known[:-1])} '
+                f"or {known[-1]}"
+            )
+        fitting = [module for name, module in named.items() if name and fnmatchcase(name, pattern)]
+        if not fitting:
+            names = ", ".join(name for name, module in named.items() if name)
+            raise UserError(
+                f'{kind}.spatial: no module is called "{pattern}": there are {names:.200}'
+            )
+        found += [(module, style) for module in fitting]
+    return found
+
+
+def _divided(module: Any, grid: Grid, forward: layers.Forward) -> None:
+    """Let a layer compute blocks where it gets them."""
+    serial = ends.numbered(module, grid) if is_plain(module, nn.Dropout) else module.forward
+    _set(module, lambda x: forward(x) if grid.inside else serial(x))
+
+
+def _normalised(module: Any, grid: Grid) -> None:
+    """Let statistics be those of all ranks where each has a part of what they are of."""
+    serial, together = module.forward, Together(grid.axis)
+
+    def forward(input: Any) -> Any:
+        module.across = together if grid.inside or grid.state == SAMPLES else None
+        return serial(input)
+
+    _set(module, forward)
+
+
+def _set(module: Any, forward: Callable[..., Any]) -> None:
+    module.forward = forward

@@ -1,0 +1,155 @@
+"""What cannot be divided is refused in one line that names the layer or the key, on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hpcml
+from hpcml import nn
+from hpcml.autograd import Tensor
+from hpcml.comm import Mesh
+from hpcml.comm import run as on_threads
+from hpcml.errors import UserError
+from hpcml.nn import functional as F
+from tests.parallel.spatial.models import Classifier, Scale
+
+cases = pytest.mark.parametrize
+
+
+class Net(nn.Module):
+    """A convolution, something, and perhaps a linear layer."""
+
+    def __init__(self, middle: nn.Module, fc: bool = False, spatial: Any = None) -> None:
+        super().__init__()
+        self.conv, self.middle = nn.Conv2d(1, 2, 3, padding=1), middle
+        self.fc = nn.Linear(2, 3) if fc else None
+        if spatial is not None:
+            self.spatial = spatial
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.conv(x))
+        return x if self.fc is None else self.fc(x)
+
+
+class Mean(nn.Module):
+    """Joins all places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ReLU()  # no leaf: what its forward does is not known
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).mean((2, 3))
+
+
+class Own(nn.Conv2d):
+    """With a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight * 2.0)
+
+
+REFUSED: dict[str, tuple[Any, tuple[int, ...], dict[str, int], str]] = {
+    "image smaller than the grid": (
+        lambda: Net(nn.ReLU()), (2, 1, 5, 1), {"sp_w": 2},
+        r"the input: images of \(5, 1\) cannot be cut along its width among 2 ranks: .*sp_w=1",
+    ),
+    "fewer outputs than ranks": (
+        lambda: Net(nn.MaxPool2d(4)), (2, 1, 9, 6), {"sp_h": 3},
+        r"middle \(MaxPool2d\): outputs of \(2, 1\) cannot be cut along its height among 3 ranks",
+    ),
+    "no depth": (
+        lambda: Net(nn.ReLU()), (2, 1, 5, 6), {"sp_d": 2}, r"mesh.sp_d=2 cuts .* mesh.sp_d=1"
+    ),
+    "no images": (lambda: Net(nn.ReLU()), (2, 6), {"sp_w": 2}, r"sp_w cuts images \(N, C, ...\)"),
+    "flatten": (
+        lambda: Net(nn.Flatten()), (2, 1, 5, 6), {"sp_w": 2},
+        r'middle \(Flatten\) gets .* of images that sp_w divides.*spatial = {"middle": "gather"}',
+    ),
+    "linear": (
+        lambda: Net(Mean(), fc=True), (2, 1, 5, 6), {"sp_w": 2},
+        r"fc \(Linear\) gets \(2, 2\), of images that sp_w divides",
+    ),
+    "mean at the end": (lambda: Net(Mean()), (2, 1, 5, 6), {"sp_w": 2}, r"Net ends with \(2, 2\)"),
+    "layer norm": (
+        lambda: Net(nn.LayerNorm((5, 6))), (2, 1, 5, 6), {"sp_w": 2}, r"middle \(LayerNorm\) gets"
+    ),
+    "own leaf": (
+        lambda: Net(Scale(2)), (2, 1, 5, 6), {"sp_h": 2}, r'middle \(Scale\) gets .*"pointwise"'
+    ),
+    "own convolution": (
+        lambda: Net(Own(2, 2, 3)), (2, 1, 5, 6), {"sp_h": 2}, r"middle \(Own\) gets"
+    ),
+    "pooling to few": (
+        lambda: Net(nn.AdaptiveAvgPool2d(1)), (2, 1, 5, 6), {"sp_h": 2},
+        r"middle \(AdaptiveAvgPool2d\): outputs of \(1, 1\) .* \(spatial in the",
+    ),
+    "unknown style": (
+        lambda: Net(nn.ReLU(), spatial={"middle": "scatter"}), (2, 1, 5, 6), {"sp_h": 2},
+        r'Net.spatial: "middle": "scatter" is unknown: use pointwise, gather or samples',
+    ),
+    "unknown name": (
+        lambda: Net(nn.ReLU(), spatial={"pool": "gather"}), (2, 1, 5, 6), {"sp_h": 2},
+        r'Net.spatial: no module is called "pool": there are conv, middle',
+    ),
+    "tensor parallel": (
+        lambda: Net(nn.ReLU()), (2, 1, 5, 6), {"sp_h": 2, "tp": 2}, r"mesh.tp=2 with sp_h=2: .*tp=1"
+    ),
+    "context parallel": (
+        lambda: Net(nn.ReLU()), (2, 1, 5, 6), {"sp_h": 2, "cp": 2}, r"mesh.cp=2 with sp_h=2"
+    ),
+    "pipeline": (
+        lambda: Net(nn.ReLU()), (2, 1, 5, 6), {"sp_h": 2, "pp": 2}, r"mesh.pp=2 with sp_h=2"
+    ),
+}  # fmt: skip
+
+
+def train(model: nn.Module, mesh: Mesh, x: Any) -> None:
+    step = hpcml.parallelize(model, loss=nn.MSELoss(), optimizer=hpcml.optim.SGD, lr=0.1, mesh=mesh)
+    step((x, x))
+
+
+@cases("what", REFUSED)
+def test_refused(what: str) -> None:
+    make, shape, layout, message = REFUSED[what]
+
+    def program() -> None:
+        with pytest.raises(UserError, match=message) as raised:
+            train(make(), Mesh(**layout), np.zeros(shape, np.float32))
+        assert "\n" not in str(raised.value)
+
+    on_threads(program, ranks=int(np.prod(list(layout.values()))))
+
+
+def test_targets_and_losses() -> None:
+    def step(model: nn.Module, **options: Any) -> Any:
+        return hpcml.parallelize(
+            model, optimizer=hpcml.optim.SGD, lr=0.1, mesh=Mesh(sp_w=2), **options
+        )
+
+    x, y = np.zeros((2, 1, 5, 6), np.float32), np.zeros(2, np.int64)
+
+    def program() -> None:
+        with pytest.raises(UserError, match=r"targets \(2,\) for outputs of pixels"):
+            step(Net(nn.ReLU()), loss=nn.CrossEntropyLoss())((x, y))
+        with pytest.raises(UserError, match="sp_w=2 needs a loss of its own"):
+            step(Net(nn.ReLU()))((x, y))
+        with pytest.raises(UserError, match=r"must be a tensor of one element, .* not shape"):
+            step(Net(nn.ReLU()), loss=lambda a, b: a)((x, x))
+        with pytest.raises(UserError, match=r"data_parallel.mode=local with mesh.sp_w=2"):
+            step(Net(nn.ReLU()), loss=nn.MSELoss(), mode="local")
+        model = Classifier()
+        step(model, loss=nn.CrossEntropyLoss())
+        with pytest.raises(UserError, match="divided among ranks already"):
+            step(model, loss=nn.CrossEntropyLoss())
+        made = step(Classifier(), loss=nn.CrossEntropyLoss())
+        made.division.grid.begin((37, 42))
+        with pytest.raises(
+            UserError, match=r"give it this rank's block .* of images of \(37, 42\)"
+        ):
+            made.model(Tensor(np.zeros((2, 1, 37, 42), np.float32)))
+
+    on_threads(program, ranks=2)

@@ -1,0 +1,30 @@
+"""Data and models of images, the user's own, that the tests of `hpcml check` and `train` run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hpcml.autograd import Tensor
+from hpcml.nn import functional as F
+from tests.parallel.spatial.models import Classifier, Divided, MeshNet, Pixels
+
+__all__ = ["Classifier", "Divided", "MeshNet", "Pixels"]
+
+
+def pictures(seed: int, by_pixel: bool = False) -> Any:
+    """Twelve images of 12 x 18, with a class or one for each pixel; four to validate."""
+    random = np.random.default_rng(seed)
+    images = random.normal(size=(16, 1, 12, 18)).astype(np.float32)
+    target = random.integers(0, 3, (16, 12, 18) if by_pixel else 16)
+    samples = list(zip(images, target, strict=True))
+    return samples[:12], samples[12:]
+
+
+class Functional(Pixels):
+    """Pools by a function, which takes a block for the whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.first(x)).relu()
+        return self.last(x + F.avg_pool2d(x, 3, 1, 1))
