@@ -15,7 +15,7 @@ from hpcml.parallel.pipeline.chain import Link, links
 from hpcml.parallel.pipeline.check import check
 from hpcml.parallel.pipeline.find import find
 from hpcml.parallel.pipeline.partition import Stage, stages
-from hpcml.parallel.pipeline.schedules import ASYNCHRONOUS
+from hpcml.parallel.pipeline.schedules import ASYNCHRONOUS, SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Assembly:
 
 def placement(schedule: str, ranks: int, chunks: int) -> tuple[int, ...]:
     """Of every stage of a schedule its rank; raises UserError for one that cannot be used."""
-    microbatches = None if Path(schedule).exists() else ranks
+    is_file = schedule not in SCHEDULES and Path(schedule).exists()
+    microbatches = None if is_file else ranks
     table = find(schedule, ranks, microbatches, chunks if chunks > 1 else None)
     if not table.synchronous and schedule not in ASYNCHRONOUS:
         raise UserError(

@@ -18,6 +18,7 @@ from hpcml.comm import run as on_threads
 from hpcml.comm.alone import Alone
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.models import GPT, MLP, NextTokenLoss
+from hpcml.parallel.pipeline.assemble import placement
 from hpcml.parallel.pipeline.chain import links
 from hpcml.parallel.pipeline.partition import cost, measured, stages
 from hpcml.parallel.replicas import ReplicaError
@@ -240,6 +241,14 @@ def test_a_schedule_that_is_wrong_says_so_before_anything_runs(
 
     for said in on_threads(program, ranks=2):
         assert "\n" not in said and all(word in said for word in words), said
+
+
+def test_a_folder_of_that_name_is_no_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("interleaved").mkdir()
+    assert placement("interleaved", 3, 2) == (0, 1, 2, 0, 1, 2)
 
 
 def test_microbatches_that_do_not_fit_the_schedule() -> None:
