@@ -232,12 +232,17 @@ class _BatchNorm(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Same shape; in training the running estimates move."""
+        where = f"{self.name} ({type(self).__name__})" if self.name else type(self).__name__
         if input.ndim not in self.ndims or input.shape[1] != self.num_features:
-            where = f"{self.name} ({type(self).__name__})" if self.name else type(self).__name__
             some = " or ".join(map(str, self.ndims))
             raise UserError(
                 f"{where}: input {input.shape} must have {some} dimensions, the second of size "
                 f"{self.num_features}"
+            )
+        if self.training and self.across is None and input.numel() == self.num_features:
+            raise UserError(
+                f"{where}: {input.shape} has one value a channel, which makes no statistics: train "
+                "with more samples at once, or larger images"
             )
         momentum, tracked = self.momentum, self.num_batches_tracked
         if self.training and tracked is not None:
