@@ -15,6 +15,7 @@ from hpcml.nn import Module
 from hpcml.optim import Optimizer
 from hpcml.parallel import groups, modes, spatial, tensor, threads
 from hpcml.parallel.data import broadcast_parameters
+from hpcml.parallel.division import Division
 from hpcml.parallel.pipeline.assemble import Assembly, assemble, placement
 from hpcml.parallel.pipeline.asynchronous import AsynchronousStep
 from hpcml.parallel.pipeline.chain import cuttable
@@ -131,7 +132,7 @@ def parallelize(
     model.name_parts()
     detach(model.parameters())
     if spatial.ranks_of(mesh) > 1:
-        division: tensor.Division = spatial.divide(model, loss, mesh)
+        division: Division = spatial.divide(model, loss, mesh)
     else:
         division = tensor.divide(
             model, loss, mesh, how=tensor_split, sequence_parallel=sequence_parallel,
@@ -226,20 +227,12 @@ def _check_schedule(mesh: Mesh, schedule: str, vertical_sync: bool) -> None:
         )
 
 
-def _check_metrics(metrics: Mapping[str, Metric] | None, division: tensor.Division) -> None:
-    """Refuse metrics that would not see whole outputs."""
-    if not metrics:
-        return
-    names = ", ".join(metrics)
-    if division.loss is None:
+def _check_metrics(metrics: Mapping[str, Metric] | None, division: Division) -> None:
+    """Refuse metrics without outputs."""
+    if metrics and division.loss is None:
         raise UserError(
-            f"metrics={names} of a model that returns its loss: there are no outputs to measure: "
-            "give parallelize the loss, or leave metrics out"
-        )
-    if any(not output.gathers for output in division.outputs):
-        raise UserError(
-            f"metrics={names} of outputs that tensor-parallel ranks divide: leave metrics out, or "
-            'the style "output" in the model\'s splits'
+            f"metrics={', '.join(metrics)} of a model that returns its loss: there are no outputs "
+            "to measure: give parallelize the loss, or leave metrics out"
         )
 
 

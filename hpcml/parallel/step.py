@@ -21,6 +21,7 @@ from hpcml.parallel import data
 from hpcml.parallel.background import Staleness
 from hpcml.parallel.batch import as_tensor, size_of
 from hpcml.parallel.buffers import Buffers
+from hpcml.parallel.division import Division
 from hpcml.parallel.finite import Finding, describe
 from hpcml.parallel.limits import advised
 from hpcml.parallel.pipeline.actions import Kind
@@ -28,7 +29,6 @@ from hpcml.parallel.precision import LossScaler
 from hpcml.parallel.replicas import ReplicaError, check_replicas
 from hpcml.parallel.scores import Metric, Scores
 from hpcml.parallel.spatial.grid import NAMES
-from hpcml.parallel.tensor import Division
 from hpcml.parallel.zero import Zero
 
 LossFunction = Callable[..., Tensor]

@@ -16,8 +16,9 @@ from hpcml.nn import Module
 from hpcml.nn.module import boundary
 from hpcml.nn.part import Range
 from hpcml.parallel import Step
+from hpcml.parallel.division import Division
 from hpcml.parallel.spatial import SpatialDivision
-from hpcml.parallel.tensor import Division
+from hpcml.parallel.tensor import TensorDivision
 
 MODEL, LOSS = "the model", "the loss"
 """What the model and the loss as a whole are called."""
@@ -53,6 +54,8 @@ class Place(NamedTuple):
         """As the layers of a divided model have left it."""
         if isinstance(division, SpatialDivision):
             return Place(samples=division.grid.own_samples, share=division.grid.share)
+        if not isinstance(division, TensorDivision):
+            return Place()
         positions = division.positions
         features = positions.features or (0, ())
         if not positions.divided:

@@ -142,10 +142,7 @@ class PipelineStep(Step):
 
     def run_stage(self, number: int, values: Values, inputs: Sequence[Tensor]) -> Any:
         """Forward of a stage; `inputs`: of the model, whose length the positions follow."""
-        positions = self.division.positions
-        positions.features = None
-        if positions.divided:
-            positions.begin(inputs[0].shape[-1])
+        self.division.begin_stage(inputs)
         return self.assembly.stages[number](*values)
 
     def fields(self, fields: Sequence[Any]) -> list[Tensor]:

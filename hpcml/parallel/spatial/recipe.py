@@ -31,14 +31,13 @@ from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.parallel.batch import samples_of
 from hpcml.parallel.data import broadcast_parameters
+from hpcml.parallel.division import Division, mark_divided, refuse_divided
 from hpcml.parallel.scores import Metric
 from hpcml.parallel.spatial import ends, layers
 from hpcml.parallel.spatial.grid import NAMES, SAMPLES, Grid, Sizes
 from hpcml.parallel.spatial.guard import guard
 from hpcml.parallel.spatial.loss import SpatialLoss, measured
 from hpcml.parallel.spatial.norm import Together
-from hpcml.parallel.tensor.positions import Positions
-from hpcml.parallel.tensor.recipe import MARK, Division
 from hpcml.parallel.tensor.styles import is_plain
 
 DIVIDED: dict[type[Module], Callable[[Any, Grid], layers.Forward]] = {
@@ -63,9 +62,8 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class SpatialDivision(Division):
     """A model of which each rank computes blocks of the images, and its loss with it."""
 
-    def __init__(self, grid: Grid, loss: Any, mesh: Mesh, ends: bool) -> None:
-        positions = Positions(mesh["tp"], mesh["cp"], sequence_parallel=False)
-        super().__init__(mesh["tp"], positions, SpatialLoss(loss, grid))
+    def __init__(self, grid: Grid, loss: Any, ends: bool) -> None:
+        super().__init__(SpatialLoss(loss, grid))
         self.grid = grid
         self._targets_cut = not ends
 
@@ -133,6 +131,7 @@ def divide(model: Module, loss: Any, mesh: Mesh) -> SpatialDivision:
     grid = Grid(mesh)
     styles = _styles(model)
     known = {id(module) for module, _ in styles}
+    mark_divided(model)
     for module in list(model.modules()):
         make = next((f for kind, f in DIVIDED.items() if is_plain(module, kind)), None)
         if make is not None:
@@ -147,8 +146,7 @@ def divide(model: Module, loss: Any, mesh: Mesh) -> SpatialDivision:
     for parameter in model.parameters():
         parameter.layout.update({name: "R" for name in NAMES if mesh[name].size > 1})
     guard(model, grid, known)
-    setattr(model, MARK, True)
-    return SpatialDivision(grid, loss, mesh, any(style in ends.STYLES for _, style in styles))
+    return SpatialDivision(grid, loss, any(style in ends.STYLES for _, style in styles))
 
 
 def _check(model: Module, loss: Any, mesh: Mesh) -> None:
@@ -165,11 +163,7 @@ def _check(model: Module, loss: Any, mesh: Mesh) -> None:
             f"{ours.name}={ours.size} needs a loss of its own, called with outputs and target, "
             "which ranks divide: pass loss="
         )
-    if getattr(model, MARK, False):
-        raise UserError(
-            f"this {type(model).__name__} is divided among ranks already: make it anew, and load "
-            "its values (load_state_dict of what `gathered` gave)"
-        )
+    refuse_divided(model)
 
 
 def _styles(model: Module) -> list[tuple[Module, str]]:

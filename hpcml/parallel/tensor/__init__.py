@@ -19,15 +19,15 @@ from hpcml.parallel.tensor.attention import ParallelAttention
 from hpcml.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
 from hpcml.parallel.tensor.loss import VocabParallelCrossEntropyLoss, vocab_parallel_cross_entropy
 from hpcml.parallel.tensor.positions import Positions
-from hpcml.parallel.tensor.recipe import Division, divide
+from hpcml.parallel.tensor.recipe import TensorDivision, divide
 from hpcml.parallel.tensor.vocab import VocabParallelEmbedding
 
 __all__ = [
     "ColumnParallelLinear",
-    "Division",
     "ParallelAttention",
     "Positions",
     "RowParallelLinear",
+    "TensorDivision",
     "VocabParallelCrossEntropyLoss",
     "VocabParallelEmbedding",
     "divide",

@@ -26,15 +26,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from hpcml.autograd import Tensor
 from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
 from hpcml.nn import CrossEntropyLoss, Module, Sequential
-from hpcml.parallel.batch import samples_of
 from hpcml.parallel.data import broadcast_parameters
+from hpcml.parallel.division import Division, mark_divided, refuse_divided
 from hpcml.parallel.scores import Metric
 from hpcml.parallel.tensor.guard import guard
 from hpcml.parallel.tensor.kept import keep_parts
@@ -44,30 +44,28 @@ from hpcml.parallel.tensor.positions import Positions
 from hpcml.parallel.tensor.replacing import replace
 from hpcml.parallel.tensor.styles import MEGATRON, NAIVE, Style
 
-MARK = "_divided_among_ranks"
-"""An attribute of models that are."""
 
+class TensorDivision(Division):
+    """A model whose layers and sequences ranks divide, and its loss with it."""
 
-@dataclass
-class Division:
-    """How a model is divided among the ranks of a mesh, and its loss with it."""
+    def __init__(self, positions: Positions, loss: Any) -> None:
+        super().__init__(loss)
+        self.positions = positions
+        self.outputs: list[OutputLinear] = []
 
-    axis: Axis
-    """The tensor-parallel ranks."""
-    positions: Positions
-    loss: Any
-    outputs: list[OutputLinear] = field(default_factory=list)
-
-    def fields(self, batch: Any, samples: slice) -> Sequence[Any]:
-        """Some samples of a batch, field by field, as this rank takes them."""
-        return samples_of(batch, samples)
-
-    def inputs(self, fields: Sequence[Any]) -> Sequence[Any]:
-        """Inputs of the model, as this rank takes them."""
-        return fields
+    def begin_stage(self, inputs: Sequence[Tensor]) -> None:
+        """Let positions be those of the inputs, whose first layer may be in another stage."""
+        self.positions.features = None
+        if self.positions.divided:
+            self.positions.begin(inputs[0].shape[-1])
 
     def metrics(self, given: Mapping[str, Metric]) -> Mapping[str, Metric]:
-        """Metrics of outputs and targets, as this rank has them."""
+        """The same; raises UserError where they would not see all classes."""
+        if given and any(not output.gathers for output in self.outputs):
+            raise UserError(
+                f"metrics={', '.join(given)} of outputs that tensor-parallel ranks divide: leave "
+                'metrics out, or the style "output" in the model\'s splits'
+            )
         return given
 
     @contextmanager
@@ -92,7 +90,7 @@ def divide(
     sequence_parallel: bool = False,
     overlap: bool | None = None,
     partition_activations: str = "no",
-) -> Division:
+) -> TensorDivision:
     """Divide a model, in place, among the ranks of the mesh's axes "tp" and "cp".
 
     Collective; all ranks get the values of the first, where it has any.
@@ -104,15 +102,11 @@ def divide(
     part only of what all would save for backward, "cpu" in host memory
     (`hpcml.parallel.partition`). Raises UserError for what cannot be divided so.
     """
-    if getattr(model, MARK, False):
-        raise UserError(
-            f"this {type(model).__name__} is divided among ranks already: make it anew, and load "
-            "its values (load_state_dict of what `gathered` gave)"
-        )
+    refuse_divided(model)
     broadcast_parameters(model.parameters(), mesh["cp", "tp"])
     axis = mesh["tp"]
     positions = Positions(axis, mesh["cp"], sequence_parallel=sequence_parallel, overlap=overlap)
-    division = Division(axis, positions, loss)
+    division = TensorDivision(positions, loss)
     _check_options(axis, positions, how, partition_activations)
     if axis.size == 1 and not positions.divided:
         return division
@@ -120,7 +114,7 @@ def divide(
     _check_ends(model, styles, positions)
     makers = MEGATRON if how == "megatron" else NAIVE
     made = {id(m): _make(makers[style], m, positions) for m, style in styles}
-    setattr(model, MARK, True)
+    mark_divided(model)
     replace(model, made)
     division.outputs = [m for m in model.modules() if isinstance(m, OutputLinear)]
     if how == "megatron":
@@ -208,7 +202,7 @@ def _make(style: Style, module: Module, positions: Positions) -> Module:
         raise UserError(f"{module.name}: {error}") from None
 
 
-def _divide_loss(division: Division) -> None:
+def _divide_loss(division: TensorDivision) -> None:
     """Let the loss take divided outputs, or let the outputs be gathered for it."""
     outputs, loss = division.outputs, division.loss
     takes = type(loss) is CrossEntropyLoss or getattr(loss, "takes_divided_classes", False)
@@ -221,7 +215,7 @@ def _divide_loss(division: Division) -> None:
     classes = outputs[0].out_features
     new = {
         id(m): VocabParallelCrossEntropyLoss(
-            division.axis, division.positions, classes=classes, ignore_index=m.ignore_index
+            division.positions.tp, division.positions, classes=classes, ignore_index=m.ignore_index
         )
         for m in losses
     }
