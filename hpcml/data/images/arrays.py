@@ -99,7 +99,8 @@ def _corrupt(path: Path, error: object) -> UserError:
 
 def _labels_of(path: Path) -> Path:
     """Where labels lie beside images."""
-    name = path.name.replace("images", "labels").replace("idx3", "idx1")
+    before, found, after = path.name.rpartition("images")
+    name = before + ("labels" if found else "") + after.replace("idx3", "idx1")
     stem = name.removesuffix(".gz")
     for other in (name, stem, f"{stem}.gz"):
         if other != path.name and path.with_name(other).is_file():
