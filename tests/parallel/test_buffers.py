@@ -88,10 +88,11 @@ def test_any_layout_is_like_one_rank(
 
 def test_the_same_bits_in_deterministic_mode() -> None:
     def program(**layout: int) -> Any:
-        return trained("resnet", Mesh(deterministic=True, **layout), microbatch=2)
+        mesh = Mesh(deterministic=True, **layout)
+        return trained("resnet", mesh, size=11, microbatch=2)
 
     expected = run(program, ranks=1)[0]
-    for layout in ({"dp": 3}, {"pp": 2}):
+    for layout in ({"dp": 2}, {"dp": 3}, {"pp": 2}):
         for found in run(lambda of=layout: program(**of), ranks=max(layout.values())):
             compare((*found[:3],), (*expected[:3],), exact=True)
 
@@ -115,6 +116,21 @@ def test_one_update_from_the_mean_of_microbatches() -> None:
     np.testing.assert_allclose(found["0.running_mean"], 0.3 * mean, rtol=1e-12)
     np.testing.assert_allclose(found["0.running_var"], 0.7 + 0.3 * variance, rtol=1e-12)
     assert found["0.num_batches_tracked"] == 1
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_metrics_are_means_over_all_samples(kind: str) -> None:
+    """Whatever the batches and microbatches that they come in."""
+
+    def program() -> Any:
+        step = make(kind, Mesh(dp=2), microbatch=2)
+        step(batch(kind, 4, 0))
+        batches = [batch(kind, size, 1 + size) for size in (4, 3, 6)]
+        hits = [step.predict(images).argmax(1) == labels for images, labels in batches]
+        return step.measure(batches)["accuracy"], np.concatenate(hits).mean()
+
+    for found, expected in run(program, ranks=2):
+        assert found == pytest.approx(expected, abs=1e-14)
 
 
 def test_evaluation_and_errors_leave_them_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,8 @@ def test_a_run_and_its_records(tmp_path: Path, kind: str) -> None:
     assert all(0 <= record["accuracy"] <= 1 for record in records)
     assert [r["step"] for r in records if "val_accuracy" in r] == [3, 7]
     assert result["val_accuracy"] == records[-1]["val_accuracy"] > 0.5
+    info = json.loads((folder / "data.json").read_text())["info"]
+    assert info["num_classes"] == 2 and len(info["mean"]) == len(info["std"]) == 1
     # what was saved gives it again, running estimates included
     data = images(0, str(tmp_path / "images.npy"), val_fraction=0.3)
     if kind == "resnet":
