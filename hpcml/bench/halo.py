@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcml.bench import halo_layers
 from hpcml.bench.rounds import Call, alternate
 from hpcml.comm import Axis, Mesh
 from hpcml.comm.halo import Halo
@@ -41,13 +42,20 @@ def split(ranks: int, dims: int) -> tuple[int, ...]:
     return tuple(sorted(sizes, reverse=True))
 
 
-def run(mesh: Mesh, rounds: int = 0) -> dict[str, Any]:
-    """Measure among all ranks of the job; the report as plain values. Collective."""
+def run(mesh: Mesh, rounds: int = 0, layers: bool = False) -> dict[str, Any]:
+    """Measure among all ranks of the job; the report as plain values. Collective.
+
+    layers: divided convolutions (`hpcml.bench.halo_layers`) instead of exchanges alone.
+    """
     from hpcml.train.environment import cpu, versions
 
     alpha, beta = messages(mesh.world, rounds)
-    rows = []
-    for dims, blocks in BLOCKS.items():
+    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    if layers:
+        sizes = split(mesh.size, 2)
+        found = halo_layers.measure(Mesh(sp_h=sizes[0], sp_w=sizes[1]), alpha, beta, rounds)
+    for dims, blocks in () if layers else BLOCKS.items():
         sizes = split(mesh.size, dims)
         grid = Mesh(layout=dict(zip(AXES, sizes, strict=False)))
         cases = [(block, width) for block in blocks for width in WIDTHS]
@@ -64,6 +72,7 @@ def run(mesh: Mesh, rounds: int = 0) -> dict[str, Any]:
         "channels": CHANNELS,
         "dtype": "float32",
         "rows": rows,
+        "layers": found,
     }
 
 
@@ -146,4 +155,6 @@ def table(report: dict[str, Any]) -> str:
         f"{report['cpu']}; a message takes {seconds(report['alpha'])} "
         f"and {report['beta'] * 1e9:.3f} ns per byte"
     )
+    if report["layers"]:
+        return f"{title}\n\n{halo_layers.table(report)}"
     return "\n".join([title, *lines])

@@ -27,7 +27,9 @@ def run(args: list[str]) -> int:
     options = _parser().parse_args(args)
     if getattr(options, "rounds", 0) < 0:
         raise UserError(f"--rounds {options.rounds}: give 0 (as many as it takes) or more")
-    if "ranks" in options and launch.read().size == 1 and options.ranks != options.alone:
+    threads = getattr(options, "memory_limit", None) is not None  # its ranks are threads
+    several = "ranks" in options and options.ranks != options.alone and not threads
+    if several and launch.read().size == 1:
         return _in_a_job(options.ranks, args)
     report: dict[str, Any] | None = options.measure(options)
     if report is None:  # another rank speaks
@@ -75,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("--fit", metavar="FILE", help="write the table of the fastest algorithms")
     text = "halo exchange in 1, 2 and 3 dimensions beside its estimate"
     halo = add("halo", _halo, _show_halo, text)
+    text = "time of divided convolutions by layer, beside the cost model of the paper"
+    halo.add_argument("--layers", action="store_true", help=text)
+    text = "how large an image trains with so many bytes a rank (16M), on 1, 2 and 4 ranks"
+    halo.add_argument("--memory-limit", nargs="?", const=1 << 24, type=_bytes, help=text)
     text = "what a communication thread hides of an all-reduce beside compute"
     overlap = add("overlap", _overlap, _show_overlap, text)
     for command in (some, halo, overlap):
@@ -152,18 +158,24 @@ def _show_collectives(report: dict[str, Any]) -> None:
 
 
 def _halo(options: argparse.Namespace) -> dict[str, Any] | None:
-    from hpcml.bench import halo
+    from hpcml.bench import halo, halo_memory
     from hpcml.comm import Mesh
 
+    if options.memory_limit is not None:
+        if launch.read().size > 1:
+            raise UserError(
+                "--memory-limit with several processes: start it alone, without mpiexec"
+            )
+        return halo_memory.run(options.memory_limit)
     mesh = Mesh()
-    report = halo.run(mesh, options.rounds)
+    report = halo.run(mesh, options.rounds, options.layers)
     return report if mesh.rank == 0 else None
 
 
 def _show_halo(report: dict[str, Any]) -> None:
-    from hpcml.bench import halo
+    from hpcml.bench import halo, halo_memory
 
-    print(halo.table(report))
+    print(halo_memory.table(report) if "limit" in report else halo.table(report))
 
 
 def _overlap(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -84,20 +84,25 @@ def _windowed(
     return Local(exchange, own, pads)
 
 
+def windows_of(module: Any, grid: Grid, sizes: Sizes) -> Local:
+    """What a rank does for its block of a convolution of images of these sizes."""
+    kernel, place = module.kernel_size, where(module)
+    how = plan(place, kernel, module.stride, module.padding, module.dilation)
+    windows = [
+        Window(k, s, before, d)
+        for k, s, (before, _), d in zip(
+            kernel, how["stride"], how["padding"], how["dilation"], strict=True
+        )
+    ]
+    found = window_sizes(place, sizes, kernel, how)
+    return _windowed(grid, module, sizes, found, windows, module.padding_mode)
+
+
 def convolution(module: Any, grid: Grid) -> Forward:
     """Of `Conv1d` to `Conv3d`: all padding modes, strides, dilations and groups."""
 
     def make(sizes: Sizes) -> Local:
-        kernel, place = module.kernel_size, where(module)
-        how = plan(place, kernel, module.stride, module.padding, module.dilation)
-        windows = [
-            Window(k, s, before, d)
-            for k, s, (before, _), d in zip(
-                kernel, how["stride"], how["padding"], how["dilation"], strict=True
-            )
-        ]
-        found = window_sizes(place, sizes, kernel, how)
-        return _windowed(grid, module, sizes, found, windows, module.padding_mode)
+        return windows_of(module, grid, sizes)
 
     def forward(input: Tensor) -> Tensor:
         local = _planned(grid, module, input, make)
