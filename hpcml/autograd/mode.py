@@ -15,6 +15,7 @@ class _Mode(threading.local):
         self.recording = True
         self.pack: Callable[[Array], Any] | None = None
         self.unpack: Callable[[Any], Array] | None = None
+        self.watch: Callable[[str, tuple[Any, ...], dict[str, Any], Array], None] | None = None
 
 
 mode = _Mode()
@@ -38,6 +39,18 @@ def enable_grad() -> Iterator[None]:
         yield
     finally:
         mode.recording = before
+
+
+@contextmanager
+def watching(
+    watch: Callable[[str, tuple[Any, ...], dict[str, Any], Array], None],
+) -> Iterator[None]:
+    """Call watch(primitive, shapes of its inputs, attributes, result) after each use of one."""
+    before, mode.watch = mode.watch, watch
+    try:
+        yield
+    finally:
+        mode.watch = before
 
 
 @contextmanager

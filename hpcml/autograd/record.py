@@ -278,6 +278,8 @@ class Primitive:
             raise  # it is not about the arguments
         except (ValueError, IndexError, TypeError) as error:
             raise self._explain(error, ctx.shapes) from error
+        if mode.watch is not None:
+            mode.watch(self.name, ctx.shapes, attributes, out)
         for x in gathered:
             out = apart(out, x)
         if True not in needs:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from hpcml import nn
 from hpcml.autograd import Tensor
 from hpcml.nn import functional as F
 from tests.parallel.spatial.models import Classifier, Divided, MeshNet, Pixels
@@ -22,9 +23,22 @@ def pictures(seed: int, by_pixel: bool = False) -> Any:
     return samples[:12], samples[12:]
 
 
-class Functional(Pixels):
-    """Pools by a function, which takes a block for the whole."""
+class Blur(nn.Module):
+    """Takes a block for the whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, 1, 1)
+
+
+class Mistaken(Pixels):
+    """Declares that each pixel is blurred by itself."""
+
+    spatial: ClassVar[dict[str, str]] = {**Pixels.spatial, "blur": "pointwise"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blur = Blur()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(self.first(x)).relu()
-        return self.last(x + F.avg_pool2d(x, 3, 1, 1))
+        return self.last(x + self.blur(x))

@@ -27,7 +27,7 @@ kind = "cross_entropy"
 
 def check(folder: Path, model: str, *overrides: str) -> Report:
     (folder / "job.toml").write_text(JOB.format(model=model))
-    pixels = ["data.by_pixel=true"] if model in ("Pixels", "Functional") else []
+    pixels = ["data.by_pixel=true"] if model in ("Pixels", "Mistaken") else []
     return report_of(folder / "job.toml", *pixels, *overrides)
 
 
@@ -49,11 +49,10 @@ def test_healthy_runs_agree(tmp_path: Path, model: str, overrides: str) -> None:
         assert max(layer.forward, layer.backward, layer.gradient or 0) < 1e-11, layer
 
 
-def test_a_function_that_takes_a_block_for_the_whole_is_found(tmp_path: Path) -> None:
-    report = check(tmp_path, "Functional", "mesh.sp_h=2")
+def test_a_layer_that_takes_a_block_for_the_whole_is_found(tmp_path: Path) -> None:
+    report = check(tmp_path, "Mistaken", "mesh.sp_h=2")
     assert report.first is not None
-    assert (report.first.stage, report.first.module) == ("forward", "last")
-    assert report.first.layer == "the model", "what calls the function"
+    assert (report.first.stage, report.first.layer) == ("forward", "blur")
 
 
 def test_train_under_mpi(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ class Grid:
         self.state = OUTSIDE
         self.gathers = False
         """Whether the model gives all of its outputs to every rank."""
+        self.blocks: set[Sizes] = set()
+        """Sizes of blocks that layers of this rank have had."""
         self._calls: Counter[int] = Counter()
         self._sizes: dict[tuple[Any, ...], Sizes] = {}
         self._plans: dict[tuple[Any, ...], Any] = {}
@@ -141,6 +143,7 @@ class Grid:
                 f"(N, C, {', '.join(map(str, own))}), as `cut` makes it of images of {self.whole}"
             )
         self.state = INSIDE
+        self.blocks.add(own)
         self._calls.clear()
 
     def sizes(self, module: Module, x: Tensor) -> Sizes:

@@ -38,6 +38,7 @@ from hpcml.parallel.spatial.grid import NAMES, SAMPLES, Grid, Sizes
 from hpcml.parallel.spatial.guard import guard
 from hpcml.parallel.spatial.loss import SpatialLoss, measured
 from hpcml.parallel.spatial.norm import Together
+from hpcml.parallel.spatial.operations import watch
 from hpcml.parallel.tensor.styles import is_plain
 
 DIVIDED: dict[type[Module], Callable[[Any, Grid], layers.Forward]] = {
@@ -146,6 +147,7 @@ def divide(model: Module, loss: Any, mesh: Mesh) -> SpatialDivision:
     for parameter in model.parameters():
         parameter.layout.update({name: "R" for name in NAMES if mesh[name].size > 1})
     guard(model, grid, known)
+    watch(model, grid, known)
     return SpatialDivision(grid, loss, any(style in ends.STYLES for _, style in styles))
 
 
@@ -193,7 +195,15 @@ def _styles(model: Module) -> list[tuple[Module, str]]:
 def _divided(module: Any, grid: Grid, forward: layers.Forward) -> None:
     """Let a layer compute blocks where it gets them."""
     serial = ends.numbered(module, grid) if is_plain(module, nn.Dropout) else module.forward
-    _set(module, lambda x: forward(x) if grid.inside else serial(x))
+
+    def choose(x: Any) -> Any:
+        if not grid.inside:
+            return serial(x)
+        out = forward(x)
+        grid.blocks.add(out.shape[2:])
+        return out
+
+    _set(module, choose)
 
 
 def _normalised(module: Any, grid: Grid) -> None:

@@ -37,12 +37,23 @@ class Net(nn.Module):
 class Mean(nn.Module):
     """Joins all places."""
 
-    def __init__(self) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+MEAN = {"middle": "pointwise"}
+"""Which it is not."""
+
+
+class Odd(nn.Module):
+    """Calls something that takes what it gets for the whole."""
+
+    def __init__(self, function: Any) -> None:
         super().__init__()
-        self.inner = nn.ReLU()  # no leaf: what its forward does is not known
+        self.function, self.last = function, nn.Conv2d(2, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x).mean((2, 3))
+        return self.last(self.function(x))
 
 
 class Own(nn.Conv2d):
@@ -70,10 +81,12 @@ REFUSED: dict[str, tuple[Any, tuple[int, ...], dict[str, int], str]] = {
         r'middle \(Flatten\) gets .* of images that sp_w divides.*spatial = {"middle": "gather"}',
     ),
     "linear": (
-        lambda: Net(Mean(), fc=True), (2, 1, 5, 6), {"sp_w": 2},
+        lambda: Net(Mean(), fc=True, spatial=MEAN), (2, 1, 5, 6), {"sp_w": 2},
         r"fc \(Linear\) gets \(2, 2\), of images that sp_w divides",
     ),
-    "mean at the end": (lambda: Net(Mean()), (2, 1, 5, 6), {"sp_w": 2}, r"Net ends with \(2, 2\)"),
+    "mean at the end": (
+        lambda: Net(Mean(), spatial=MEAN), (2, 1, 5, 6), {"sp_w": 2}, r"Net ends with \(2, 2\)"
+    ),
     "layer norm": (
         lambda: Net(nn.LayerNorm((5, 6))), (2, 1, 5, 6), {"sp_w": 2}, r"middle \(LayerNorm\) gets"
     ),
@@ -86,6 +99,22 @@ REFUSED: dict[str, tuple[Any, tuple[int, ...], dict[str, int], str]] = {
     "pooling to few": (
         lambda: Net(nn.AdaptiveAvgPool2d(1)), (2, 1, 5, 6), {"sp_h": 2},
         r"middle \(AdaptiveAvgPool2d\): outputs of \(1, 1\) .* \(spatial in the",
+    ),
+    "a function": (
+        lambda: Net(Odd(lambda x: F.avg_pool2d(x, 3, 1, 1))), (2, 1, 10, 5), {"sp_h": 2},
+        r"middle \(Odd\) calls resample on \(2, 2, 5, 5\), a block of images that sp_h divides",
+    ),
+    "a slice": (
+        lambda: Net(Odd(lambda x: x[:, :, 1:])), (2, 1, 10, 5), {"sp_h": 2},
+        r"middle \(Odd\) calls getitem",
+    ),
+    "a mean": (
+        lambda: Net(Odd(lambda x: x * x.mean((2, 3), keepdim=True))), (2, 1, 10, 5), {"sp_h": 2},
+        r"middle \(Odd\) calls mean",
+    ),
+    "tokens": (
+        lambda: Net(Odd(lambda x: x.flatten(2))), (2, 1, 10, 5), {"sp_h": 2},
+        r"middle \(Odd\) calls reshape",
     ),
     "unknown style": (
         lambda: Net(nn.ReLU(), spatial={"middle": "scatter"}), (2, 1, 5, 6), {"sp_h": 2},
