@@ -46,7 +46,7 @@ HOMES = {
 # Libraries that must not be loaded by loading a module: slow, or not there on every machine.
 NOT_ON_LOADING = ("mpi4py", "cupy", "cupyx", "torch")
 # Except by these, which are nothing but the other side of a comparison.
-PEERS = ("hpcml.bench.torch_peer", "hpcml.bench.torch_pipeline")
+PEERS = ("hpcml.bench.torch_conv", "hpcml.bench.torch_peer", "hpcml.bench.torch_pipeline")
 
 
 def imports(path: Path, module: str) -> Iterator[tuple[int, str, bool]]:

@@ -66,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     bench_jobs.add_start(add)
     bench_jobs.add_scaling(add)
 
+    text = "convolutions of ResNet's layers, forward and both backward passes, or a whole step"
+    conv = add("conv", _conv, _show_conv, text)
+    conv.add_argument("--part", choices=("shapes", "step"), default="shapes")
+    conv.add_argument("--peer", default="", help="also measure this library: torch")
+
     text = "the collectives: every algorithm beside the MPI library, 1 KiB to 64 MiB"
     some = add("collectives", _collectives, _show_collectives, text)
     some.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
@@ -93,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     zero.add_argument("--part", nargs="+", choices=ZERO_PARTS, default=ZERO_PARTS)
     zero.add_argument("--layers", type=int, default=4, help="of the GPT of states and time (4)")
     zero.add_argument("--width", type=int, default=384, help="of the same (384)")
-    for command in (step, pipeline, some, halo, overlap, zero):
+    for command in (step, pipeline, conv, some, halo, overlap, zero):
         command.add_argument("--rounds", type=int, default=0, help="repetitions (a second's)")
     return parser
 
@@ -121,6 +126,21 @@ def _show_profile(report: dict[str, Any]) -> None:
     from hpcml.bench import profile
 
     print(profile.table(report))
+
+
+def _conv(options: argparse.Namespace) -> dict[str, Any]:
+    from hpcml.bench import conv
+
+    bench_step.check_peer(options.peer)
+    if launch.read().size > 1:
+        raise UserError(f"bench conv measures 1 rank, not {launch.read().size}: start it alone")
+    return conv.run(options.part, options.peer, options.rounds)
+
+
+def _show_conv(report: dict[str, Any]) -> None:
+    from hpcml.bench import conv
+
+    print(conv.table(report))
 
 
 def _collectives(options: argparse.Namespace) -> dict[str, Any] | None:
