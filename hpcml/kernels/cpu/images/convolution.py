@@ -18,10 +18,10 @@ from hpcml.kernels.cpu.images.order import pack_channels, pack_filters
 from hpcml.kernels.cpu.images.patches import (
     COUNT,
     OUT,
-    START,
     STEP,
     address,
     copy_patch,
+    keep,
     locate,
     look_up,
     shift,
@@ -32,14 +32,10 @@ from hpcml.kernels.cpu.team import divided
 
 _SPEED = 32
 """Multiplications and additions in the time of one of `team`'s units of work."""
-_LINE = 64
-"""Bytes of a line of the cache."""
-_ROWS = 256
+_ROWS = 128
 """Outputs over which the gradient of weights sums at once."""
 _SUMS = 3 << 18
 """Bytes of such sums that are worked on at once: they stay in the second-level cache."""
-_FEW = 8
-"""Tiles from which on the rows they are multiplied by are worth copying."""
 
 
 def _blocks(
@@ -64,7 +60,7 @@ def sum_taps(
     are the filters' outputs, those of `out` their inputs. copied: patches are copied before they
     are multiplied. block: columns whose weights are put in order at once.
     """
-    size, width = x.itemsize, out.shape[4]
+    zero, size, width = x.dtype.type(0), x.itemsize, out.shape[4]
     wide = 2 * BYTES // size
     run, columns, count = x.shape[4] // groups, width // groups, taps.shape[0]
     depth = count * run
@@ -75,7 +71,19 @@ def sum_taps(
     at, places = np.empty((5, HIGH), np.int64), np.empty((2, HIGH), np.int64)
     table = np.empty((1 if copied else max(count, 1), HIGH), np.int64)
     patch = np.empty((HIGH, depth + wide if copied else 1), x.dtype)
-    edge = np.empty((2, HIGH, wide), x.dtype)
+    edge, corners = np.empty((2, HIGH, wide), x.dtype), np.empty((2, HIGH), np.int64)
+    base, zeros, to, from_ = address(x), address(nothing), address(out), address(start)
+    each = 0 if start.shape[0] < 2 else width * size
+    lines, matrix, begins, corner = address(table), address(panels), address(places), address(edge)
+    pitch, panel_size = patch.shape[1] * size, panels.shape[1] * size
+    for r in range(HIGH):
+        corners[0, r] = corner + r * 2 * BYTES
+        corners[1, r] = corner + (HIGH + r) * 2 * BYTES
+        table[0, r] = address(patch) + r * pitch
+    corner = address(corners)
+    left_taps, left_run = (1, depth) if copied else (count, run)
+    # Numbers of the tile after the next; patches that are copied are in the cache.
+    ahead = 0 if copied else shift(x, 0, 0, 2 * HIGH * steps[STEP, 2])
     packed = -1
     for item in range(low, high):
         part, tile = item // in_all, item % in_all
@@ -85,23 +93,44 @@ def sum_taps(
             packed = part
             _pack(weight, turned, group, first, last, columns, run, taps, panels)
         valid = min(HIGH, rows - tile * HIGH)
-        locate(x, steps, tile * HIGH, rows, out.shape, at)
-        _place(start, out, nothing, at, places)
-        left_taps, left_run, moved = count, run, group * run * size
+        locate(x, base, steps, tile * HIGH, rows, out.shape, at)
+        for r in range(HIGH):
+            places[0, r] = zeros if start.shape[0] == 0 else from_ + at[OUT, r] * each
+            places[1, r] = to + at[OUT, r] * width * size
         if copied:
-            left_taps, left_run, moved = 1, depth, 0
-            for r in range(HIGH):
-                table[0, r] = address(patch[r])
             for r in range(valid):
-                copy_patch(x, spans, at, r, group * run, run, 0, depth, nothing, table[0, r])
+                copy_patch(x, spans, at, r, group * run, run, 0, depth, zeros, table[0, r])
         else:
-            look_up(x, taps, at, nothing, table)
-            _ask_ahead(x, taps, steps, at, valid, moved, run)
+            look_up(x, taps, 0, count, at, group * run * size, zeros, table)
         for begin in range(first, last, wide):
-            _multiply(
-                table, moved, left_taps, left_run, panels[(begin - first) // wide],
-                min(wide, last - begin), (group * columns + begin) * size, valid, places, edge,
-            )  # fmt: skip
+            few, column = min(wide, last - begin), (group * columns + begin) * size
+            right = matrix + (begin - first) // wide * panel_size
+            if valid == HIGH and few in (wide // 2, wide):
+                _multiply(
+                    zero, few == wide, lines, ahead, left_taps, left_run, right, begins, column
+                )
+                continue
+            for r in range(valid):
+                tiles.copy(zero, few, places[0, r] + column, corners[0, r])
+            _multiply(zero, 2 * few > wide, lines, ahead, left_taps, left_run, right, corner, 0)
+            for r in range(valid):
+                tiles.copy(zero, few, corners[1, r], places[1, r] + column)
+    keep(places), keep(corners), keep(table), keep(nothing), keep(edge), keep(patch), keep(panels)
+
+
+@inline
+def _multiply(
+    zero: Any, two: bool, left: int, ahead: int, taps: int, run: int, right: int, places: int,
+    column: int,
+) -> None:  # fmt: skip
+    """A tile of outputs by the table `left`; places: two tables, of what sums begin with, and out.
+
+    All are addresses. two: it is of two vectors of columns. ahead: see `tiles.rows_of_two`.
+    """
+    if two:
+        tiles.rows_of_two(zero, left, ahead, taps, run, right, places, places + 8 * HIGH, column)
+    else:
+        tiles.rows_of_one(zero, left, ahead, taps, run, right, places, places + 8 * HIGH, column)
 
 
 @inline
@@ -119,57 +148,6 @@ def _pack(
             pack_channels(weight, low, low + run, begin, few, width, taps, panel)
         else:
             pack_filters(weight, group * columns + begin, few, width, panel)
-
-
-@inline
-def _place(start: Any, out: Any, nothing: Any, at: Any, places: Any) -> None:
-    """Addresses of what the sums of each output begin with, and of the output."""
-    pitch = out.shape[4] * out.itemsize
-    for r in range(HIGH):
-        there = at[OUT, r] * pitch
-        places[1, r] = address(out) + there
-        if start.shape[0] == 0:
-            places[0, r] = address(nothing)
-        else:
-            places[0, r] = address(start) + (there if start.shape[0] > 1 else 0)
-
-
-@inline
-def _ask_ahead(x: Any, taps: Any, steps: Any, at: Any, valid: int, moved: int, run: int) -> None:
-    """Ask for what the tile after the next needs and this one does not."""
-    if taps.shape[0] == 0:
-        return
-    last, size = taps[taps.shape[0] - 1], x.itemsize
-    further = shift(x, last[0], last[1], last[2] + 2 * HIGH * steps[STEP, 2]) + moved
-    for r in range(valid):
-        for line in range(0, run * size, _LINE):
-            tiles.fetch(x.dtype.type(0), at[START, r] + further + line)
-
-
-@inline
-def _multiply(
-    table: Any, moved: int, taps: int, run: int, panel: Any, few: int, column: int, valid: int,
-    places: Any, edge: Any,
-) -> None:  # fmt: skip
-    """A tile of `valid` rows and `few` columns; through a scratch tile if it is not a whole one."""
-    zero, lanes = panel.dtype.type(0), BYTES // panel.itemsize
-    begins, outs = address(places[0]), address(places[1])
-    whole = valid == HIGH and few in (lanes, 2 * lanes)
-    scratch = np.empty((2, HIGH), np.int64)
-    if not whole:
-        for r in range(HIGH):
-            scratch[0, r], scratch[1, r] = address(edge[0, r]), address(edge[1, r])
-        for r in range(valid):
-            tiles.copy(zero, few, places[0, r] + column, scratch[0, r])
-        begins, outs = address(scratch[0]), address(scratch[1])
-    further, left, right = column if whole else 0, address(table), address(panel)
-    if few > lanes:
-        tiles.rows_of_two(zero, left, moved, taps, run, right, begins, outs, further)
-    else:
-        tiles.rows_of_one(zero, left, moved, taps, run, right, begins, outs, further)
-    if not whole:
-        for r in range(valid):
-            tiles.copy(zero, few, scratch[1, r], places[1, r] + column)
 
 
 def _tiles(
@@ -191,77 +169,77 @@ def sum_outputs(
     g (outputs, F); sums (groups, taps, channels, F / groups), the last rounded up to whole vectors.
     copied: patches are copied before they are multiplied, and count as one tap.
     """
-    size = x.itemsize
+    zero, size = x.dtype.type(0), x.itemsize
     groups, parts, run, across = sums.shape
-    rows, own = g.shape[0], x.shape[4] // groups
-    of_group = parts * ((run + DEEP - 1) // DEEP)
+    rows, own, columns = g.shape[0], x.shape[4] // groups, g.shape[1] // groups
+    in_part, wide = (run + DEEP - 1) // DEEP, 2 * BYTES // size
     most = max(_SUMS // (size * DEEP * (across + (_ROWS if copied else 0))), 1)
-    at = np.empty((5, _ROWS), np.int64)
+    at, outs = np.empty((5, _ROWS), np.int64), np.empty(DEEP, np.int64)
     nothing, unwanted = np.zeros(max(run, x.shape[4]), x.dtype), np.zeros(across, x.dtype)
-    right = np.zeros((_ROWS, 2 * BYTES // size), x.dtype)
+    left = np.zeros((_ROWS, -(-DEEP * size // BYTES) * BYTES // size), x.dtype)
+    right = np.zeros(((columns + wide - 1) // wide, _ROWS, wide), x.dtype)
+    base, zeros, to, waste = address(x), address(nothing), address(sums), address(unwanted)
     while low < high:
-        group, tile = low // of_group, low % of_group
-        count = min(most, high - low, of_group - tile)
-        lines, starts = np.empty(count, np.int64), np.empty(count, np.int64)
-        outs = np.empty((count, DEEP), np.int64)
-        _begin(sums[group], tile, unwanted, lines, starts, outs)
-        first_line, last_line = lines[0], lines[count - 1] + 1
-        begin, end = starts[0], min(starts[count - 1] + DEEP, run)
-        table = np.empty((1 if copied else last_line - first_line, _ROWS), np.int64)
-        patch = np.zeros((_ROWS, max(end - begin, DEEP) if copied else 1), x.dtype)
-        for t in range(count):
-            lines[t] -= first_line
-            starts[t] = (starts[t] - begin if copied else group * own + starts[t]) * size
+        group, tile = low // (parts * in_part), low % (parts * in_part)
+        last = min(tile + most, tile + high - low, parts * in_part)
+        begin, end = tile // in_part, (last - 1) // in_part + 1
+        table = np.empty((end - begin, _ROWS), np.int64)
+        # With `copied` there is one part, of which only these numbers are needed.
+        start = tile * DEEP if copied else 0
+        patch = np.empty((_ROWS, min(last * DEEP, run) - start if copied else 1), x.dtype)
+        patches = address(patch)
+        for t in range(tile, last):
+            place = t % in_part * DEEP
+            sums[group, t // in_part, place : place + DEEP] = x.dtype.type(0)
         for first in range(0, rows, _ROWS):
             some = min(_ROWS, rows - first)
-            locate(x, steps, first, rows, x.shape, at)
+            locate(x, base, steps, first, rows, x.shape, at)
             if copied:
                 for r in range(some):
-                    table[0, r] = address(patch[r])
-                    copy_patch(x, spans, at, r, group * own, own, begin, end, nothing, table[0, r])
+                    table[0, r] = patches + r * patch.shape[1] * size
+                    copy_patch(
+                        x, spans, at, r, group * own, own, start, start + patch.shape[1], zeros,
+                        table[0, r],
+                    )  # fmt: skip
             else:
-                look_up(x, taps[first_line:last_line], at, nothing, table)
-            _add(g, first, some, group, groups, table, lines, starts, outs, right)
-        low += count
+                look_up(x, taps, begin, end - begin, at, group * own * size, zeros, table)
+            _pack_rows(g, first, some, group * columns, columns, right)
+            for t in range(tile, last):
+                part, place = t // in_part, t % in_part * DEEP
+                few = min(DEEP, run - place)
+                tiles.gather(
+                    zero, some, few, address(table[part - begin]), (place - start) * size,
+                    address(left),
+                )  # fmt: skip
+                for i in range(DEEP):
+                    row = ((group * parts + part) * run + place + i) * across * size
+                    outs[i] = to + row if i < few else waste
+                _add(left, right, some, columns, outs)
+        low += last - tile
+        keep(patch)
+    keep(nothing), keep(unwanted)
 
 
 @inline
-def _begin(sums: Any, tile: int, unwanted: Any, lines: Any, starts: Any, outs: Any) -> None:
-    """Of tiles from number `tile` on: their taps, their first channels, addresses of their sums.
-
-    What a tile has in common with the one before is not wanted: it may not read beyond a row.
-    """
-    _, run, _ = sums.shape
-    of_part = (run + DEEP - 1) // DEEP
-    for t in range(starts.size):
-        line, place = (tile + t) // of_part, (tile + t) % of_part * DEEP
-        lines[t], starts[t] = line, max(min(place, run - DEEP), 0)
-        for i in range(DEEP):
-            row = starts[t] + i
-            outs[t, i] = address(unwanted)
-            if place <= row < min(place + DEEP, run):
-                sums[line, row] = sums.dtype.type(0)
-                outs[t, i] = address(sums[line, row])
+def _pack_rows(g: Any, first: int, some: int, begin: int, columns: int, panels: Any) -> None:
+    """panels[p, r] = some columns of row first + r, from column `begin` on."""
+    size, wide = g.itemsize, panels.shape[2]
+    for p in range(panels.shape[0]):
+        source = address(g) + (first * g.shape[1] + begin + p * wide) * size
+        target, few = address(panels[p]), min(wide, columns - p * wide)
+        for r in range(some):
+            there = target + r * 2 * BYTES
+            tiles.copy(g.dtype.type(0), few, source + r * g.shape[1] * size, there)
 
 
 @inline
-def _add(
-    g: Any, first: int, some: int, group: int, groups: int, table: Any, lines: Any, starts: Any,
-    outs: Any, right: Any,
-) -> None:  # fmt: skip
-    """Add the products of `some` outputs to the sums of some tiles."""
-    zero, size = g.dtype.type(0), g.itemsize
-    lanes, columns, row = BYTES // size, g.shape[1] // groups, g.shape[1] * size
-    for column in range(0, columns, 2 * lanes):
-        few = min(2 * lanes, columns - column)
-        source, pitch = address(g) + first * row + (group * columns + column) * size, row
-        if few not in (lanes, 2 * lanes) or lines.size >= _FEW:
-            for r in range(some):
-                tiles.copy(zero, few, source + r * pitch, address(right[r]))
-            source, pitch = address(right), 2 * BYTES
-        for t in range(lines.size):
-            left, to = address(table[lines[t]]), address(outs[t])
-            if few > lanes:
-                tiles.columns_of_two(zero, left, starts[t], some, source, pitch, to, column * size)
-            else:
-                tiles.columns_of_one(zero, left, starts[t], some, source, pitch, to, column * size)
+def _add(left: Any, right: Any, some: int, columns: int, outs: Any) -> None:
+    """Add to a tile of sums the product of `left`, transposed, and all panels of `right`."""
+    zero, a, b, to = left.dtype.type(0), address(left), address(right), address(outs)
+    wide, pitch = right.shape[2], left.shape[1] * left.itemsize
+    for p in range(right.shape[0]):
+        column, panel = 2 * p * BYTES, b + p * right.shape[1] * 2 * BYTES
+        if columns - p * wide > wide // 2:
+            tiles.columns_of_two(zero, a, pitch, some, panel, to, column)
+        else:
+            tiles.columns_of_one(zero, a, pitch, some, panel, to, column)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hpcml.kernels.cpu.images.convolution import sum_outputs, sum_taps
-from hpcml.kernels.cpu.images.order import order_sums
+from hpcml.kernels.cpu.images.order import order_sums, transpose
 from hpcml.kernels.cpu.images.tiles import BYTES
 
 Sizes = tuple[int, ...]
@@ -56,9 +56,13 @@ def convolve_input_gradient(
 ) -> None:  # fmt: skip
     """out = start + the adjoint of `convolve` with respect to x, at g.
 
-    Along a dimension of stride s the places of x fall into s classes; each meets other taps.
+    Along a dimension of stride s the places of x fall into s classes; each meets other taps, if
+    any.
     """
     size = weight.shape[2:]
+    if any(s > 1 and len({i * d % s for i in range(k)}) < s
+           for k, s, d in zip(size, stride, dilation, strict=True)):  # fmt: skip
+        out[...] = start if start.size else 0
     numbers = np.arange(math.prod(size)).reshape(size)
     for first in itertools.product(*map(range, stride)):
         along = []
@@ -70,7 +74,7 @@ def convolve_input_gradient(
             for tap in itertools.product(*along)
         ]
         count = [-(-(n - r) // s) for n, r, s in zip(out.shape[1:-1], first, stride, strict=True)]
-        if min(count) > 0:
+        if taps and min(count) > 0:
             steps = [count, first, stride, (1,) * len(size)]
             _sum_taps(g, weight, start, taps, steps, groups, True, out)
 
@@ -80,6 +84,11 @@ def convolve_weight_gradient(
 ) -> None:
     """out = the adjoint of `convolve` with respect to the weights: g (N, *S', F), x (N, *S, C)."""
     (filters, run), size = out.shape[:2], out.shape[2:]
+    if filters < run and groups == math.prod(size) == math.prod(stride) == 1 and not any(before):
+        turned = np.empty((run, filters, *size), x.dtype)  # g and x exchanged: faster
+        convolve_weight_gradient(x, g, stride, before, dilation, groups, turned)
+        transpose(turned.reshape(1, run, filters), out.reshape(1, filters, run))
+        return
     offsets = list(_offsets(size, before, dilation))
     steps = [g.shape[1:-1], (0,) * len(size), (1,) * len(size), stride]
     copied = run < _SHORT

@@ -26,8 +26,17 @@ _NOWHERE = -(1 << 40)
 
 @inline
 def address(x: Any) -> Any:
-    """That of the first element."""
+    """That of the first element.
+
+    Not for innermost loops: it counts a reference to the array, and counting waits until all that
+    was stored before has reached the cache. `keep` the array while only its address is used.
+    """
     return np.int64(x.ctypes.data)
+
+
+@inline
+def keep(x: Any) -> None:
+    """Nothing; but the array exists until here."""
 
 
 @inline
@@ -37,11 +46,13 @@ def shift(x: Any, dz: int, dy: int, dx: int) -> Any:
 
 
 @inline
-def locate(x: Any, steps: Any, first: int, rows: int, out: Any, at: Any) -> None:
+def locate(
+    x: Any, base: int, steps: Any, first: int, rows: int, out: Any, at: Any
+) -> None:  # fmt: skip
     """Where outputs first, first + 1, ... lie, for each column of `at`; beyond `rows`: nowhere.
 
-    Z, Y, X: place in the input of offset 0; START: address of its channels in x; OUT: number of the
-    output in the shape `out`.
+    Z, Y, X: place in the input of offset 0; START: address of its channels, x being at `base`; OUT:
+    number of the output in the shape `out`.
     """
     w, rest = first % steps[COUNT, 2], first // steps[COUNT, 2]
     h, rest = rest % steps[COUNT, 1], rest // steps[COUNT, 1]
@@ -53,7 +64,7 @@ def locate(x: Any, steps: Any, first: int, rows: int, out: Any, at: Any) -> None
             continue
         at[Z, r], at[Y, r] = d * steps[STEP, 0], h * steps[STEP, 1]
         at[X, r] = w * steps[STEP, 2]
-        at[START, r] = address(x) + shift(x, n * x.shape[1] + at[Z, r], at[Y, r], at[X, r])
+        at[START, r] = base + shift(x, n * x.shape[1] + at[Z, r], at[Y, r], at[X, r])
         z = steps[FIRST, 0] + d * steps[SPACING, 0]
         y = steps[FIRST, 1] + h * steps[SPACING, 1]
         at[OUT, r] = ((n * out[1] + z) * out[2] + y) * out[3] + (
@@ -75,28 +86,28 @@ def _within(place: Any, size: Any) -> Any:
 
 
 @inline
-def look_up(x: Any, taps: Any, at: Any, nothing: Any, table: Any) -> None:
-    """table[t, r] = address of the channels of tap t, or that of `nothing` beyond the edge."""
+def look_up(
+    x: Any, taps: Any, first: int, count: int, at: Any, moved: int, zeros: int, table: Any
+) -> None:  # fmt: skip
+    """table[t, r] = address of the channels of tap first + t, moved, or `zeros` beyond the edge."""
     _, depth, height, width, _ = x.shape
-    zeros = address(nothing)
-    zs, ys, xs, starts = at[Z], at[Y], at[X], at[START]
-    for t in range(taps.shape[0]):
-        dz, dy, dx, row = taps[t, 0], taps[t, 1], taps[t, 2], table[t]
-        further = shift(x, dz, dy, dx)
-        for r in range(row.size):
-            inside = _within(zs[r] + dz, depth) & _within(ys[r] + dy, height)
-            inside &= _within(xs[r] + dx, width)
-            row[r] = starts[r] + further if inside else zeros
+    for t in range(count):
+        dz, dy, dx = taps[first + t, 0], taps[first + t, 1], taps[first + t, 2]
+        further = shift(x, dz, dy, dx) + moved
+        for r in range(table.shape[1]):
+            inside = _within(at[Z, r] + dz, depth) & _within(at[Y, r] + dy, height)
+            inside &= _within(at[X, r] + dx, width)
+            table[t, r] = at[START, r] + further if inside else zeros
 
 
 @inline
 def copy_patch(
     x: Any, spans: Any, at: Any, r: int, channel: int, run: int, low: int, high: int,
-    nothing: Any, target: Any,
+    zeros: int, target: int,
 ) -> None:  # fmt: skip
     """Copy numbers low to high of patch r, `run` channels from `channel` on for each tap."""
     _, depth, height, width, channels = x.shape
-    zero, size, zeros = x.dtype.type(0), x.itemsize, address(nothing)
+    zero, size = x.dtype.type(0), x.itemsize
     for s in range(spans.shape[0]):
         tap, count, dz, dy, dx = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3], spans[s, 4]
         first, last = max(tap * run, low), min((tap + count) * run, high)

@@ -75,17 +75,33 @@ class _Code:
         """The vector at an address."""
         return self.builder.load(self.at(address, offset, self.vector), align=self.size)
 
+    def mask(self, count: Any) -> Any:
+        """Which places of a vector lie before `count`."""
+        numbers = ir.Constant(ir.VectorType(_WORD, self.lanes), list(range(self.lanes)))
+        return self.builder.icmp_signed("<", numbers, self.spread(count, numbers.type))
+
+    def some(self, address: Any, mask: Any, offset: Any = 0) -> Any:
+        """The numbers at an address where the mask is set, else 0; the others are not read."""
+        pointer = self.vector.as_pointer()
+        load = self.of_vectors(
+            "llvm.masked.load", self.vector, pointer, _INT, mask.type, self.vector
+        )
+        here, nothing = self.at(address, offset, self.vector), ir.Constant(self.vector, None)
+        return self.builder.call(load, [here, _INT(self.size), mask, nothing])
+
     def store(self, value: Any, address: Any, offset: Any = 0) -> None:
         """Store a vector at an address."""
         self.builder.store(value, self.at(address, offset, self.vector), align=self.size)
 
-    def fetch(self, address: Any, offset: int) -> None:
-        """Ask for a line of the cache."""
+    def fetch(self, address: Any, offset: int, to_write: bool = False, level: int = 1) -> None:
+        """Ask for a line, to be in the cache of this level."""
         prefetch = self.function(
             "llvm.prefetch.p0", ir.VoidType(), _BYTE.as_pointer(), _INT, _INT, _INT
         )
         pointer = self.at(address, offset, _BYTE)
-        self.builder.call(prefetch, [pointer, _INT(0), _INT(3), _INT(1)])  # to read, all levels
+        self.builder.call(
+            prefetch, [pointer, _INT(int(to_write)), _INT(3), _INT(1)]
+        )  # into all levels
 
     def begin(self, addresses: Sequence[Any]) -> None:
         """Set each row of sums to what is at its address."""
@@ -117,6 +133,23 @@ class _Code:
                 self.store(self.builder.load(place), address, v * BYTES)
 
 
+def _apart(builder: Any, name: str, words: Sequence[Any]) -> Any:
+    """Call a function of its own: a builder for its body and its arguments, None if it has one.
+
+    Registers are given out by function. Within a long one, where much else is alive, the addresses
+    of an innermost loop would go to memory and back with each step.
+    """
+    known = builder.module.globals.get(name)
+    kind = ir.FunctionType(ir.VoidType(), [_WORD] * len(words))
+    function = known or ir.Function(builder.module, kind, name)
+    builder.call(function, words)
+    if known is not None:
+        return None
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    return ir.IRBuilder(function.append_basic_block()), function.args
+
+
 def _of_words(zero: Any, count: int) -> Any:
     return types.void(zero, *[types.int64] * count)
 
@@ -124,31 +157,43 @@ def _of_words(zero: Any, count: int) -> Any:
 def _rows(vectors: int) -> Any:
     @intrinsic
     def rows(
-        typingctx: Any, zero: Any, left: Any, shift: Any, taps: Any, run: Any, right: Any,
+        typingctx: Any, zero: Any, left: Any, ahead: Any, taps: Any, run: Any, right: Any,
         begins: Any, outs: Any, column: Any,
     ) -> Any:  # fmt: skip
         """out[r] = begin[r] + sum over t and c of left[t, r][c] * right[t * run + c].
 
-        left, begins and outs: tables (taps, HIGH), (HIGH), (HIGH), whose addresses are moved by
-        shift, column and column. right: a matrix (taps * run, vectors).
+        left, begins and outs: tables (taps, HIGH), (HIGH), (HIGH); the addresses of the last two
+        are moved by column. right: a matrix (taps * run, vectors). ahead: bytes from numbers of
+        `left` to some that are needed later; a line of these is asked for in each step, because
+        many requests at once would keep others waiting.
         """
 
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _, left, shift, taps, run, right, begins, outs, column = args
+        def generate(context: Any, outside: Any, signature: Any, args: Any) -> Any:
+            size = signature.args[0].bitwidth // 8
+            inside = _apart(outside, f"hpcml_rows_{vectors}_{size}", args[1:])
+            if inside is None:
+                return context.get_dummy_value()
+            builder, (left, ahead, taps, run, right, begins, outs, column) = inside
             code = _Code(context, builder, signature.args[0], HIGH, vectors)
             high, width = _WORD(HIGH), vectors * BYTES
+            for address in code.words(outs, _WORD(0), HIGH, column):
+                for offset in range(0, width, 64):
+                    code.fetch(address, offset, to_write=True)
             code.begin(code.words(begins, _WORD(0), HIGH, column))
             with cgutils.for_range(builder, taps) as tap:
-                lines = code.words(left, builder.mul(tap.index, high), HIGH, shift)
-                before = builder.mul(tap.index, run)
+                lines = code.words(left, builder.mul(tap.index, high), HIGH, _WORD(0))
+                before, later = builder.mul(tap.index, run), builder.add(lines[0], ahead)
                 with cgutils.for_range(builder, run) as place:
                     along = builder.mul(place.index, _WORD(code.size))
                     step = builder.mul(builder.add(before, place.index), _WORD(width))
                     row = builder.add(right, step)
                     for offset in range(0, width, 64):
                         code.fetch(row, _AHEAD * width + offset)
+                    line = builder.mul(place.index, _WORD(64))
+                    code.fetch(builder.add(later, line), 0, level=2)
                     code.add([code.at(line, along, code.real) for line in lines], row)
             code.end(code.words(outs, _WORD(0), HIGH, column))
+            builder.ret_void()
             return context.get_dummy_value()
 
         return _of_words(zero, 8), generate
@@ -159,28 +204,34 @@ def _rows(vectors: int) -> Any:
 def _columns(vectors: int) -> Any:
     @intrinsic
     def columns(
-        typingctx: Any, zero: Any, left: Any, shift: Any, count: Any, right: Any, pitch: Any,
-        outs: Any, column: Any,
+        typingctx: Any, zero: Any, left: Any, pitch: Any, count: Any, right: Any, outs: Any,
+        column: Any,
     ) -> Any:  # fmt: skip
-        """out[i] += sum over k of left[k][i] * right[k].
+        """out[i] += sum over k of left[k, i] * right[k].
 
-        left, outs: tables (count), (DEEP), whose addresses are moved by shift and column. right:
-        rows `pitch` bytes apart.
+        left: rows of DEEP numbers, `pitch` bytes apart. right: rows of two vectors, of which these
+        are the first. outs: a table (DEEP), whose addresses are moved by column.
         """
 
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _, left, shift, count, right, pitch, outs, column = args
+        def generate(context: Any, outside: Any, signature: Any, args: Any) -> Any:
+            size = signature.args[0].bitwidth // 8
+            inside = _apart(outside, f"hpcml_columns_{vectors}_{size}", args[1:])
+            if inside is None:
+                return context.get_dummy_value()
+            builder, (left, pitch, count, right, outs, column) = inside
             code = _Code(context, builder, signature.args[0], DEEP, vectors)
             places = code.words(outs, _WORD(0), DEEP, column)
             code.begin(places)
             with cgutils.for_range(builder, count) as place:
-                (line,) = code.words(left, place.index, 1, shift)
+                line = builder.add(left, builder.mul(place.index, pitch))
                 numbers = [code.at(line, i * code.size, code.real) for i in range(DEEP)]
-                code.add(numbers, builder.add(right, builder.mul(place.index, pitch)))
+                step = builder.mul(place.index, _WORD(2 * BYTES))
+                code.add(numbers, builder.add(right, step))
             code.end(places)
+            builder.ret_void()
             return context.get_dummy_value()
 
-        return _of_words(zero, 7), generate
+        return _of_words(zero, 6), generate
 
     return columns
 
@@ -197,22 +248,44 @@ def copy(typingctx: Any, zero: Any, count: Any, source: Any, target: Any) -> Any
         _, count, source, target = args
         code = _Code(context, builder, signature.args[0])
         vector, lanes = code.vector, code.lanes
-        pointer, mask = vector.as_pointer(), ir.VectorType(ir.IntType(1), lanes)
-        load = code.of_vectors("llvm.masked.load", vector, pointer, _INT, mask, vector)
-        store = code.of_vectors("llvm.masked.store", ir.VoidType(), vector, pointer, _INT, mask)
-        numbers = ir.Constant(ir.VectorType(_WORD, lanes), list(range(lanes)))
+        of_bits = ir.VectorType(ir.IntType(1), lanes)
+        store = code.of_vectors(
+            "llvm.masked.store", ir.VoidType(), vector, vector.as_pointer(), _INT, of_bits
+        )
         steps = builder.sdiv(builder.add(count, _WORD(lanes - 1)), _WORD(lanes))
         with cgutils.for_range(builder, steps) as step:
-            rest = builder.sub(count, builder.mul(step.index, _WORD(lanes)))
-            chosen = builder.icmp_signed("<", numbers, code.spread(rest, numbers.type))
+            chosen = code.mask(builder.sub(count, builder.mul(step.index, _WORD(lanes))))
             offset = builder.mul(step.index, _WORD(BYTES))
-            here, there = code.at(source, offset, vector), code.at(target, offset, vector)
-            nothing, align = ir.Constant(vector, None), _INT(code.size)
-            value = builder.call(load, [here, align, chosen, nothing])
-            builder.call(store, [value, there, align, chosen])
+            there = code.at(target, offset, vector)
+            value = code.some(source, chosen, offset)
+            builder.call(store, [value, there, _INT(code.size), chosen])
         return context.get_dummy_value()
 
     return _of_words(zero, 3), generate
+
+
+@intrinsic
+def gather(
+    typingctx: Any, zero: Any, count: Any, few: Any, sources: Any, shift: Any, target: Any
+) -> Any:
+    """Copy `few` numbers, at most DEEP, from each of `count` addresses, moved by shift, to a row.
+
+    Rows at `target` are of whole vectors.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, count, few, sources, shift, target = args
+        code = _Code(context, builder, signature.args[0])
+        vectors = -(-DEEP * code.size // BYTES)
+        masks = [code.mask(builder.sub(few, _WORD(v * code.lanes))) for v in range(vectors)]
+        with cgutils.for_range(builder, count) as row:
+            (source,) = code.words(sources, row.index, 1, shift)
+            there = builder.add(target, builder.mul(row.index, _WORD(vectors * BYTES)))
+            for v, mask in enumerate(masks):
+                code.store(code.some(source, mask, v * BYTES), there, v * BYTES)
+        return context.get_dummy_value()
+
+    return _of_words(zero, 5), generate
 
 
 @intrinsic
@@ -238,14 +311,3 @@ def transpose(typingctx: Any, zero: Any, sources: Any, targets: Any) -> Any:
         return context.get_dummy_value()
 
     return _of_words(zero, 2), generate
-
-
-@intrinsic
-def fetch(typingctx: Any, zero: Any, address: Any) -> Any:
-    """Ask for a line of the cache, soon to be read."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _Code(context, builder, signature.args[0]).fetch(args[1], 0)
-        return context.get_dummy_value()
-
-    return _of_words(zero, 1), generate
