@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from hpcml.autograd import Tensor
 from hpcml.backend import Array
 from hpcml.comm import Axis
 from hpcml.nn import Module
@@ -23,15 +24,23 @@ class Buffers:
 
     def __init__(self, model: Module, ordered: bool) -> None:
         """ordered: what microbatches make is added up in their order over all ranks."""
-        self.named = list(model.named_buffers())
+        self._homes = [
+            (f"{path}.{name}" if path else name, name, module._buffers)
+            for path, module in model.named_modules() for name in module._buffers
+        ]  # fmt: skip
         self.ordered = ordered
         self._rows: list[Array] = []
         self._first = 0  # row of the batch under way
         self._samples = 0
 
+    @property
+    def named(self) -> list[tuple[str, Tensor]]:
+        """The buffers by qualified names: forward may have set others."""
+        return [(full, registry[name]) for full, name, registry in self._homes]
+
     def broadcast(self, axis: Axis) -> None:
         """Give all ranks the values of the first. Collective."""
-        if self.named:
+        if self._homes:
             self._write(axis.broadcast(self._read()))
 
     def begin(self, rounds: int, *, fresh: bool) -> None:
@@ -60,7 +69,7 @@ class Buffers:
 
         axis: the ranks that have computed them; None: by those of this rank alone.
         """
-        if not self.named:
+        if not self._homes:
             return
         before = self._read()
         total = np.zeros_like(before)
@@ -79,7 +88,7 @@ class Buffers:
     def averaged(self, axis: Axis) -> Iterator[None]:
         """Within, they are the means over ranks that train apart. Collective."""
         own = self._read()
-        if self.named:
+        if self._homes:
             self._write(axis.allreduce(own.copy()) / axis.size)
         try:
             yield
