@@ -18,7 +18,7 @@ from hpcml.bench.rounds import Call, alternate
 from hpcml.comm import Mesh
 from hpcml.nn.images import convolve
 from hpcml.parallel.spatial import Grid, divide
-from hpcml.parallel.spatial.layers import windows_of
+from hpcml.parallel.spatial.windows import windows_of
 
 
 class Shape(NamedTuple):

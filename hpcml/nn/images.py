@@ -74,17 +74,25 @@ def convolve(
     stride: Size, padding: Padding, dilation: Size, groups: int,
 ) -> Tensor:  # fmt: skip
     """`conv1d` to `conv3d` for whom errors name: a function or a layer."""
+    check_filters(where, input, weight, bias, groups)
+    kernel = weight.shape[2:]
+    how = plan(where, kernel, stride, padding, dilation)
+    window_sizes(where, input.shape[2:], kernel, how)
+    return images.convolution(input, weight, bias, **how, groups=groups)
+
+
+def check_filters(
+    where: str, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int
+) -> None:
+    """Raise UserError unless these go together."""
     check_image(where, input, weight.ndim - 2)
-    filters, channels, *kernel = weight.shape
+    filters, channels = weight.shape[:2]
     if groups < 1 or filters % groups or input.shape[1] != channels * groups:
         raise UserError(
             f"{where}: input {input.shape}, weight {weight.shape}, groups={groups}: the input must "
             f"have {channels} * groups channels, and groups divide {filters} filters"
         )
     _check_bias(where, bias, filters)
-    how = plan(where, tuple(kernel), stride, padding, dilation)
-    window_sizes(where, input.shape[2:], tuple(kernel), how)
-    return images.convolution(input, weight, bias, **how, groups=groups)
 
 
 def _check_bias(where: str, bias: Tensor | None, filters: int) -> None:

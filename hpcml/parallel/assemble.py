@@ -86,8 +86,9 @@ def parallelize(
         for all. It must divide the number of data-parallel ranks.
     zero_split: "blocks", or "layers" for whole layers with an owner each that broadcasts them, the
         naive way, to count against.
-    overlap: communicate in the background: gradients during backward, and beside the products of
-        linear layers what `sequence_parallel` sends; by default where that gains.
+    overlap: communicate in the background: gradients during backward, beside the products of
+        linear layers what `sequence_parallel` sends, and halos beside the interior of convolutions;
+        by default where that gains.
     mode: "sync"; "local": every rank updates by itself, and parameters are averaged every `period`
         steps, after `sync_steps` synchronous ones; or "async": gradients are summed in the
         background and may miss `staleness` updates. After training, call `step.settle()`.
@@ -132,7 +133,7 @@ def parallelize(
     model.name_parts()
     detach(model.parameters())
     if spatial.ranks_of(mesh) > 1:
-        division: Division = spatial.divide(model, loss, mesh)
+        division: Division = spatial.divide(model, loss, mesh, overlap=overlap)
     else:
         division = tensor.divide(
             model, loss, mesh, how=tensor_split, sequence_parallel=sequence_parallel,

@@ -152,7 +152,7 @@ class DataParallel:
     overlap: str = key(
         "auto",
         "communicate in the background, beside compute: gradients, zero.stage=3's parameters, what "
-        "tensor.sequence_parallel sends (auto: where that gains, over several nodes)",
+        "tensor.sequence_parallel sends, halos (auto: where that gains, over several nodes)",
         choices=("auto", "always", "never"),
     )
 

@@ -34,11 +34,11 @@ class Exchange:
     ) -> None:
         """names: of the axis that cuts each dimension. Local.
 
-        moves: whether any rank reads what another has.
+        moves: whether any rank reads what another has. whole: whether this one reads all it has.
         """
         dims = len(sizes)
         cuts: dict[int, Cut] = {}
-        self._kept, self._whole, self.moves = [], True, False
+        self._kept, self.whole, self.moves = [], True, False
         for dim, (name, n, ranges) in enumerate(zip(names, sizes, reads, strict=True)):
             axis = mesh[name]
             own = blocks(n, axis.size)
@@ -50,7 +50,7 @@ class Exchange:
             (low, high), (first, end) = own[axis.rank], ranges[axis.rank]
             start = max(first - low, 0)
             self._kept.append(slice(start, start + end - first))
-            self._whole = self._whole and first <= low and end >= high
+            self.whole = self.whole and first <= low and end >= high
             self.moves = self.moves or any(map(max, widths))
         self.halo = Halo(mesh, cuts)
 
@@ -61,7 +61,7 @@ class Exchange:
             last = x.permute(0, *range(2, x.ndim), 1)
             wide = collectives.halo_exchange(last, self.halo)
             x = wide.permute(0, dims + 1, *range(1, dims + 1))
-        return x if self._whole else x[(slice(None), slice(None), *self._kept)]
+        return x if self.whole else x[(slice(None), slice(None), *self._kept)]
 
     @contextmanager
     def saving(self, block: Tensor, read: Tensor) -> Iterator[None]:
@@ -69,7 +69,7 @@ class Exchange:
 
         Without this, every convolution would keep a copy of the block that it surrounds.
         """
-        if read is block or not self._whole:
+        if read is block or not self.whole:
             yield
             return
 
@@ -113,7 +113,7 @@ class _Rim(Packed):
     def of(array: Array, block: Array, halo: Halo) -> _Rim:
         """Copy the ghosts of an array (N, C, *S), of which `block` lies inside."""
         last = array.transpose(0, *range(2, array.ndim), 1)
-        return _Rim(block, tuple(_copy(last[index]) for index in _slabs(halo)), halo)
+        return _Rim(block, tuple(_copy(last[index]) for index in slabs(halo)), halo)
 
     def get(self) -> Array:
         """The array again, channels last."""
@@ -121,7 +121,7 @@ class _Rim(Packed):
         with memory.category("buffers"):
             whole = empty(self.halo.padded(last.shape), last)
         whole[self.halo.inside(whole.ndim)] = last
-        for index, slab in zip(_slabs(self.halo), self.slabs, strict=True):
+        for index, slab in zip(slabs(self.halo), self.slabs, strict=True):
             whole[index] = slab
         return channels_first(whole)
 
@@ -132,7 +132,7 @@ def _copy(array: Array) -> Array:
     return made
 
 
-def _slabs(halo: Halo) -> Iterator[tuple[slice, ...]]:
+def slabs(halo: Halo) -> Iterator[tuple[slice, ...]]:
     """Disjoint boxes of an array (N, *S, C) with ghosts, which cover all of the ghosts."""
     inside, padded = halo.plan.inside, halo.plan.padded
     every = slice(None)

@@ -52,9 +52,11 @@ class Grid:
     or "samples", where each has some of the samples; "outside" of the model.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, overlap: bool | None = None) -> None:
+        """overlap: compute beside the exchange of halos; None: where that gains."""
         self.mesh = mesh
         self.axis: Axis = mesh[NAMES]
+        self.overlaps = self.axis.overlaps if overlap is None else overlap
         self._axes = tuple(mesh[name] for name in NAMES)
         self.whole: Sizes = ()
         """Of the images of this pass."""

@@ -34,6 +34,7 @@ from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.division import Division, mark_divided, refuse_divided
 from hpcml.parallel.scores import Metric
 from hpcml.parallel.spatial import ends, layers
+from hpcml.parallel.spatial.convolutions import convolution, transposed_convolution
 from hpcml.parallel.spatial.grid import NAMES, SAMPLES, Grid, Sizes
 from hpcml.parallel.spatial.guard import guard
 from hpcml.parallel.spatial.loss import SpatialLoss, measured
@@ -42,9 +43,10 @@ from hpcml.parallel.spatial.operations import watch
 from hpcml.parallel.tensor.styles import is_plain
 
 DIVIDED: dict[type[Module], Callable[[Any, Grid], layers.Forward]] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), layers.convolution),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), convolution),
     **dict.fromkeys(
-        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), layers.transposed_convolution
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        transposed_convolution,
     ),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), layers.max_pool),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), layers.average_pool),
@@ -120,16 +122,17 @@ class SpatialDivision(Division):
             self.grid.gathers = False
 
 
-def divide(model: Module, loss: Any, mesh: Mesh) -> SpatialDivision:
+def divide(model: Module, loss: Any, mesh: Mesh, *, overlap: bool | None = None) -> SpatialDivision:
     """Divide a model, in place, among the ranks of "sp_d", "sp_h" and "sp_w". Collective.
 
     All ranks get the values of the first, where it has any. loss: called with outputs and target;
-    see `SpatialLoss`. The model's parts must have been named (`name_parts`). Raises UserError for
+    see `SpatialLoss`. overlap: compute while halos travel (`overlap.py`); None: where that gains
+    (`Axis.overlaps`). The model's parts must have been named (`name_parts`). Raises UserError for
     what cannot be divided so.
     """
     _check(model, loss, mesh)
     broadcast_parameters(model.parameters(), mesh[NAMES])
-    grid = Grid(mesh)
+    grid = Grid(mesh, overlap)
     styles = _styles(model)
     known = {id(module) for module, _ in styles}
     mark_divided(model)

@@ -51,7 +51,11 @@ def passed(model: nn.Module, x: Array, weigh: Callable[[tuple[int, ...]], Array]
 
 
 def compare_layer(
-    make: Callable[[], nn.Module], mesh: Mesh, shape: tuple[int, ...], tolerance: float = 1e-12
+    make: Callable[[], nn.Module],
+    mesh: Mesh,
+    shape: tuple[int, ...],
+    tolerance: float = 1e-12,
+    overlap: bool = False,
 ) -> Grid:
     """A layer on this rank's blocks, beside the same layer of the whole."""
     x = normal(*shape)
@@ -64,7 +68,7 @@ def compare_layer(
 
     expected = passed(model, x, weigh)
     other = Around(make()).to(np.float64).name_parts()
-    division = divide(other, nn.MSELoss(), mesh)
+    division = divide(other, nn.MSELoss(), mesh, overlap=overlap)
     grid, sizes = division.grid, x.shape[2:]
     (block,) = division.inputs([x])
     found = passed(other, block, lambda _: grid.cut(whole["g"], whole["g"].shape[2:]))

@@ -10,7 +10,7 @@ from hpcml import nn
 from hpcml.comm import Mesh, run
 from hpcml.parallel.spatial import divide
 from hpcml.parallel.spatial.draw import svg
-from hpcml.parallel.spatial.layers import windows_of
+from hpcml.parallel.spatial.windows import windows_of
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (5, 2, 2), (3, 1, 0)])

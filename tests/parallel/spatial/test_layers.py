@@ -10,6 +10,7 @@ import pytest
 from hpcml import nn
 from hpcml.comm import Mesh
 from hpcml.comm import run as on_threads
+from hpcml.parallel.spatial.overlap import Overlap
 from tests.parallel.cases import name_of, ranks_of
 from tests.parallel.spatial.support import compare_layer
 
@@ -57,6 +58,9 @@ LAYERS: dict[str, Make] = {
     "batch norm, mean": lambda: nn.BatchNorm2d(2, momentum=None, affine=False),
     "dropout": lambda: nn.Dropout(0.4),
 }
+OVERLAPPED = ["3x3", "3x3 unpadded", "3x3 stride 2", "3x3 dilation 2", "5x5 stride 2", "7x7 same",
+              "4x4 same, groups"]  # fmt: skip
+"""Convolutions of which every rank has an interior."""
 GRIDS = [{"sp_h": 2}, {"sp_w": 3}, {"sp_h": 2, "sp_w": 2}]
 
 
@@ -64,3 +68,16 @@ GRIDS = [{"sp_h": 2}, {"sp_w": 3}, {"sp_h": 2, "sp_w": 2}]
 @cases("layer", LAYERS)
 def test_layers(layer: str, grid: dict[str, int]) -> None:
     on_threads(lambda: compare_layer(LAYERS[layer], Mesh(**grid), IMAGE), ranks=ranks_of(grid))
+
+
+@cases("grid", [{"sp_w": 2}, {"sp_h": 2, "sp_w": 2}], ids=name_of)
+@cases("layer", OVERLAPPED)
+def test_beside_the_exchange(layer: str, grid: dict[str, int]) -> None:
+    """The same where the interior is computed while the halo travels."""
+
+    def program() -> None:
+        made = compare_layer(LAYERS[layer], Mesh(**grid), IMAGE, overlap=True)
+        plans = [plan[1] for plan in made._plans.values() if isinstance(plan, tuple)]
+        assert any(isinstance(plan, Overlap) for plan in plans)
+
+    on_threads(program, ranks=ranks_of(grid))
