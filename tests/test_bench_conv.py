@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from hpcml.bench import conv
 from hpcml.cli import main
+from hpcml.comm import launch
 
 TINY = (conv.Shape(3, 5, 3, 2, 7), conv.Shape(4, 6, 1, 1, 5))
 
@@ -55,3 +57,14 @@ def test_without_a_peer_a_table_of_our_own(capsys: pytest.CaptureFixture[str]) -
     assert str(TINY[0]) in out and "geometric mean" not in out
     assert main(["bench", "conv", "--peer", "jax"]) == 2
     assert '--peer="jax" is unknown: use torch' in capsys.readouterr().err
+
+
+def test_shapes_are_for_one_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "conv", "--ranks", "0"]) == 2
+    assert "--ranks 0: communication needs 2 ranks or more" in capsys.readouterr().err
+    two = replace(launch.read(), size=2)
+    monkeypatch.setattr(launch, "read", lambda: two)
+    assert main(["bench", "conv"]) == 2
+    assert "--part shapes measures 1 rank, not 2: add --part step" in capsys.readouterr().err

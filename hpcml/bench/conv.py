@@ -6,6 +6,7 @@ median over rounds of that within a round; the mean over shapes and passes is ge
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from hpcml.backend import Array
 from hpcml.bench.rounds import Call, alternate, geometric_mean, ratio
 from hpcml.bench.step import CHECKED, begin, largest, weights_of
 from hpcml.comm import Mesh
+from hpcml.comm.guard import agree
 from hpcml.models import ResNet
 from hpcml.nn import CrossEntropyLoss
 
@@ -71,15 +73,16 @@ SHAPES = (
 """Those of ResNet-18 and 50 on images of 224 x 224 (He et al. 2016, table 1)."""
 
 
-def run(part: str, peer: str = "", rounds: int = 0) -> dict[str, Any]:
-    """Measure with one thread; the report as plain values.
+def run(mesh: Mesh, part: str, peer: str = "", rounds: int = 0) -> dict[str, Any]:
+    """Measure with one thread a rank; the report as plain values. Collective.
 
-    part: "shapes" or "step". peer: "torch" to compare with PyTorch. rounds: how often, 0 for as
-    many as a second allows.
+    part: "shapes", on one rank, or "step". peer: "torch" to compare with PyTorch. rounds: how
+    often, 0 for as many as a second allows.
     """
-    report = begin(part, peer, 1, 1) | {"bench": "conv", "version": 1}
+    report = agree(mesh.world, partial(begin, part, peer, 1, mesh.size))
+    report |= {"bench": "conv", "version": 1}
     if part == "step":
-        return report | {"rows": [_step(peer, rounds)]}
+        return report | {"rows": [_step(mesh, peer, rounds)]}
     rows = [row for shape in SHAPES for row in _shape(shape, peer, rounds)]
     means = {}
     if peer:
@@ -133,27 +136,42 @@ def passes(shape: Shape, x: Array, w: Array, g: Array) -> tuple[dict[str, Call],
     return calls, results
 
 
-def _step(peer: str, rounds: int) -> Row:
-    """Time a training step of ResNet-18 with the stem for small images, from equal weights."""
-    random = np.random.default_rng(0)
-    batch = random.standard_normal(STEP, np.float32), random.integers(0, CLASSES, STEP[0])
-    mesh = Mesh()
+def _step(mesh: Mesh, peer: str, rounds: int) -> Row:
+    """Time a training step of ResNet-18 with the stem for small images, from equal weights.
+
+    Each rank has a batch of its own, the peer's in DistributedDataParallel on gloo. Collective.
+    """
+    random, count = np.random.default_rng(0), STEP[0] * mesh.size
+    batch = (
+        random.standard_normal((count, *STEP[1:]), np.float32),
+        random.integers(0, CLASSES, count),
+    )
     step = hpcml.parallelize(
         ResNet(STEP[1], CLASSES, small_images=True), loss=CrossEntropyLoss(), mesh=mesh,
         optimizer=hpcml.optim.SGD, **SGD,
     )  # fmt: skip
     calls: dict[str, Call] = {"ours": partial(step, batch)}
     row: Row = {"batch": list(STEP)}
+    gloo = None
     if peer:
         from hpcml.bench import torch_conv
+        from hpcml.bench.gloo_peer import GlooPeer
 
-        calls["peer"] = torch_conv.step(weights_of(step), batch, CLASSES, SGD)
-        theirs, ours = ([call() for _ in range(CHECKED)] for call in reversed(calls.values()))
-        row["loss_difference"] = largest(ours, theirs)
+        gloo = GlooPeer(mesh, 1) if mesh.size > 1 else None
+        mine = slice(mesh.rank * STEP[0], (mesh.rank + 1) * STEP[0])
+        own = batch[0][mine], batch[1][mine]
+        calls["peer"] = torch_conv.step(weights_of(step), own, CLASSES, SGD, among=mesh.size > 1)
+        losses = np.array([calls["peer"]() for _ in range(CHECKED)])
+        means = mesh.world.allreduce(losses) / mesh.size
+        row["loss_difference"] = largest(means.tolist(), [step(batch) for _ in range(CHECKED)])
     times = alternate(mesh.world, calls, rounds)
     row |= {who: float(np.median(seconds)) for who, seconds in times.items()}
     if peer:
         row["ratio"] = ratio(times, "ours", "peer")
+    if gloo:
+        del calls  # what lies over ranks must be gone before the group of processes ends
+        gc.collect()
+        gloo.close()
     return row
 
 
@@ -161,10 +179,11 @@ def table(report: dict[str, Any]) -> str:
     """The report as text."""
     peer = report["peer"]
     beside = f" beside {peer} {report['packages'][peer]}" if peer else ""
-    title = f"convolutions, fp32, 1 thread, {report['cpu']}{beside}"
+    ranks = f"{report['ranks']} rank{'s'[: report['ranks'] > 1]}"
+    title = f"convolutions, fp32, {ranks} of 1 thread, {report['cpu']}{beside}"
     if report["part"] == "step":
         (row,) = report["rows"]
-        line = f"step of ResNet-18 on {row['batch']}: {row['ours'] * 1e3:.1f} ms"
+        line = f"step of ResNet-18 on {row['batch']} a rank: {row['ours'] * 1e3:.1f} ms"
         if peer:
             line += (
                 f", {peer} {row['peer'] * 1e3:.1f} ms, ratio {row['ratio']:.2f}, "

@@ -85,14 +85,20 @@ class ResNet18(nn.Module):
 
 
 def step(
-    weights: Mapping[str, Any], batch: tuple[Any, Any], classes: int, settings: dict[str, Any]
-) -> Callable[[], float]:
-    """A training step that starts from the given parameters, by name."""
-    model = ResNet18(batch[0].shape[1], classes)
+    weights: Mapping[str, Any], batch: tuple[Any, Any], classes: int, settings: dict[str, Any],
+    among: bool = False,
+) -> Callable[[], float]:  # fmt: skip
+    """A training step that starts from the given parameters, by name.
+
+    among: of all ranks, `batch` and the loss being this rank's; `torch.distributed` has begun.
+    """
+    model: Any = ResNet18(batch[0].shape[1], classes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(weights[name]))
     model = model.to(memory_format=LAST)
+    if among:
+        model = nn.parallel.DistributedDataParallel(model)
     images = torch.from_numpy(batch[0]).contiguous(memory_format=LAST)
     target = torch.from_numpy(batch[1])
     optimizer = torch.optim.SGD(model.parameters(), **settings)

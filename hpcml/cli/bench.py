@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     conv = add("conv", _conv, _show_conv, text)
     conv.add_argument("--part", choices=("shapes", "step"), default="shapes")
     conv.add_argument("--peer", default="", help="also measure this library: torch")
+    conv.add_argument("--ranks", type=int, default=1, help="of a step, if started alone (1)")
+    conv.set_defaults(alone=1)
 
     text = "the collectives: every algorithm beside the MPI library, 1 KiB to 64 MiB"
     some = add("collectives", _collectives, _show_collectives, text)
@@ -128,13 +130,17 @@ def _show_profile(report: dict[str, Any]) -> None:
     print(profile.table(report))
 
 
-def _conv(options: argparse.Namespace) -> dict[str, Any]:
+def _conv(options: argparse.Namespace) -> dict[str, Any] | None:
     from hpcml.bench import conv
+    from hpcml.comm import Mesh
 
     bench_step.check_peer(options.peer)
-    if launch.read().size > 1:
-        raise UserError(f"bench conv measures 1 rank, not {launch.read().size}: start it alone")
-    return conv.run(options.part, options.peer, options.rounds)
+    ranks = launch.read().size
+    if options.part == "shapes" and ranks > 1:
+        raise UserError(f"--part shapes measures 1 rank, not {ranks}: add --part step")
+    mesh = Mesh()
+    report = conv.run(mesh, options.part, options.peer, options.rounds)
+    return report if mesh.rank == 0 else None
 
 
 def _show_conv(report: dict[str, Any]) -> None:
