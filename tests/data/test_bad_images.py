@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
+import struct
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,25 @@ def cut_file(path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
 
 
+def npy(shape: str) -> bytes:
+    """The begin of an .npy file whose header has this shape, and a few values."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + b"values"
+
+
+def npz(images: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", method) as archive:
+        archive.writestr("images.npy", images)
+    return made.getvalue()
+
+
+def with_flag(archive: bytes) -> bytes:
+    """An archive that says of its first member that it is encrypted."""
+    place = archive.index(b"PK\x01\x02") + 8
+    return archive[:place] + b"\x01" + archive[place + 1 :]
+
+
 CORRUPT: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "idx, cut off": ("a", lambda: idx(bytes_of()[:, 0])[:-1], "make 226 bytes, but it has 225"),
     "idx, too long": ("a", lambda: idx(bytes_of()[:, 0]) + b"x", "but it has 227"),
@@ -42,7 +65,12 @@ CORRUPT: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "gzip, cut off": ("a.gz", lambda: gzip.compress(idx(bytes_of()[:, 0]))[:-9], "no good file"),
     "gzip, garbled": ("a.gz", lambda: b"\x1f\x8b\x08\0" + b"\xff" * 40, "no good file"),
     "npy, cut off": ("a.npy", lambda: b"\x93NUMPY\x01\0v\0{'descr'", "no good file"),
+    "npy, no end of its header": ("a.npy", lambda: npy("(7, "), "no good file"),
+    "npy, beyond all memory": ("a.npy", lambda: npy(f"(7, {10**22}, 2)"), "no good file"),
     "npz, no zip": ("a.npz", lambda: b"PK\x03\x04 no more", "no good file"),
+    "npz, no end of a header": ("a.npz", lambda: npz(npy("(7, ")), "no good file"),
+    "npz, beyond all memory": ("a.npz", lambda: npz(npy(f"(7, {10**13}, 2)"), 8), "no good file"),
+    "npz, encrypted": ("a.npz", lambda: with_flag(npz(npy("(7, 2, 2)"))), "is encrypted"),
 }
 
 
@@ -71,6 +99,7 @@ def test_arrays_of_objects_are_not_unpickled(tmp_path: Path) -> None:
 def test_labels_that_do_not_match(tmp_path: Path) -> None:
     for labels, said in (
         (LABELS[:6], 'has 7 images, but "'),
+        (np.array(1), "no list of labels"),
         (LABELS.astype(float), "they must be integers"),
         (np.zeros((7, 6, 5), int), "for each image (7,) or for each pixel (7, 5, 6)"),
         (LABELS - 1, 'label -1 in "'),
@@ -130,6 +159,11 @@ def test_pictures(tmp_path: Path) -> None:
     bad.write_bytes(b"no picture")
     refused(f'"{bad}" cannot be decoded', "replace or remove", path=str(tmp_path))
     pillow.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6), np.uint8)).save(bad)
+    whole = bad.read_bytes()
+    head = b"IHDR" + struct.pack(">II", 30000, 30000) + whole[24:29]
+    bad.write_bytes(whole[:12] + head + struct.pack(">I", zlib.crc32(head)) + whole[33:])
+    refused(f'"{bad}" cannot be decoded', "900000000 pixels", path=str(tmp_path))
+    bad.write_bytes(whole)
     cut_file(bad, 50)  # the header is all right
     train = images(0, str(tmp_path), val_fraction=0, mean=(0.0,), std=(1.0,)).train
     with pytest.raises(UserError, match=r"1.png\" cannot be decoded"):

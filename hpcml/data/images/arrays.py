@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -25,6 +26,10 @@ _IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 """By the third byte of an idx file (LeCun, Cortes, Burges, "The MNIST database", on its page)."""
 _DEFAULT_AXES = {3: "NHW", 4: "NCHW", 5: "NCDHW"}
 _SPACES = ("W", "HW", "DHW")
+_UNREADABLE = (OSError, ValueError, EOFError, OverflowError, MemoryError, RuntimeError,
+               tokenize.TokenError, zlib.error, zipfile.BadZipFile)  # fmt: skip
+"""What is raised for content that is not right: a header with a bracket too few or sizes beyond all
+memory, an archive that is encrypted or compressed in an unknown way, and what these names say."""
 
 
 def load(path: Path, labels: str, axes: str) -> Source:
@@ -82,7 +87,7 @@ def read(path: Path) -> Array:
         return _read_idx(path)
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+    except _UNREADABLE as error:
         raise _bad(path, error) from None
 
 
@@ -152,7 +157,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
                 info.filename.removesuffix(".npy"): _member(path, archive, info)
                 for info in archive.infolist()
             }
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, zlib.error) as error:
+    except _UNREADABLE as error:
         raise _bad(path, error) from None
 
 

@@ -37,11 +37,11 @@ class Decoded:
 
     def part(self, index: int, space: Space) -> Array:
         """Channels and a part of the pixels; the whole picture is decoded for it."""
-        file, opener = self.files[index], _pillow().open
+        file, pillow = self.files[index], _pillow()
         try:
-            with opener(file) as picture:
+            with pillow.open(file) as picture:
                 pixels = np.asarray(picture.convert(self.mode))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
             raise _undecodable(file, error) from None
         whole = pixels.reshape(self.shape[2], self.shape[3], self.shape[1]).transpose(2, 0, 1)
         return whole[(slice(None), *space)]
@@ -88,11 +88,11 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _head(file: Path) -> tuple[tuple[int, int], str]:
     """Width and height of a picture, and Pillow's mode; its pixels are not read."""
-    opener = _pillow().open
+    pillow = _pillow()
     try:
-        with opener(file) as picture:
+        with pillow.open(file) as picture:
             size, mode = picture.size, picture.mode
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise _undecodable(file, error) from None
     if mode not in (*_GREY, *_COLOUR):
         raise UserError(

@@ -69,10 +69,11 @@ class Source:
                 f'images "{self.names[0]}" of shape {self.pictures.shape}, as (N, C, ...): none '
                 "of these can be 0"
             )
-        if len(self.labels) != count:
+        found = self.labels.shape[0] if self.labels.ndim else "no list of"
+        if found != count:
             raise UserError(
-                f'"{self.names[0]}" has {count} images, but "{self.names[1]}" {len(self.labels)} '
-                "labels: give one for each image"
+                f'"{self.names[0]}" has {count} images, but "{self.names[1]}" {found} labels: give '
+                "one for each image"
             )
         if self.labels.dtype.kind not in "iu" or self.labels.shape[1:] not in ((), tuple(size)):
             raise UserError(
