@@ -281,6 +281,8 @@ def pad(
         raise UserError(f'pad: mode="{mode}": use constant, reflect, replicate or circular')
     if mode != "constant":
         for n, pair in zip(input.shape, widths, strict=True):
+            if pair == (0, 0):  # of a batch without samples nothing is asked
+                continue
             most = {"reflect": n - 1, "circular": n}.get(mode, max(pair) if n else 0)
             if max(pair) > most or min(pair) < 0:
                 raise UserError(

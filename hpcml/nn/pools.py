@@ -35,12 +35,12 @@ def windows(
         if 2 * p > reach:
             raise UserError(f"{where}: padding={padding} is more than half of a window of {reach}")
         rest = n + 2 * p - reach
-        if rest < 0:
+        count = (-(-rest // s) if ceil_mode else rest // s) + 1
+        if count < 1:
             raise UserError(
                 f"{where}: a window of {size} with dilation {dilations} does not fit into an image "
                 f"of {shape} with padding {before}: pad more, or take a larger image"
             )
-        count = (-(-rest // s) if ceil_mode else rest // s) + 1
         found.append(count - ((count - 1) * s >= n + p))  # each begins before what is behind
     return tuple(found), size, strides, before, dilations
 

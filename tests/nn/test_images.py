@@ -85,6 +85,11 @@ def test_an_empty_batch(dtype: str) -> None:
         lambda *a: F.conv_transpose2d(*a, stride=2), lambda *a: TF.conv_transpose2d(*a, stride=2),
         x, w[:2], b.astype(dtype)[:2],
     )  # fmt: skip
+    widths = (1, 2, 0, 3)
+    for mode in ("reflect", "replicate", "circular"):
+        same_as_torch(
+            lambda a, m=mode: F.pad(a, widths, m), lambda a, m=mode: TF.pad(a, widths, m), x
+        )
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -224,6 +229,7 @@ def test_no_estimates_no_evaluation_by_them() -> None:
 POOLS = [
     ((2, 3, 9), (3,), {"stride": 2, "padding": 1}),
     ((2, 3, 9), (2,), {"ceil_mode": True}),
+    ((2, 3, 1, 5), (2,), {"ceil_mode": True}),
     ((1, 2, 7, 8), ((3, 2),), {"stride": (2, 3), "padding": (1, 0), "ceil_mode": True}),
     ((0, 2, 4, 4), (2,), {}),
     ((2, 17, 5, 6), (3, 1, 1), {}),
