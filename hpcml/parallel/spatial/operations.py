@@ -85,7 +85,8 @@ class _Operations:
         if not of_blocks or (name in _ALONG and _channels_only(attributes, dims + 2)):
             return
         shape = of_blocks[0]
-        if name in _MOVES and out.ndim > dims and out.shape[-dims:] == shape[2:]:
+        stays = name in _MOVES and out.ndim > dims and out.shape[-dims:] == shape[2:]
+        if stays and _in_order(attributes.get("index", ()), dims + 2):
             return
         raise UserError(
             f"{where(self._running[-1])} calls {name} on {shape}, a block of images that "
@@ -100,3 +101,12 @@ def _channels_only(attributes: dict[str, Any], ndim: int) -> bool:
     dim = attributes.get("dim", -1)
     dims = dim if isinstance(dim, tuple | list) else (dim,)
     return all(isinstance(one, int) and one % ndim < 2 for one in dims) and bool(dims)
+
+
+def _in_order(index: Any, ndim: int) -> bool:
+    """Whether an index takes places in the order in which they lie."""
+    parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not None]
+    rest = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
+    every = slice(None)
+    parts[rest : rest + 1] = [every] * (ndim - len(parts[:rest]) - len(parts[rest + 1 :]))
+    return all(isinstance(part, slice) and (part.step or 1) > 0 for part in parts[2:])

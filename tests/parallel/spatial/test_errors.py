@@ -108,6 +108,10 @@ REFUSED: dict[str, tuple[Any, tuple[int, ...], dict[str, int], str]] = {
         lambda: Net(Odd(lambda x: x[:, :, 1:])), (2, 1, 10, 5), {"sp_h": 2},
         r"middle \(Odd\) calls getitem",
     ),
+    "a flip": (
+        lambda: Net(Odd(lambda x: x[:, :1, ...] + x[..., ::-1, :])), (2, 1, 10, 5), {"sp_h": 2},
+        r"middle \(Odd\) calls getitem",
+    ),
     "a mean": (
         lambda: Net(Odd(lambda x: x * x.mean((2, 3), keepdim=True))), (2, 1, 10, 5), {"sp_h": 2},
         r"middle \(Odd\) calls mean",
