@@ -99,6 +99,7 @@ class StaleStep(Step):
             elif len(self._sums) > most:  # every rank is here, with the same ones under way
                 self.grad_norm = norm
                 self._sums.drop_all()
+                self._refusals.tell(self.axis, losses)
                 raise self._failure(made.batch, made.first, losses)
             else:
                 return  # some are not so far: raise with them

@@ -26,6 +26,7 @@ from hpcml.parallel.finite import Finding, describe
 from hpcml.parallel.limits import advised
 from hpcml.parallel.pipeline.actions import Kind
 from hpcml.parallel.precision import LossScaler
+from hpcml.parallel.refusals import Refusals
 from hpcml.parallel.replicas import ReplicaError, check_replicas
 from hpcml.parallel.scores import Metric, Scores
 from hpcml.parallel.spatial.grid import NAMES
@@ -73,6 +74,7 @@ class Step:
         self._unit = 0  # samples that the gradients are divided by
         self._compared = False  # whether ranks that divide the model have one loss
         self._weight = 1.0  # by which this rank's gradient counts
+        self._refusals = Refusals()
         self.scores: dict[str, float] = {}
         self._scores = Scores(division.metrics(metrics or {}))
         self.buffers = Buffers(model, mesh.deterministic)
@@ -101,14 +103,21 @@ class Step:
     def compute(self, batch: Any) -> Array:
         """What a call begins with: add a batch's gradient to what is under way.
 
-        Returns the share of each microbatch in the batch's mean loss, where it is this rank's own.
-        `complete` comes next.
+        Returns the share of each microbatch in the batch's mean loss, where it is this rank's own;
+        what it refuses is raised on all ranks when these are summed (`total`). `complete` comes
+        next.
         """
         size, first = size_of(batch), getattr(batch, "first", self.samples)
         at_once = min(size, self.microbatch or -(-size // self.axis.size))
         held, self._held = self._held, 0  # what an error leaves of a gradient is of no use
-        with advised(self.optimizer, self.groups.sharding, at_once):
+        losses = np.full(data.count(size, self.microbatch, self.axis.size), np.nan)
+        alone = self._owners.size > 1 and not self.zero.lockstep and self.mesh["pp"].size == 1
+        with (
+            self._refusals.kept(alone=alone),
+            advised(self.optimizer, self.groups.sharding, at_once),
+        ):
             losses = self._accumulate(batch, size, first, fresh=held == 0)
+        self.current = -1
         self.samples, self._held = first + size, held + size
         return losses
 
@@ -164,13 +173,12 @@ class Step:
                 with span(Kind.BACKWARD, 0, part.number):
                     loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
             self.zero.after_backward()
-        self.current = -1
         return losses
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
         """Bring the ranks together and update; the loss, given this rank's shares in it."""
-        self._compare(losses)
         losses = self.total(losses)
+        self._compare(losses)
         if not np.isfinite(losses).all():
             self.grad_norm = math.nan
             raise self._failure(batch, first, losses)
@@ -263,22 +271,31 @@ class Step:
         """Like `evaluate`, with the metrics: means over all samples, "loss" among them."""
         total, count = 0.0, 0
         self._scores.begin()
+        alone = self._owners.size > 1 and not self.zero.gathers and self.mesh["pp"].size == 1
         with self._together(), evaluating(self.model):
             for batch in batches:
-                size = size_of(batch)
-                for part in data.microbatches(size, self.microbatch, self.axis, self.zero.gathers):
-                    loss = self._loss(self.division.fields(batch, part.samples))
-                    self.scored(part.counted)
-                    if part.weight:
-                        total += loss.item() * part.counted
-                    self.zero.end_pass()
-                count += size
+                share = math.nan
+                with self._refusals.kept(alone=alone):
+                    share = self._measured(batch)
+                total += share
+                count += size_of(batch)
         if count == 0:
             raise UserError("evaluate() got no samples: give it at least one batch")
         mean = float(self.total(np.array([total]))[0]) / count
         if not math.isfinite(mean):
             raise NonFiniteError(f"validation loss {mean}: lower the learning rate")
         return {"loss": mean, **self._scores.means(self.total, count)}
+
+    def _measured(self, batch: Any) -> float:
+        """The sum of losses over this rank's samples of a batch."""
+        size, total = size_of(batch), 0.0
+        for part in data.microbatches(size, self.microbatch, self.axis, self.zero.gathers):
+            loss = self._loss(self.division.fields(batch, part.samples))
+            self.scored(part.counted)
+            if part.weight:
+                total += loss.item() * part.counted
+            self.zero.end_pass()
+        return total
 
     @quiet
     def try_batch(self, batch: Any) -> None:
@@ -362,8 +379,13 @@ class Step:
         return self.total
 
     def total(self, values: Array) -> Array:
-        """Sum over the ranks that have different shares, in place. Collective."""
-        return self._owners.allreduce(values, out=values)
+        """Sum over the ranks that have different shares, in place. Collective.
+
+        Where one of them has refused something, all raise that.
+        """
+        summed: Array = self._owners.allreduce(values, out=values)
+        self._refusals.tell(self._owners, summed)
+        return summed
 
     def _failure(self, batch: Any, first: int, losses: Array) -> NonFiniteError:
         """The error of a loss or gradient that is not finite, with where that began. Collective."""

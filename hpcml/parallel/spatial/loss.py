@@ -43,8 +43,10 @@ class SpatialLoss(Module):
             input, target = grid.joined(self, input), self._joined(target)
         elif grid.own_samples is not None:
             first, end = grid.own_samples
-            if first == end:
-                return _nothing(input)
+            if grid.count < grid.axis.size:
+                _require_tensor(input)
+            if first == end:  # backward goes the way of the other ranks
+                return input.sum() * 0.0  # type: ignore[no-any-return]
             return self._of(input, target[first:end]) * ((end - first) / grid.count)
         return self._of(input, target) * (1 / grid.axis.size)
 
@@ -81,14 +83,13 @@ def measured(metric: Metric, grid: Grid) -> Metric:
     return all_of
 
 
-def _nothing(input: Any) -> Tensor:
-    """Zero, made of outputs for no sample, so that backward goes the way of the other ranks."""
+def _require_tensor(input: Any) -> None:
+    """Refuse, on all ranks, outputs of which one without samples makes no loss."""
     if not isinstance(input, Tensor):
         raise UserError(
             'spatial = "samples" with fewer samples than ranks needs a model that returns one '
             'tensor: use "gather", or larger microbatches'
         )
-    return input.sum() * 0.0
 
 
 def _cross_entropy(loss: CrossEntropyLoss, grid: Grid, input: Tensor, target: Any) -> Tensor:

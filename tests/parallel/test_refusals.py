@@ -1,0 +1,81 @@
+"""What one rank alone sees that cannot be done, all ranks refuse in the same line: none waits."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import hpcml
+from hpcml import nn
+from hpcml.comm import Mesh
+from hpcml.comm import run as on_threads
+from hpcml.errors import UserError
+from tests.parallel.cases import name_of, ranks_of
+
+cases = pytest.mark.parametrize
+
+
+class Shrinking(nn.Module):
+    """A third of the height is left before the region ends; then samples are normalised."""
+
+    spatial: ClassVar[dict[str, str]] = {"avgpool": "gather"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.conv = nn.MaxPool2d(3), nn.Conv2d(1, 3, 1)
+        self.avgpool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Any) -> Any:
+        return self.norm(self.flatten(self.avgpool(self.conv(self.pool(x)))))
+
+
+def images(samples: int, *sizes: int) -> Any:
+    random = np.random.default_rng(samples)
+    return random.normal(size=(samples, 1, *sizes)), random.integers(0, 3, samples)
+
+
+BAD = {
+    "small": (images(2, 5, 9), r"pool \(MaxPool2d\): outputs of \(1, 3\) cannot be cut"),
+    "few": (images(3, 9, 9), r"norm \(BatchNorm1d\): \(1, 3\) has one value a channel"),
+}
+"""One microbatch, which only the first data-parallel rank has; two, the last one of one sample."""
+
+
+@cases(
+    ("layout", "options", "bad"),
+    [
+        ({"dp": 2, "sp_h": 2}, {}, "small"),
+        ({"dp": 2, "sp_h": 2}, {"zero": 3}, "small"),
+        ({"dp": 2, "sp_h": 2}, {}, "few"),
+        ({"dp": 3}, {"zero": 1}, "few"),
+        ({"dp": 2}, {"mode": "local", "period": 2}, "few"),
+        ({"dp": 2}, {"mode": "async", "staleness": 1}, "few"),
+    ],
+    ids=name_of,
+)
+def test_all_refuse(layout: dict[str, int], options: dict[str, Any], bad: str) -> None:
+    batch, message = BAD[bad]
+
+    def program() -> list[str]:
+        step = hpcml.parallelize(
+            Shrinking(), loss=nn.CrossEntropyLoss(), optimizer=hpcml.optim.SGD, lr=0.1, seed=1,
+            mesh=Mesh(**layout), microbatch=2, **options,
+        )  # fmt: skip
+        good, lines = images(4, 9, 9), []
+        assert np.isfinite(step(good))
+        with pytest.raises(UserError, match=message) as raised:
+            [step(batch) for _ in range(2)]  # late by as many updates as a mode allows
+        lines.append(str(raised.value))
+        assert np.isfinite(step(good)), "it can go on"
+        if bad == "small":
+            with pytest.raises(UserError, match=message) as raised:
+                step.measure([good, batch])
+            lines.append(str(raised.value))
+        assert step.measure([good])["loss"] > 0
+        return lines
+
+    found = on_threads(program, ranks=ranks_of(layout), timeout=20)
+    assert all(lines == found[0] for lines in found) and "\n" not in "".join(found[0])
