@@ -30,8 +30,11 @@ from hpcml.parallel.groups import Groups
 class Gradients:
     """Collects the gradients of one step after the other.
 
-    overlap: reduce in the background. ordered: deterministic mode. stages: those of a pipeline that
-    this rank has, each with its buckets: a backward is through one of them.
+    most: elements that are on their way at once, unless a bucket is larger or long in use: three
+    buckets of usual size, one that is filled, one that is reduced, and one of a tied parameter,
+    which waits for its second use. overlap: reduce in the background. ordered: deterministic mode.
+    stages: those of a pipeline that this rank has, each with its buckets: a backward is through one
+    of them.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Gradients:
         storage: FlatStorage,
         groups: Groups,
         arena: Arena,
+        most: int,
         overlap: bool,
         ordered: bool,
         stages: Mapping[int, Sequence[Bucket]],
@@ -57,7 +61,9 @@ class Gradients:
         self._missing = dict.fromkeys(storage.trained, 0)
         self._slots: dict[Bucket, Array] = {}
         self._own = {bucket: self._part(bucket) for bucket in storage.trained}
-        self._pending: list[tuple[Request, Array | None]] = []
+        self._pending: list[tuple[Request, Array]] = []
+        largest = max((bucket.size for bucket in storage.trained), default=0)
+        self._most, self._reduced_beside = max(most, largest), most // 3
         self._active = False
         self._real = self._first = True
         if self.on_way or ordered or self.overlap:
@@ -71,7 +77,7 @@ class Gradients:
 
     def begin(self, rounds: int) -> None:
         """A step of so many microbatches a rank begins."""
-        self._wait(0)
+        self._wait()
         for bucket in list(self._slots):  # of a backward that raised
             self.arena.give_back(self._forget(bucket))
         self._ready.clear()
@@ -110,7 +116,7 @@ class Gradients:
 
     def finish(self) -> None:
         """Complete the sums: each rank then has what its stage holds."""
-        self._wait(0)
+        self._wait()
         sharding, groups = self.sharding, self.groups
         buckets = [bucket for order in self._orders.values() for bucket in order]
         if self.on_way and sharding.stage == 0:
@@ -155,7 +161,9 @@ class Gradients:
 
     def _open(self, bucket: Bucket) -> Array:
         if bucket not in self._slots:
-            self._wait(1)
+            used = sum(other.size for other in self._slots if self._missing[other])
+            least = self._reduced_beside if used else 0
+            self._wait(max(self._most - used - bucket.size, least), 1)
             slot = self._slots[bucket] = self.arena.take(bucket.size)
             for gap in bucket.gaps():
                 slot[gap] = 0
@@ -194,7 +202,7 @@ class Gradients:
         agreed = self.groups.all.broadcast_object([numbers[bucket] for bucket in order])
         learned = [self.storage.trained[number] for number in agreed]
         if learned != self._buckets:  # buckets that were ready had to wait for their turn
-            self._wait(0)
+            self._wait()
             self.arena.shrink()
         self._buckets = self._orders[self._stage] = learned
 
@@ -223,7 +231,6 @@ class Gradients:
     def _start(self, bucket: Bucket, source: Array, background: bool) -> None:
         """Reduce a bucket, or begin to; memory on the way is given back when that is over."""
         shard, sharding = self.groups.shard, self.sharding
-        lent = source if self.on_way else None
         request: Request | None = None
         if sharding.layers:
             self._to_owner(bucket, source)
@@ -238,9 +245,9 @@ class Gradients:
             else:
                 shard.reduce_scatter(source, out=own, accumulate=more)
         if request is not None:
-            self._pending.append((request, lent))
-        elif lent is not None:
-            self.arena.give_back(lent)
+            self._pending.append((request, source))
+        elif self.on_way:
+            self.arena.give_back(source)
 
     def _in_turn(self, bucket: Bucket, source: Array) -> None:
         """Add to what the replicas before this one have added up; all get what the last one has."""
@@ -269,10 +276,11 @@ class Gradients:
         whole = self.sharding.whole("grads")
         return bucket.grad[self.sharding.block(bucket)] if whole else bucket.grad
 
-    def _wait(self, most: int) -> None:
-        """Until at most so many reductions are under way."""
-        while len(self._pending) > most:
-            request, lent = self._pending.pop(0)
+    def _wait(self, most: int = 0, count: int = 0) -> None:
+        """Until at most `count` reductions are under way, of at most so many elements."""
+        pending = self._pending
+        while len(pending) > count or sum(source.size for _, source in pending) > most:
+            request, source = self._pending.pop(0)
             request.wait()
-            if lent is not None:
-                self.arena.give_back(lent)
+            if self.on_way:
+                self.arena.give_back(source)

@@ -116,6 +116,8 @@ class Unit:
 
     def __init__(self, shards: Shards, buckets: Sequence[Bucket]) -> None:
         self.shards, self.buckets = shards, buckets
+        self.size = sum(bucket.size for bucket in buckets)
+        self._room: Array = None
         self.slots: list[Array] = []
         self.coming: list[Request] = []
         for bucket in buckets:
@@ -133,10 +135,15 @@ class Unit:
     def start(self, background: bool) -> None:
         """Gather the buckets, or begin to."""
         shards, sharding = self.shards, self.shards.sharding
+        room = self._room = shards.arena.take(self.size)
+        start = 0
         for bucket in self.buckets:
-            slot = shards.arena.take(bucket.size)
+            slot = shards.arena.part(room, slice(start, start + bucket.size))
             self.slots.append(slot)
-            own = shards.arena.part(slot, sharding.block(bucket)) if not sharding.layers else None
+            block, own = sharding.block(bucket), None
+            if not sharding.layers:
+                own = shards.arena.part(room, slice(start + block.start, start + block.stop))
+            start += bucket.size
             request = gather(bucket, bucket.data, slot, shards.axis, sharding, own, background)
             if request is not None:
                 self.coming.append(request)
@@ -167,8 +174,8 @@ class Unit:
 
     def give_back(self) -> None:
         """Give the memory back."""
-        for slot in self.slots:
-            self.shards.arena.give_back(slot)
+        if self.slots:
+            self.shards.arena.give_back(self._room)
         self.slots = []
 
 

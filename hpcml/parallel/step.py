@@ -162,7 +162,7 @@ class Step:
         factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
         parts = data.microbatches(size, self.microbatch, self.axis, self.zero.lockstep)
         for self.current, part in enumerate(parts):
-            self.zero.before_backward(real=part.weight > 0, last=part.last and not self._holding)
+            last = part.last and not self._holding
             with rng.samples(self.seed, first + part.samples.start):
                 counted = self.buffers.microbatch(self.current, part.counted)
                 with span(Kind.FORWARD, 0, part.number), counted:
@@ -170,6 +170,7 @@ class Step:
                 self.scored(part.weight)
                 if part.weight:
                     losses[part.number] = loss.item() * part.weight
+                self.zero.before_backward(real=part.weight > 0, last=last)
                 with span(Kind.BACKWARD, 0, part.number):
                     loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
             self.zero.after_backward()

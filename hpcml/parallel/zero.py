@@ -58,10 +58,11 @@ class Zero:
     ) -> None:
         """Collective; all ranks get the parameters of the first, where they have values.
 
-        bucket_mb: MiB of gradients that are on their way at once, in buckets of half of that: one
-        is filled while another is reduced. overlap: communicate in the background; None: where
-        that gains. deterministic: microbatches are added in their order over all ranks. held: what
-        this rank has of the model in a pipeline; by default all.
+        bucket_mb: MiB of gradients that are on their way at once, in buckets of a third of that:
+        one is filled, one is reduced, one may be long in use, of a tied parameter. overlap:
+        communicate in the background; None: where that gains. deterministic: microbatches are added
+        in their order over all ranks. held: what this rank has of the model in a pipeline; by
+        default all.
         """
         self.model, self.optimizer, self.groups = model, optimizer, groups
         self.deterministic = deterministic
@@ -70,15 +71,16 @@ class Zero:
         detach(self.held.parameters)
         broadcast_parameters(self.held.parameters, groups.dp)
         with advised(optimizer, groups.sharding):
-            self._place(int(bucket_mb * (1 << 20) / 2))
+            self._place(int(bucket_mb * (1 << 20) / 3))
         storage = self.storage = optimizer.storage
+        most = int(bucket_mb * (1 << 20)) // storage.dtype.itemsize
         self._left_out = [p for p in self.held.parameters if id(p) not in storage.home]
         overlap = groups.all.overlaps if overlap is None else overlap
         # Gradients in memory of this rank's own: a layer that only some ranks use has its place on
         # those alone. What is gathered has the same place on all, in memory that they share.
         own = Arena(lambda size: memory.empty((size,), storage.dtype, "buffers"))
         stages = self.held.by_stage(storage.trained)
-        self._gradients = Gradients(storage, groups, own, overlap, deterministic, stages)
+        self._gradients = Gradients(storage, groups, own, most, overlap, deterministic, stages)
         self._shards: Shards | None = None
         if not groups.sharding.whole("params"):
             shared = Arena(lambda size: groups.shard.empty(size, storage.dtype))
@@ -121,7 +123,7 @@ class Zero:
         self._gradients.begin(rounds)
 
     def before_backward(self, *, real: bool = True, last: bool = True, stage: int = 0) -> None:
-        """A microbatch comes; not `real`: only for company; `last`: of this rank in the step.
+        """Backward of a microbatch comes; `real`: not only for company; `last`: of the step, here.
 
         stage: of the pipeline, through which backward goes.
         """

@@ -162,7 +162,7 @@ class Zero:
     """What data-parallel ranks hold in parts instead of copies."""
 
     stage: int = key(0, "0: nothing, 1: optimizer state, 2: gradients too, 3: all", low=0, high=3)
-    bucket_mb: float = key(25.0, "MiB of gradients on their way at once, in two buckets", above=0)
+    bucket_mb: float = key(25.0, "MiB of gradients on their way at once, in three buckets", above=0)
     shard_ranks: int = key(0, "ranks that share one copy, the others have more (0: all)", low=0)
     split: str = key(
         "blocks",

@@ -121,7 +121,7 @@ def test_what_is_held_for_a_moment(
 ) -> None:
     """A bucket of gradients, and two units of parameters: one in use and one that comes.
 
-    In the background two buckets, of `bucket_mb` together: one is filled, the other is reduced.
+    In the background two buckets, within `bucket_mb`: one is filled, the other is reduced.
     What is small beside the blocks, the embeddings, has memory of its own for values and gradients.
     A tied embedding is fetched at both ends, and the bucket of its gradient is in use between them.
     """
@@ -158,7 +158,7 @@ def test_the_first_step_learns_the_order(mesh: Mesh, stage: int, overlap: bool) 
     before = account.live["buffers"]
     step = hpcml.parallelize(
         Backwards(), loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, zero=stage, microbatch=1,
-        bucket_mb=0.08, overlap=overlap,
+        bucket_mb=0.12, overlap=overlap,
     )  # fmt: skip
     x = np.ones((mesh.size, 96), np.float32)
     step((x, x))
@@ -184,6 +184,17 @@ def test_a_tied_embedding_that_is_the_largest_unit(mesh: Mesh, overlap: bool) ->
     embedding, blocks = found.units()
     assert embedding == found.bucket > blocks > embedding / 2
     assert 2 * embedding + blocks <= found.buffers() <= (5 if overlap else 3) * embedding
+
+
+@cases("overlap", [False, True])
+def test_a_large_bucket_is_on_its_way_once(mesh: Mesh, overlap: bool) -> None:
+    """That of one microbatch is reduced before the next one fills it again.
+
+    Both were held at once; what is small goes on its way beside it, within `bucket_mb`.
+    """
+    found = made(mesh, 2, vocab=4096, width=64, overlap=overlap, bucket_mb=0.3)
+    embedding = max(found.units())
+    assert embedding <= found.buffers() <= embedding + 0.3 * 2**20
 
 
 @cases("precision", ["fp32", "bf16"])
