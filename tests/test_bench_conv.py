@@ -11,7 +11,7 @@ from hpcml.bench import conv
 from hpcml.cli import main
 from hpcml.comm import launch
 
-TINY = (conv.Shape(3, 5, 3, 2, 7), conv.Shape(4, 6, 1, 1, 5))
+TINY = (conv.Shape(3, 5, 3, 2, 7), conv.Shape(16, 16, 3, 1, 5))
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +28,14 @@ def test_the_peer_computes_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     asked = [(row["shape"], row["pass"]) for row in report["rows"]]
     assert asked == [(str(shape), name) for shape in TINY for name in conv.PASSES]
     for row in report["rows"]:
-        assert 0 <= row["difference"] < 1e-5 and row["ratio"] > 0
-    ratios = [row["ratio"] for row in report["rows"]]
-    assert min(ratios) <= report["means"]["all"] <= max(ratios)
+        who = ["ours"] if row["shape"] == str(TINY[0]) else ["ours", "winograd"]
+        assert list(row["difference"]) == list(row["ratio"]) == who
+        assert 0 <= max(row["difference"].values()) < 1e-5 and min(row["ratio"].values()) > 0
+    for who in conv.OURS:
+        ratios = [row["ratio"].get(who, row["ratio"]["ours"]) for row in report["rows"]]
+        assert min(ratios) <= report["means"][who]["all"] <= max(ratios)
     text = conv.table(report).splitlines()
-    assert len(text) == 3 + len(TINY) + 1 and text[-1].startswith("geometric mean")
+    assert len(text) == 3 + len(TINY) + 2 and text[-2].startswith("geometric mean")
 
 
 def test_multiplications_and_additions() -> None:
@@ -47,7 +50,8 @@ def test_a_step_of_the_same_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     (row,) = report["rows"]
-    assert row["loss_difference"] < 1e-5 and row["ratio"] > 0
+    assert row["loss_difference"]["ours"] < 1e-5 and row["loss_difference"]["winograd"] < 1e-4
+    assert min(row["ratio"].values()) > 0
     assert "ratio" in conv.table(report)
 
 

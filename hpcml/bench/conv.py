@@ -1,13 +1,14 @@
 """Convolutions of ResNet's layers, forward and both backward passes, and a step of ResNet-18.
 
-Beside PyTorch's (oneDNN) in one process, turn by turn, images channels last in both. A ratio is the
-median over rounds of that within a round; the mean over shapes and passes is geometric.
+Beside PyTorch's (oneDNN) in one process, turn by turn, images channels last in both, with and
+without Winograd's method. A ratio is the median over rounds of that within a round; the mean over
+shapes and passes is geometric.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,9 +23,12 @@ from hpcml.bench.step import CHECKED, begin, largest, weights_of
 from hpcml.comm import Mesh
 from hpcml.comm.guard import agree
 from hpcml.models import ResNet
-from hpcml.nn import CrossEntropyLoss
+from hpcml.nn import CrossEntropyLoss, use_winograd
+from hpcml.parallel import Step
 
 BATCH = 16
+OURS = ("ours", "winograd")
+"""What is compared with the peer; the second wherever that does something else."""
 PASSES = ("forward", "data", "filter")
 """Of the output, of the gradient of the images, of the gradient of the filters."""
 STEP = (64, 3, 32, 32)
@@ -84,12 +88,17 @@ def run(mesh: Mesh, part: str, peer: str = "", rounds: int = 0) -> dict[str, Any
     if part == "step":
         return report | {"rows": [_step(mesh, peer, rounds)]}
     rows = [row for shape in SHAPES for row in _shape(shape, peer, rounds)]
-    means = {}
-    if peer:
-        for name in PASSES:
-            means[name] = geometric_mean([row["ratio"] for row in rows if row["pass"] == name])
-        means["all"] = geometric_mean([row["ratio"] for row in rows])
+    means = {who: _means(rows, who) for who in OURS} if peer else {}
     return report | {"batch": BATCH, "rows": rows, "means": means}
+
+
+def _means(rows: Sequence[Row], who: str) -> Row:
+    """How many times as fast as the peer, by pass and over all."""
+    passes = {name: [row for row in rows if row["pass"] == name] for name in PASSES}
+    return {
+        name: geometric_mean([row["ratio"].get(who, row["ratio"]["ours"]) for row in some])
+        for name, some in {**passes, "all": rows}.items()
+    }
 
 
 def _shape(shape: Shape, peer: str, rounds: int) -> list[Row]:
@@ -100,7 +109,8 @@ def _shape(shape: Shape, peer: str, rounds: int) -> list[Row]:
         for n, c in ((shape.size, shape.channels), (shape.out, shape.filters))
     )
     w = random.standard_normal((shape.filters, shape.channels, *(shape.kernel,) * 2), np.float32)
-    ours, results = passes(shape, x, w, g)
+    who = OURS if _differs(shape) else OURS[:1]
+    ours = {one: passes(shape, x, w, g, one == "winograd") for one in who}
     theirs: Mapping[str, Any] = {}
     if peer:
         from hpcml.bench import torch_conv
@@ -108,23 +118,36 @@ def _shape(shape: Shape, peer: str, rounds: int) -> list[Row]:
         theirs = torch_conv.passes(shape, x, w, g)
     rows = []
     for name in PASSES:
-        calls: dict[str, Call] = {"ours": ours[name]}
+        calls: dict[str, Call] = {one: ours[one][0][name] for one in who}
         if peer:
             calls["peer"] = theirs[name]
         times = alternate(Mesh().world, calls, rounds)
         row: Row = {"shape": str(shape), "pass": name, "flops": shape.flops}
-        row |= {who: float(np.median(seconds)) for who, seconds in times.items()}
+        row |= {one: float(np.median(seconds)) for one, seconds in times.items()}
         if peer:
             expected = theirs[name]()
-            row["difference"] = float(abs(results[name] - expected).max() / abs(expected).max())
-            row["ratio"] = ratio(times, "ours", "peer")
+            row["difference"] = {
+                one: float(abs(ours[one][1][name] - expected).max() / abs(expected).max())
+                for one in who
+            }
+            row["ratio"] = {one: ratio(times, one, "peer") for one in who}
         rows.append(row)
     return rows
 
 
-def passes(shape: Shape, x: Array, w: Array, g: Array) -> tuple[dict[str, Call], dict[str, Array]]:
+def _differs(shape: Shape) -> bool:
+    """Whether Winograd's method computes this shape."""
+    from hpcml.kernels.cpu.images.winograd import fits
+
+    weight = shape.filters, shape.channels, *(shape.kernel,) * 2
+    return fits(weight, (shape.stride,) * 2, (1, 1), 1, (shape.out,) * 2)
+
+
+def passes(
+    shape: Shape, x: Array, w: Array, g: Array, winograd: bool = False
+) -> tuple[dict[str, Call], dict[str, Array]]:
     """The kernel of each pass as layers call it, and where its result is, in our order."""
-    k, none = kernels.images(x), np.empty(0, x.dtype)
+    k, none = kernels.convolutions(x, winograd), np.empty(0, x.dtype)
     pair = (shape.kernel // 2,) * 2
     how = (shape.stride,) * 2, pair, (1, 1), 1
     results = {"forward": np.empty_like(g), "data": np.empty_like(x), "filter": np.empty_like(w)}
@@ -146,11 +169,8 @@ def _step(mesh: Mesh, peer: str, rounds: int) -> Row:
         random.standard_normal((count, *STEP[1:]), np.float32),
         random.integers(0, CLASSES, count),
     )
-    step = hpcml.parallelize(
-        ResNet(STEP[1], CLASSES, small_images=True), loss=CrossEntropyLoss(), mesh=mesh,
-        optimizer=hpcml.optim.SGD, **SGD,
-    )  # fmt: skip
-    calls: dict[str, Call] = {"ours": partial(step, batch)}
+    steps = {who: _made(mesh, who == "winograd") for who in OURS}
+    calls: dict[str, Call] = {who: partial(step, batch) for who, step in steps.items()}
     row: Row = {"batch": list(STEP)}
     gloo = None
     if peer:
@@ -160,19 +180,33 @@ def _step(mesh: Mesh, peer: str, rounds: int) -> Row:
         gloo = GlooPeer(mesh, 1) if mesh.size > 1 else None
         mine = slice(mesh.rank * STEP[0], (mesh.rank + 1) * STEP[0])
         own = batch[0][mine], batch[1][mine]
-        calls["peer"] = torch_conv.step(weights_of(step), own, CLASSES, SGD, among=mesh.size > 1)
+        weights = weights_of(steps["ours"])
+        calls["peer"] = torch_conv.step(weights, own, CLASSES, SGD, among=mesh.size > 1)
         losses = np.array([calls["peer"]() for _ in range(CHECKED)])
         means = mesh.world.allreduce(losses) / mesh.size
-        row["loss_difference"] = largest(means.tolist(), [step(batch) for _ in range(CHECKED)])
+        row["loss_difference"] = {
+            who: largest(means.tolist(), [step(batch) for _ in range(CHECKED)])
+            for who, step in steps.items()
+        }
     times = alternate(mesh.world, calls, rounds)
     row |= {who: float(np.median(seconds)) for who, seconds in times.items()}
     if peer:
-        row["ratio"] = ratio(times, "ours", "peer")
+        row["ratio"] = {who: ratio(times, who, "peer") for who in OURS}
     if gloo:
-        del calls  # what lies over ranks must be gone before the group of processes ends
+        del calls, steps  # what lies over ranks must be gone before the group of processes ends
         gc.collect()
         gloo.close()
     return row
+
+
+def _made(mesh: Mesh, winograd: bool) -> Step:
+    """The step of ResNet-18, with equal first weights each time. Collective."""
+    model = ResNet(STEP[1], CLASSES, small_images=True)
+    if winograd:
+        use_winograd(model)
+    return hpcml.parallelize(
+        model, loss=CrossEntropyLoss(), mesh=mesh, optimizer=hpcml.optim.SGD, **SGD
+    )
 
 
 def table(report: dict[str, Any]) -> str:
@@ -182,26 +216,36 @@ def table(report: dict[str, Any]) -> str:
     ranks = f"{report['ranks']} rank{'s'[: report['ranks'] > 1]}"
     title = f"convolutions, fp32, {ranks} of 1 thread, {report['cpu']}{beside}"
     if report["part"] == "step":
-        (row,) = report["rows"]
-        line = f"step of ResNet-18 on {row['batch']} a rank: {row['ours'] * 1e3:.1f} ms"
+        return "\n".join([title, *_step_lines(report["rows"][0], peer)])
+    lines = [title, "ms, GF/s" + (f", times as fast as {peer}; with winograd" if peer else "")]
+    lines.append(" " * 20 + "".join(f"{name:>27}" for name in PASSES))
+    for name in dict.fromkeys(row["shape"] for row in report["rows"]):
+        cells = [_cell(row) for row in report["rows"] if row["shape"] == name]
+        lines.append(f"{name:20}" + "".join(cells))
+    for who, means in report["means"].items():
+        each = "".join(f"{means[name]:27.2f}" for name in PASSES)
+        what = "geometric mean" if who == "ours" else f"with {who}"
+        lines.append(f"{what:20}{each}, of all {means['all']:.3f}")
+    return "\n".join(lines)
+
+
+def _cell(row: Row) -> str:
+    """Time and speed of a pass, and how it compares."""
+    compared = row.get("ratio", {})
+    each = "".join(f" {compared[who]:5.2f}" if who in compared else " " * 6 for who in OURS)
+    return f"{row['ours'] * 1e3:9.2f} {row['flops'] / row['ours'] * 1e-9:5.0f}{each}"
+
+
+def _step_lines(row: Row, peer: str) -> list[str]:
+    """A line for each way of ours."""
+    lines = []
+    for who in OURS:
+        line = f"step of ResNet-18 on {row['batch']} a rank"
+        line += f"{', winograd' if who != 'ours' else ''}: {row[who] * 1e3:.1f} ms"
         if peer:
             line += (
-                f", {peer} {row['peer'] * 1e3:.1f} ms, ratio {row['ratio']:.2f}, "
-                f"difference of losses {row['loss_difference']:.1e}"
+                f", {peer} {row['peer'] * 1e3:.1f} ms, ratio {row['ratio'][who]:.2f}, "
+                f"difference of losses {row['loss_difference'][who]:.1e}"
             )
-        return f"{title}\n{line}"
-    names = [row["shape"] for row in report["rows"] if row["pass"] == PASSES[0]]
-    lines = [title, "ms, GF/s" + (f", times as fast as {peer}" if peer else "")]
-    lines.append(" " * 20 + "".join(f"{name:>22}" for name in PASSES))
-    for name in names:
-        cells = [
-            f"{row['ours'] * 1e3:8.2f} {row['flops'] / row['ours'] * 1e-9:6.0f}"
-            + (f" {row['ratio']:6.2f}" if peer else " " * 7)
-            for row in report["rows"] if row["shape"] == name
-        ]  # fmt: skip
-        lines.append(f"{name:20}" + "".join(cells))
-    if peer:
-        means = report["means"]
-        each = "".join(f"{means[name]:22.2f}" for name in PASSES)
-        lines.append(f"{'geometric mean':20}{each}, of all {means['all']:.3f}")
-    return "\n".join(lines)
+        lines.append(line)
+    return lines

@@ -68,6 +68,25 @@ def images(array: Array) -> ModuleType:
 
 
 @functools.cache
+def _compiled_winograd(dtype: str) -> ModuleType:
+    _compiled_images(dtype)
+    from hpcml.kernels.cpu.images import winograd
+
+    winograd.load(dtype)
+    return winograd
+
+
+def convolutions(array: Array, winograd: bool = False) -> ModuleType:
+    """Return the module of the three passes of convolutions; see `images`.
+
+    winograd: that which multiplies less, and rounds more, where it gains (`cpu.images.winograd`).
+    """
+    if winograd and type(array) is np.ndarray and array.dtype.name in ("float32", "float64"):
+        return _compiled_winograd(array.dtype.name)
+    return images(array)
+
+
+@functools.cache
 def multiplies(dtype: np.dtype[Any]) -> bool:
     """Whether there are products of matrices of this 16-bit type, on this machine's CPU.
 

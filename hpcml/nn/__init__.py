@@ -9,6 +9,7 @@ from hpcml.nn.convolution import (
     ConvTranspose1d,
     ConvTranspose2d,
     ConvTranspose3d,
+    use_winograd,
 )
 from hpcml.nn.layers import (
     GELU,
@@ -86,4 +87,5 @@ __all__ = [
     "Uniform",
     "Upsample",
     "functional",
+    "use_winograd",
 ]

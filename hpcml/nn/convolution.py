@@ -56,6 +56,9 @@ class _Convolution(Module):
 
 
 class _Conv(_Convolution):
+    winograd = False
+    """See `use_winograd`."""
+
     def __init__(
         self,
         in_channels: int,
@@ -87,7 +90,7 @@ class _Conv(_Convolution):
             padding = 0
         return convolve(
             self._where(), input, self.weight, self.bias, self.stride, padding, self.dilation,
-            self.groups,
+            self.groups, self.winograd,
         )  # fmt: skip
 
     def _widths(self) -> tuple[int, ...]:
@@ -116,6 +119,19 @@ class Conv2d(_Conv):
     """Cross-correlation of images: (N, C, H, W) -> (N, F, H', W'); see `Conv1d`."""
 
     dims = 2
+
+
+def use_winograd(model: Module) -> None:
+    """Let a model compute convolutions by Winograd's method where that is faster.
+
+    Those of `Conv2d`, 3 x 3 with stride 1, of 16 channels and filters or more, and their gradients
+    (Lavin and Gray 2016, F(4 x 4, 3 x 3)): a quarter of the multiplications, and twice the rounding
+    errors. On one rank an image's results do not depend on the others in a batch. Layers of which
+    ranks have blocks of images do not take it: where blocks end would change the bits.
+    """
+    for module in model.modules():
+        if isinstance(module, Conv2d):
+            module.winograd = True
 
 
 class Conv3d(_Conv):

@@ -71,14 +71,14 @@ def window_sizes(where: str, shape: tuple[int, ...], kernel: tuple[int, ...], ho
 
 def convolve(
     where: str, input: Tensor, weight: Tensor, bias: Tensor | None,
-    stride: Size, padding: Padding, dilation: Size, groups: int,
+    stride: Size, padding: Padding, dilation: Size, groups: int, winograd: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`conv1d` to `conv3d` for whom errors name: a function or a layer."""
+    """`conv1d` to `conv3d` for whom errors name: a function or a layer; see `nn.use_winograd`."""
     check_filters(where, input, weight, bias, groups)
     kernel = weight.shape[2:]
     how = plan(where, kernel, stride, padding, dilation)
     window_sizes(where, input.shape[2:], kernel, how)
-    return images.convolution(input, weight, bias, **how, groups=groups)
+    return images.convolution(input, weight, bias, **how, groups=groups, winograd=winograd)
 
 
 def check_filters(

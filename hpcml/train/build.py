@@ -13,7 +13,7 @@ from hpcml.comm import Mesh
 from hpcml.comm.guard import agree
 from hpcml.data import Batches, Data, as_data
 from hpcml.errors import UserError
-from hpcml.nn import Module
+from hpcml.nn import Module, use_winograd
 from hpcml.optim import Optimizer
 from hpcml.parallel import Step, parallelize, threads
 from hpcml.parallel.batch import as_tensor, samples_of
@@ -110,6 +110,8 @@ def build_model(config: Config, info: Mapping[str, Any]) -> Module:
             "hpcml.nn.Module"
         )
     model.to(backend.dtype(config.train.precision))
+    if config.train.winograd:
+        use_winograd(model)
     if config.model.init_from:
         weights.load(model, config.model.init_from)
     return model

@@ -137,6 +137,12 @@ def _check_together(config: Config) -> None:
             f"run.trace={config.run.trace} with run.steps={config.run.steps}: the first step is "
             "not kept: lower run.trace, or train longer"
         )
+    divided = next((n for n in ("sp_d", "sp_h", "sp_w") if getattr(config.mesh, n) > 1), None)
+    if train.winograd and divided:
+        raise UserError(
+            f"train.winograd=true with mesh.{divided}={getattr(config.mesh, divided)}: it takes "
+            "whole images, as its tiles must begin at the same places: set train.winograd=false"
+        )
     lr = optim.options.get("lr")
     if optim.schedule == "cosine" and isinstance(lr, float | int) and optim.min_lr > lr > 0:
         raise UserError(f"optim.min_lr={optim.min_lr} is above optim.lr={lr}: swap or lower it")

@@ -118,6 +118,10 @@ class Train:
         "keeps parameters in fp32",
         choices=("fp32", "bf16", "fp16", "fp64"),
     )
+    winograd: bool = key(
+        False,
+        "convolutions of 3x3 with a quarter of the multiplications and twice the rounding errors",
+    )
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcml import kernels
+from hpcml import backend, kernels
 from hpcml.kernels import generic_images as plain
-from tests.kernels.support import DTYPES, close, randoms
+from hpcml.kernels.cpu import team
+from tests.kernels.support import DTYPES, bits, close, randoms
 
 CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = [
     ((2, 7, 4), (6, 4, 3), ((2,), (1,), (1,), 1)),
@@ -42,6 +43,45 @@ def test_convolution(image: Any, filters: Any, how: Any, dtype: str) -> None:
         both.append([out, to_x, to_w])
     for ours, expected in zip(*both, strict=True):
         close(ours, expected, dtype, 5)
+
+
+@pytest.mark.parametrize(
+    ("image", "filters", "padding"),
+    [
+        ((5, 8, 8, 16), 32, 1),
+        ((1, 9, 7, 20), 33, 1),
+        ((3, 5, 6, 64), 65, 0),
+        ((1, 4, 3, 100), 40, 2),
+        ((0, 4, 4, 16), 16, 1),
+    ],
+)
+def test_winograd(
+    image: Any, filters: int, padding: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tiles than filters and fewer, tiles beyond the edge; each image has bits of its own."""
+    n, height, width, channels = image
+    out = (n, height + 2 * padding - 2, width + 2 * padding - 2, filters)
+    x, g, w = randoms(dtype, image, out, (filters, channels, 3, 3))
+    bias, *_ = randoms(dtype, (filters,))
+    how = (1, 1), (padding,) * 2, (1, 1), 1
+    monkeypatch.setattr(team, "LEAST", 1)
+
+    def results(k: Any, threads: int = 1, some: Any = slice(None)) -> list[Any]:
+        monkeypatch.setattr(backend, "_threads", threads)
+        made = np.empty_like(g[some]), np.empty_like(x[some]), np.empty_like(w)
+        k.convolve(x[some], w, bias, *how, made[0])
+        k.convolve_input_gradient(g[some], w, x[some], *how, made[1])
+        k.convolve_weight_gradient(g[some], x[some], *how, made[2])
+        return list(made)
+
+    fast = kernels.convolutions(x, winograd=True)
+    ours = results(fast)
+    for one, expected in zip(ours, results(plain), strict=True):
+        close(one, expected, dtype, 5)
+    direct = results(kernels.convolutions(x))
+    assert not n or all(bits(a) != bits(b) for a, b in zip(ours, direct, strict=True))
+    assert bits(*ours) == bits(*results(fast, threads=2))
+    assert bits(*(one[:1] for one in ours[:2])) == bits(*results(fast, 1, slice(1))[:2])
 
 
 def test_maxima_of_windows(dtype: str) -> None:

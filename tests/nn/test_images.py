@@ -56,6 +56,22 @@ def test_random_convolutions(number: int) -> None:
     )  # fmt: skip
 
 
+@cases("dtype", DTYPES)
+def test_winograd(dtype: str) -> None:
+    ours, theirs = (
+        library.Sequential(
+            library.Conv2d(16, 20, 3, padding=1), library.ReLU(), library.Conv2d(20, 16, 3, 2)
+        ).to(dtype if library is nn else getattr(torch, dtype))
+        for library in (nn, torch.nn)
+    )  # fmt: skip
+    ours.load_state_dict(theirs.state_dict())
+    x = normal(2, 16, 9, 6, dtype=dtype)
+    plain = ours(leaf(x)).numpy()
+    nn.use_winograd(ours)
+    same_as_torch(ours, theirs, x, factor=5)
+    assert (ours(leaf(x)).numpy() != plain).any()
+
+
 @cases("number", range(30))
 def test_random_transposed_convolutions(number: int) -> None:
     (_, weight, _), dims, options = random_convolution(number)

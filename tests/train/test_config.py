@@ -168,6 +168,11 @@ def test_mistakes_are_named_with_value_and_remedy(
         assert part in message
 
 
+def test_winograd_takes_whole_images(own: Path) -> None:
+    given = tables(train={"winograd": True}, mesh={"sp_w": 2})
+    assert "train.winograd=true with mesh.sp_w=2" in refusal(lambda: from_tables(given))
+
+
 def dump_of(made: dict[str, dict[str, Any]]) -> str:
     return "\n".join(
         f"[{name}]\n" + "\n".join(f"{k} = {v!r}" for k, v in table.items())

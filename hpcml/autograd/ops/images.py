@@ -59,19 +59,21 @@ def out_sizes(sizes: Sizes, kernel: Sizes, stride: Sizes, padding: Pairs, dilati
 @primitive
 def convolution(
     ctx: Context, x: Array, weight: Array, bias: Array | None, *,
-    stride: Sizes, padding: Pairs, dilation: Sizes, groups: int,
+    stride: Sizes, padding: Pairs, dilation: Sizes, groups: int, winograd: bool = False,
 ) -> Array:  # fmt: skip
     """Cross-correlation: x (N, C, *S), weight (F, C / groups, *K), bias (F) or None -> (N, F, *S').
 
-    Each group of channels has its own F / groups filters.
+    Each group of channels has its own F / groups filters. winograd: see `kernels.convolutions`.
     """
     same_type(ctx, "x", "weight", "bias")
-    ctx.attributes = how = stride, tuple(before for before, _ in padding), dilation, groups
+    how = stride, tuple(before for before, _ in padding), dilation, groups
+    ctx.attributes = how, winograd
     ctx.save(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
     sizes = out_sizes(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     out = empty((len(x), *sizes, len(weight)), x)
     start = empty((0,), x) if bias is None else contiguous(bias)
-    kernels.images(x).convolve(channels_last(x), contiguous(weight), start, *how, out)
+    kernel = kernels.convolutions(x, winograd)
+    kernel.convolve(channels_last(x), contiguous(weight), start, *how, out)
     return channels_first(out)
 
 
@@ -80,8 +82,9 @@ def convolution_x(ctx: Context, g: Array) -> Array:
     _, weight = ctx.saved
     n, channels, *sizes = ctx.shapes[0]
     start, out = _start(ctx, ctx.shapes[0], g), empty((n, *sizes, channels), g)
-    kernels.images(g).convolve_input_gradient(
-        _gradient(ctx, g), contiguous(weight), start, *ctx.attributes, out
+    how, winograd = ctx.attributes
+    kernels.convolutions(g, winograd).convolve_input_gradient(
+        _gradient(ctx, g), contiguous(weight), start, *how, out
     )
     return ctx.own(channels_first(out))
 
@@ -90,8 +93,9 @@ def convolution_x(ctx: Context, g: Array) -> Array:
 def convolution_weight(ctx: Context, g: Array) -> Array:
     x, _ = ctx.saved
     out = ctx.empty(ctx.shapes[1], g)
-    kernels.images(g).convolve_weight_gradient(
-        _gradient(ctx, g), channels_last(x), *ctx.attributes, out
+    how, winograd = ctx.attributes
+    kernels.convolutions(g, winograd).convolve_weight_gradient(
+        _gradient(ctx, g), channels_last(x), *how, out
     )
     return out
 

@@ -37,7 +37,7 @@ def _registers() -> tuple[int, int, int]:
 HIGH, DEEP, BYTES = _registers()
 
 
-class _Code:
+class Code:
     """Writes LLVM's language: vectors in memory, and a tile of sums."""
 
     def __init__(self, context: Any, builder: Any, zero: Any, rows: int = 0, vectors: int = 0):
@@ -92,6 +92,16 @@ class _Code:
     def store(self, value: Any, address: Any, offset: Any = 0) -> None:
         """Store a vector at an address."""
         self.builder.store(value, self.at(address, offset, self.vector), align=self.size)
+
+    def store_some(self, value: Any, mask: Any, address: Any, offset: Any = 0) -> None:
+        """Store the numbers of a vector where the mask is set; others there stay as they are."""
+        pointer = self.vector.as_pointer()
+        store = self.of_vectors(
+            "llvm.masked.store", ir.VoidType(), self.vector, pointer, _INT, mask.type
+        )
+        self.builder.call(
+            store, [value, self.at(address, offset, self.vector), _INT(self.size), mask]
+        )
 
     def fetch(self, address: Any, offset: int, to_write: bool = False, level: int = 1) -> None:
         """Ask for a line, to be in the cache of this level."""
@@ -150,7 +160,8 @@ def _apart(builder: Any, name: str, words: Sequence[Any]) -> Any:
     return ir.IRBuilder(function.append_basic_block()), function.args
 
 
-def _of_words(zero: Any, count: int) -> Any:
+def of_words(zero: Any, count: int) -> Any:
+    """The type of a function of numbers like `zero` that takes so many words."""
     return types.void(zero, *[types.int64] * count)
 
 
@@ -174,7 +185,7 @@ def _rows(vectors: int) -> Any:
             if inside is None:
                 return context.get_dummy_value()
             builder, (left, ahead, taps, run, right, begins, outs, column) = inside
-            code = _Code(context, builder, signature.args[0], HIGH, vectors)
+            code = Code(context, builder, signature.args[0], HIGH, vectors)
             high, width = _WORD(HIGH), vectors * BYTES
             for address in code.words(outs, _WORD(0), HIGH, column):
                 for offset in range(0, width, 64):
@@ -196,7 +207,7 @@ def _rows(vectors: int) -> Any:
             builder.ret_void()
             return context.get_dummy_value()
 
-        return _of_words(zero, 8), generate
+        return of_words(zero, 8), generate
 
     return rows
 
@@ -219,7 +230,7 @@ def _columns(vectors: int) -> Any:
             if inside is None:
                 return context.get_dummy_value()
             builder, (left, pitch, count, right, outs, column) = inside
-            code = _Code(context, builder, signature.args[0], DEEP, vectors)
+            code = Code(context, builder, signature.args[0], DEEP, vectors)
             places = code.words(outs, _WORD(0), DEEP, column)
             code.begin(places)
             with cgutils.for_range(builder, count) as place:
@@ -231,7 +242,7 @@ def _columns(vectors: int) -> Any:
             builder.ret_void()
             return context.get_dummy_value()
 
-        return _of_words(zero, 6), generate
+        return of_words(zero, 6), generate
 
     return columns
 
@@ -246,22 +257,15 @@ def copy(typingctx: Any, zero: Any, count: Any, source: Any, target: Any) -> Any
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, count, source, target = args
-        code = _Code(context, builder, signature.args[0])
-        vector, lanes = code.vector, code.lanes
-        of_bits = ir.VectorType(ir.IntType(1), lanes)
-        store = code.of_vectors(
-            "llvm.masked.store", ir.VoidType(), vector, vector.as_pointer(), _INT, of_bits
-        )
-        steps = builder.sdiv(builder.add(count, _WORD(lanes - 1)), _WORD(lanes))
+        code = Code(context, builder, signature.args[0])
+        steps = builder.sdiv(builder.add(count, _WORD(code.lanes - 1)), _WORD(code.lanes))
         with cgutils.for_range(builder, steps) as step:
-            chosen = code.mask(builder.sub(count, builder.mul(step.index, _WORD(lanes))))
+            chosen = code.mask(builder.sub(count, builder.mul(step.index, _WORD(code.lanes))))
             offset = builder.mul(step.index, _WORD(BYTES))
-            there = code.at(target, offset, vector)
-            value = code.some(source, chosen, offset)
-            builder.call(store, [value, there, _INT(code.size), chosen])
+            code.store_some(code.some(source, chosen, offset), chosen, target, offset)
         return context.get_dummy_value()
 
-    return _of_words(zero, 3), generate
+    return of_words(zero, 3), generate
 
 
 @intrinsic
@@ -275,7 +279,7 @@ def gather(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, count, few, sources, shift, target = args
-        code = _Code(context, builder, signature.args[0])
+        code = Code(context, builder, signature.args[0])
         vectors = -(-DEEP * code.size // BYTES)
         masks = [code.mask(builder.sub(few, _WORD(v * code.lanes))) for v in range(vectors)]
         with cgutils.for_range(builder, count) as row:
@@ -285,7 +289,7 @@ def gather(
                 code.store(code.some(source, mask, v * BYTES), there, v * BYTES)
         return context.get_dummy_value()
 
-    return _of_words(zero, 5), generate
+    return of_words(zero, 5), generate
 
 
 @intrinsic
@@ -293,7 +297,7 @@ def transpose(typingctx: Any, zero: Any, sources: Any, targets: Any) -> Any:
     """Transpose a square of as many numbers as a vector has: tables of its rows, and of columns."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        code = _Code(context, builder, signature.args[0])
+        code = Code(context, builder, signature.args[0])
         lanes, first = code.lanes, _WORD(0)
         rows = [code.load(address) for address in code.words(args[1], first, lanes, first)]
         kind = ir.VectorType(_INT, lanes)
@@ -310,4 +314,4 @@ def transpose(typingctx: Any, zero: Any, sources: Any, targets: Any) -> Any:
             code.store(row, address)
         return context.get_dummy_value()
 
-    return _of_words(zero, 2), generate
+    return of_words(zero, 2), generate
