@@ -13,6 +13,8 @@ case ${1:-} in
 *) fail "unknown option '$1': use '${0##*/}' or '${0##*/} --peer'" ;;
 esac
 setup "$extras"
+# The tests start hundreds of processes: none should have to compile the package again.
+unset PYTHONDONTWRITEBYTECODE
 
 failed=()
 step() {
