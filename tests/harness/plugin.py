@@ -15,6 +15,7 @@ Nothing that ends a job relies on MPI or on the interpreter: a rank may be block
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import shutil
 import signal
@@ -135,6 +136,7 @@ class Safety:
             for rank, (names, failures) in enumerate(found):
                 text += f"rank {rank}: {len(names.splitlines())} tests\n{failures}"
             raise pytest.UsageError(text)
+        gc.freeze()  # all tests there are: a test that collects garbage need not look through them
         self.rest()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
