@@ -9,13 +9,18 @@ from typing import Any
 
 from hpcml.backend import Array
 
+Noted = Callable[[Array], None]
+Watch = Callable[[str, tuple[Any, ...], dict[str, Any]], Noted | None]
+"""Called before a use of a primitive, with its name, inputs and attributes; what it returns, if
+anything, is called with the result."""
+
 
 class _Mode(threading.local):
     def __init__(self) -> None:
         self.recording = True
         self.pack: Callable[[Array], Any] | None = None
         self.unpack: Callable[[Any], Array] | None = None
-        self.watch: Callable[[str, tuple[Any, ...], dict[str, Any], Array], None] | None = None
+        self.watch: Watch | None = None
 
 
 mode = _Mode()
@@ -42,15 +47,22 @@ def enable_grad() -> Iterator[None]:
 
 
 @contextmanager
-def watching(
-    watch: Callable[[str, tuple[Any, ...], dict[str, Any], Array], None],
-) -> Iterator[None]:
-    """Call watch(primitive, shapes of its inputs, attributes, result) after each use of one."""
+def watching(watch: Watch | None) -> Iterator[None]:
+    """Call `watch` at each use of a primitive; None: nothing that was to be called before."""
     before, mode.watch = mode.watch, watch
     try:
         yield
     finally:
         mode.watch = before
+
+
+def watched(name: str, inputs: tuple[Any, ...], make: Callable[[], Array], **how: Any) -> Array:
+    """`make()`, shown to who watches like a use of a primitive, for what has no gradient."""
+    noted = None if mode.watch is None else mode.watch(name, inputs, how)
+    out = make()
+    if noted is not None:
+        noted(out)
+    return out
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hpcml import backend
+from hpcml.autograd.mode import watched
 from hpcml.autograd.ops import extremes, fused, linear, pointwise, shape
 
 if TYPE_CHECKING:
@@ -101,28 +103,38 @@ class Operators:
     # --- comparison: no gradient ----------------------------------------------------------------
 
     def __lt__(self, other: Any) -> Tensor:
-        return self._wrap(self.data < array_of(other))
+        return self._compared(operator.lt, other)
 
     def __le__(self, other: Any) -> Tensor:
-        return self._wrap(self.data <= array_of(other))
+        return self._compared(operator.le, other)
 
     def __gt__(self, other: Any) -> Tensor:
-        return self._wrap(self.data > array_of(other))
+        return self._compared(operator.gt, other)
 
     def __ge__(self, other: Any) -> Tensor:
-        return self._wrap(self.data >= array_of(other))
+        return self._compared(operator.ge, other)
 
     def __eq__(self, other: Any) -> Tensor:  # type: ignore[override]
-        return self._wrap(self.data == array_of(other))
+        return self._compared(operator.eq, other)
 
     def __ne__(self, other: Any) -> Tensor:  # type: ignore[override]
-        return self._wrap(self.data != array_of(other))
+        return self._compared(operator.ne, other)
+
+    def _compared(self, compare: Callable[[Any, Any], Any], other: Any) -> Tensor:
+        return self._wrap(
+            watched("compare", (self, other), lambda: compare(self.data, array_of(other)))
+        )
 
     __hash__ = object.__hash__  # equality is element-wise, identity is what sets and dicts need
 
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
         """Position of the maximum along `dim`, or in the flattened tensor."""
-        return self._wrap(backend.xp(self.data).asarray(self.data.argmax(dim, keepdims=keepdim)))
+        array, m = self.data, backend.xp(self.data)
+        found = watched(
+            "argmax", (self,), lambda: m.asarray(array.argmax(dim, keepdims=keepdim)), dim=dim,
+            keepdim=keepdim,
+        )  # fmt: skip
+        return self._wrap(found)
 
     # --- functions ------------------------------------------------------------------------------
 
@@ -166,10 +178,15 @@ class Operators:
         """Limit to [min, max]; the gradient outside is 0."""
         if min is None and max is None:
             raise ValueError("clamp() needs min, max or both")
-        limited = self.data.clip(plain(min), plain(max))
-        if self.data.dtype.kind not in "biu":  # bfloat16 and a plain number make float32
-            limited = limited.astype(self.data.dtype, copy=False)
-        return pointwise.where(self, limited, condition=limited == self.data)
+
+        def clip() -> Any:
+            limited = self.data.clip(plain(min), plain(max))
+            if self.data.dtype.kind not in "biu":  # bfloat16 and a plain number make float32
+                limited = limited.astype(self.data.dtype, copy=False)
+            return limited
+
+        limited = self._wrap(watched("clamp", (self, min, max), clip))
+        return pointwise.where(self, limited.data, condition=(limited == self).data)
 
     def masked_fill(self, mask: Any, value: float) -> Tensor:
         """`value` where `mask` holds, self elsewhere."""

@@ -269,6 +269,7 @@ class Primitive:
             dtypes.append(getattr(array, "dtype", None))
         ctx = Context(self, inputs, tuple(needs))
         ctx.shapes, ctx.dtypes = tuple(shapes), tuple(dtypes)
+        noted = None if mode.watch is None else mode.watch(self.name, inputs, attributes)
         try:
             if self.moves or HALVES.isdisjoint(dtypes) or self._takes(dtypes):
                 out = self.forward(ctx, *arrays, **attributes)
@@ -278,8 +279,8 @@ class Primitive:
             raise  # it is not about the arguments
         except (ValueError, IndexError, TypeError) as error:
             raise self._explain(error, ctx.shapes) from error
-        if mode.watch is not None:
-            mode.watch(self.name, ctx.shapes, attributes, out)
+        if noted is not None:
+            noted(out)
         for x in gathered:
             out = apart(out, x)
         if True not in needs:

@@ -7,10 +7,14 @@ from typing import Any
 
 from hpcml import collectives, rng
 from hpcml.autograd import Tensor
+from hpcml.autograd.mode import watching
 from hpcml.autograd.ops import pooling
 from hpcml.autograd.ops.pooling import Band
+from hpcml.errors import UserError
 from hpcml.nn import AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d, Module
-from hpcml.parallel.spatial.grid import GATHERED, SAMPLES, Grid, Sizes
+from hpcml.parallel.spatial.cuts import SAMPLES_DIM
+from hpcml.parallel.spatial.grid import GATHERED, INSIDE, SAMPLES, Grid, Sizes, where
+from hpcml.parallel.spatial.guard import has_block
 
 STYLES = {"gather": GATHERED, "samples": SAMPLES}
 """Ways to end the region, and what follows."""
@@ -28,17 +32,35 @@ def end(module: Any, grid: Grid, style: str) -> Callable[[Tensor], Any]:
     serial, pools = module.forward, _is_global_pool(module)
 
     def forward(input: Tensor, *others: Any, **named: Any) -> Any:
-        if not grid.inside:
+        if not has_block(grid, module, input):
             return serial(input, *others, **named)
-        sizes = grid.sizes(module, input)
-        grid.count = input.shape[0]
-        grid.state = STYLES[style]
-        if pools:
-            return _pooled(input, grid, sizes)
-        whole = grid.gather if style == "gather" else grid.to_samples
-        return serial(whole(input, sizes), *others, **named)
+        if grid.state not in (INSIDE, STYLES[style]):
+            raise too_late(module, grid)
+        if grid.count not in (0, input.shape[0]):
+            raise UserError(
+                f"{where(module)} gets {input.shape[0]} samples where the divided region ends, "
+                f"after another layer with {grid.count}: all ends must have as many"
+            )
+        with watching(None):
+            sizes = grid.sizes(module, input)
+            grid.count, grid.state = input.shape[0], STYLES[style]
+            if pools:
+                found = _pooled(input, grid, sizes)
+            else:
+                found = (grid.gather if style == "gather" else grid.to_samples)(input, sizes)
+        first = SAMPLES_DIM if style == "samples" else None
+        grid.cuts.note(found.data, (first, *(None,) * (found.ndim - 1)))
+        return found if pools else serial(found, *others, **named)
 
     return forward
+
+
+def too_late(module: Module, grid: Grid) -> UserError:
+    """The error of a module that gets blocks where others had the end of the region."""
+    return UserError(
+        f"{where(module)} gets blocks of images that {grid.axis.name} divides, after another layer "
+        "has ended the divided region: let what takes blocks come before"
+    )
 
 
 def _is_global_pool(module: Any) -> bool:

@@ -21,11 +21,11 @@ from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.nn.part import Range, blocks
+from hpcml.parallel.spatial.cuts import WORDS, Cut, Cuts
 from hpcml.parallel.spatial.exchange import Exchange
 
 NAMES = ("sp_d", "sp_h", "sp_w")
 """The axes that cut images, outermost first."""
-WORDS = ("depth", "height", "width")
 
 Sizes = tuple[int, ...]
 Reads = tuple[tuple[Range, ...], ...]
@@ -62,13 +62,18 @@ class Grid:
         """Of the images of this pass."""
         self.count = 0
         """Of their samples, where ranks divide these."""
+        self.given = 0
+        """Samples that the model was called with."""
         self.ended = OUTSIDE
         """The state in which the loss found the model's outputs."""
         self.state = OUTSIDE
         self.gathers = False
         """Whether the model gives all of its outputs to every rank."""
-        self.blocks: set[Sizes] = set()
-        """Sizes of blocks that layers of this rank have had."""
+        self.cuts = Cuts()
+        """What is divided of the arrays of this pass."""
+        self.space: Cut = ()
+        """Of blocks of images (N, C, *S)."""
+        self._images: tuple[bool, ...] = ()
         self._calls: Counter[int] = Counter()
         self._sizes: dict[tuple[Any, ...], Sizes] = {}
         self._plans: dict[tuple[Any, ...], Any] = {}
@@ -118,8 +123,11 @@ class Grid:
 
     # --- a pass ---------------------------------------------------------------------------------
 
-    def begin(self, whole: Sizes) -> None:
-        """A pass begins with images of these sizes; raises UserError if they cannot be cut."""
+    def begin(self, whole: Sizes, given: Sequence[bool] = (True,)) -> None:
+        """A pass begins with images of these sizes; raises UserError if they cannot be cut.
+
+        given: of each input, whether it is an image that is cut.
+        """
         dims = len(whole)
         if not 1 <= dims <= 3:
             raise UserError(
@@ -134,19 +142,27 @@ class Grid:
                     f"mesh.{name}=1"
                 )
         self.require("the input", "images", whole)
-        self.whole, self.count = whole, 0
+        self.whole, self.count, self._images = whole, 0, tuple(given)
+        self.space = (None, None, *(
+            dim if axis.size > 1 else None
+            for dim, axis in enumerate(self.axes(dims), 3 - dims)
+        ))  # fmt: skip
 
-    def enter(self, x: Tensor) -> None:
-        """The model is called with this rank's block."""
+    def enter(self, x: Tensor, others: Sequence[Any] = ()) -> None:
+        """The model is called with this rank's block, and others."""
         own = tuple(end - first for first, end in self.mine(self.ranges(self.whole)))
         if not self.whole or x.shape[2:] != own:
             raise UserError(
                 f"a model that {self.axis.name} divides got {x.shape}: give it this rank's block "
                 f"(N, C, {', '.join(map(str, own))}), as `cut` makes it of images of {self.whole}"
             )
-        self.state = INSIDE
-        self.blocks.add(own)
+        self.state, self.given = INSIDE, len(x.data)
         self._calls.clear()
+        self.cuts.clear()
+        for place, one in enumerate((x, *others)):
+            if isinstance(one, Tensor):
+                cut = place < len(self._images) and self._images[place]
+                self.cuts.note(one.data, self.space if cut else (None,) * one.ndim)
 
     def sizes(self, module: Module, x: Tensor) -> Sizes:
         """Sizes of the whole of which x (N, C, *S) is this rank's block.

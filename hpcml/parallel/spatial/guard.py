@@ -1,4 +1,4 @@
-"""What a spatially divided model refuses, by the name of the layer that would get it wrong."""
+"""What modules of a divided model get and give: blocks of images, or what is whole."""
 
 from __future__ import annotations
 
@@ -6,63 +6,64 @@ from typing import Any
 
 from hpcml.autograd import Tensor
 from hpcml.errors import UserError
-from hpcml.nn import GELU, LayerNorm, Linear, Module, ReLU, Sequential, Sigmoid, Tanh
+from hpcml.nn import LayerNorm, Module
+from hpcml.parallel.spatial.cuts import of_space, shown
 from hpcml.parallel.spatial.grid import Grid, where
-from hpcml.parallel.tensor.styles import is_plain
-
-POINTWISE: tuple[type[Module], ...] = (ReLU, GELU, Sigmoid, Tanh, Sequential)
-"""What computes every place of an image by itself."""
 
 
-def guard(model: Module, grid: Grid, known: set[int]) -> None:
-    """Let what would work on blocks as if they were whole refuse them.
+def guard(model: Module, grid: Grid, kinds: tuple[type[Module], ...], known: set[int]) -> None:
+    """Let the model know the blocks that it gets, and refuse what cannot leave it.
 
-    known: modules, by id, that are divided or declared to take blocks.
+    kinds: of layers that work on what lies around a place, and see to it that it is as they want;
+    where they are not known, by id, as divided or declared, they refuse blocks.
     """
     for module in model.modules():
-        if id(module) in known or any(is_plain(module, kind) for kind in POINTWISE):
-            continue
-        if is_plain(module, Linear) or is_plain(module, LayerNorm):
-            module.register_forward_pre_hook(_LastDim(grid))
-        elif not module._modules:
+        if isinstance(module, kinds) and id(module) not in known:
             module.register_forward_pre_hook(_Whole(grid))
     model.register_forward_pre_hook(_Begin(grid))
     model.register_forward_hook(_End(grid))
 
 
-def _refusal(module: Module, grid: Grid, found: Any) -> UserError:
-    name = module.name or "layer"
-    return UserError(
-        f"{where(module)} gets {found}, of images that {grid.axis.name} divides, and would take it "
-        f'for the whole: declare where the region ends, spatial = {{"{name}": "gather"}} (or '
-        '"samples") in the model, or "pointwise" if it computes each pixel by itself'
-    )
+def has_block(grid: Grid, module: Module, x: Tensor) -> bool:
+    """Whether x is this rank's block (N, C, *S) of images, and not whole.
+
+    Raises UserError for blocks with their dimensions in another order, for one after the end of
+    the region, and, before that, for what nothing is known of.
+    """
+    cut = grid.cuts.of(x.data)
+    if cut is None and grid.inside:
+        raise UserError(
+            f"{where(module)} gets an array of {x.ndim} dimensions of which is not known what "
+            f"{grid.axis.name} divides: make it by operations of tensors, from what the model "
+            'gets, or in a module that spatial declares "pointwise"'
+        )
+    if cut is None or not of_space(cut):
+        return False
+    if cut != grid.space:
+        raise UserError(
+            f"{where(module)} gets {shown(x.shape, cut)}, where {grid.axis.name} divides "
+            "images: it takes blocks (N, C, ...) with their dimensions in order"
+        )
+    return True
 
 
 class _Whole:
-    """A hook before a module of which nothing is known."""
+    """A hook before a layer that would take a block for the whole."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
 
     def __call__(self, module: Module, inputs: tuple[Any, ...]) -> None:
-        if self.grid.inside:
-            shapes = [one.shape for one in inputs if isinstance(one, Tensor)]
-            raise _refusal(module, self.grid, shapes[0] if shapes else "a block")
-
-
-class _LastDim:
-    """A hook before a module that joins the last dimension: the channels of (N, *S, C)."""
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-
-    def __call__(self, module: Any, inputs: tuple[Any, ...]) -> None:
-        if not self.grid.inside:
-            return
-        joined = 1 if isinstance(module, Linear) else len(module.normalized_shape)
-        if inputs[0].ndim != len(self.grid.whole) + 2 or joined > 1:
-            raise _refusal(module, self.grid, inputs[0].shape)
+        last = len(module.normalized_shape) if isinstance(module, LayerNorm) else 0
+        for one in inputs:
+            cut = self.grid.cuts.of(one.data) if isinstance(one, Tensor) else None
+            if cut is not None and of_space(cut[-last:]):  # of layer norm what it joins
+                raise UserError(
+                    f"{where(module)} gets {shown(one.shape, cut)}, blocks of images that "
+                    f"{self.grid.axis.name} divides, and would take them for the whole: declare "
+                    f'where the region ends, spatial = {{"{module.name}": "gather"}} (or '
+                    '"samples") in the model, or "pointwise" if it computes each pixel by itself'
+                )
 
 
 class _Begin:
@@ -72,12 +73,12 @@ class _Begin:
         self.grid = grid
 
     def __call__(self, model: Module, inputs: tuple[Any, ...]) -> None:
-        images = next((one for one in inputs if isinstance(one, Tensor)), None)
-        if images is None:
+        if not inputs or not isinstance(inputs[0], Tensor):
             raise UserError(
-                f"{type(model).__name__} got no tensor, which {self.grid.axis.name} would divide"
+                f"{type(model).__name__} got no tensor first, which {self.grid.axis.name} would "
+                "divide: give it images (N, C, ...)"
             )
-        self.grid.enter(images)
+        self.grid.enter(inputs[0], inputs[1:])
 
 
 class _End:
@@ -88,10 +89,14 @@ class _End:
 
     def __call__(self, model: Module, inputs: Any, out: Any) -> Any:
         grid = self.grid
-        for one in _each(out) if grid.inside else ():
-            if isinstance(one, Tensor) and one.ndim != len(grid.whole) + 2:
+        for one in _each(out):
+            if not isinstance(one, Tensor):
+                continue
+            cut = grid.cuts.of(one.data)
+            if cut != grid.space if grid.inside else of_space(cut):
+                found = shown(one.shape, cut) if cut and of_space(cut) else "what is no block"
                 raise UserError(
-                    f"{type(model).__name__} ends with {one.shape} where {grid.axis.name} divides "
+                    f"{type(model).__name__} ends with {found} where {grid.axis.name} divides "
                     "images: give (N, C, ...) for each pixel, or declare where the region ends, "
                     'spatial = {"name of a layer": "gather"} (or "samples")'
                 )

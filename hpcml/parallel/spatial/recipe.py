@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from hpcml import nn
+from hpcml.autograd.mode import watching
 from hpcml.comm import Mesh
 from hpcml.errors import UserError
 from hpcml.nn import Module
@@ -35,8 +36,9 @@ from hpcml.parallel.division import Division, mark_divided, refuse_divided
 from hpcml.parallel.scores import Metric
 from hpcml.parallel.spatial import ends, layers
 from hpcml.parallel.spatial.convolutions import convolution, transposed_convolution
+from hpcml.parallel.spatial.cuts import of_space
 from hpcml.parallel.spatial.grid import NAMES, SAMPLES, Grid, Sizes
-from hpcml.parallel.spatial.guard import guard
+from hpcml.parallel.spatial.guard import guard, has_block
 from hpcml.parallel.spatial.loss import SpatialLoss, measured
 from hpcml.parallel.spatial.norm import Together
 from hpcml.parallel.spatial.operations import watch
@@ -79,6 +81,7 @@ class SpatialDivision(Division):
         if whole is not None:
             self.grid.begin(whole)
             fields = list(batch.part(samples, self.grid.block(whole)))
+            self.grid.begin(whole, [True] * (len(fields) - 1))
             if self._targets_cut:
                 self._check_target(np.shape(fields[-1]))
             elif np.ndim(fields[-1]) > 1:  # of pixels, cut like these: a loss wants them all
@@ -105,8 +108,10 @@ class SpatialDivision(Division):
     def inputs(self, fields: Sequence[Any]) -> list[Any]:
         """This rank's blocks of what a model takes; the first are images, which begin a pass."""
         whole = np.shape(fields[0])[2:]
-        self.grid.begin(whole)
-        return [self.grid.cut(one, whole) if np.shape(one)[2:] == whole else one for one in fields]
+        images = [np.shape(one)[2:] == whole for one in fields]
+        self.grid.begin(whole, images)
+        pairs = zip(fields, images, strict=True)
+        return [self.grid.cut(one, whole) if is_image else one for one, is_image in pairs]
 
     def metrics(self, given: Mapping[str, Metric]) -> Mapping[str, Metric]:
         """Metrics of outputs and targets, over all ranks that divide these."""
@@ -149,8 +154,8 @@ def divide(model: Module, loss: Any, mesh: Mesh, *, overlap: bool | None = None)
             _set(module, ends.end(module, grid, style))
     for parameter in model.parameters():
         parameter.layout.update({name: "R" for name in NAMES if mesh[name].size > 1})
-    guard(model, grid, known)
-    watch(model, grid, known)
+    guard(model, grid, (*DIVIDED, *_NORMS, nn.LayerNorm), known)
+    watch(model, grid, {id(module) for module, style in styles if style not in ends.STYLES})
     return SpatialDivision(grid, loss, any(style in ends.STYLES for _, style in styles))
 
 
@@ -200,10 +205,13 @@ def _divided(module: Any, grid: Grid, forward: layers.Forward) -> None:
     serial = ends.numbered(module, grid) if is_plain(module, nn.Dropout) else module.forward
 
     def choose(x: Any) -> Any:
-        if not grid.inside:
+        if not has_block(grid, module, x):
             return serial(x)
-        out = forward(x)
-        grid.blocks.add(out.shape[2:])
+        if not grid.inside:
+            raise ends.too_late(module, grid)
+        with watching(None):
+            out = forward(x)
+        grid.cuts.note(out.data, grid.space)
         return out
 
     _set(module, choose)
@@ -214,8 +222,15 @@ def _normalised(module: Any, grid: Grid) -> None:
     serial, together = module.forward, Together(grid.axis)
 
     def forward(input: Any) -> Any:
-        module.across = together if grid.inside or grid.state == SAMPLES else None
-        return serial(input)
+        cut = grid.cuts.of(input.data)
+        if cut is None or (of_space(cut) and cut[1] is not None):
+            has_block(grid, module, input)  # which may not be
+        module.across = together if of_space(cut) or grid.state == SAMPLES else None
+        with watching(None):
+            out = serial(input)
+        if cut is not None:
+            grid.cuts.note(out.data, cut)
+        return out
 
     _set(module, forward)
 
