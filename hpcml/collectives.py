@@ -205,6 +205,7 @@ def _row(
 
     run.__name__ = name
     row = movement(run)
+    row.hands_on = forward is _same
     row.adjoint(lambda ctx, g: adjoint(ctx, g, ctx.attributes))
     return row
 

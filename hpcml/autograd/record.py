@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from hpcml import backend, memory
-from hpcml.autograd.halves import HALVES, through_float32, widened
+from hpcml.autograd.halves import HALVES, narrowed, through_float32, widened
 from hpcml.autograd.mode import mode
 from hpcml.autograd.ops.arrays import contiguous
 from hpcml.backend import Array
@@ -83,6 +83,12 @@ class Context:
     def entry(self, array: Array) -> tuple[Any, Any]:
         """How an array is kept for the adjoints: the function that gets it back, and from what."""
         for x in self._inputs:
+            maker = getattr(x, "ctx", None)
+            while isinstance(maker, Context) and maker.primitive.hands_on:
+                maker = maker.sources[0]
+            if isinstance(maker, Context) and maker.primitive.remake and x.data is array:
+                self._packed = True
+                return _remade, maker
             if getattr(x, "is_parameter", False) and x.data is array:
                 if x.unit is not None:
                     self.units += (x.unit,)
@@ -209,6 +215,13 @@ def _data(parameter: Tensor) -> Array:
     return parameter.data
 
 
+def _remade(maker: Context) -> Array:
+    kind = maker.dtypes[0]
+    assert maker.primitive.remake is not None and kind is not None
+    made = maker.primitive.remake(maker)
+    return narrowed(made, kind) if maker.wide else made
+
+
 def _unpacking(unpack: Any, in_order: bool) -> Callable[[Any], Array]:
     """What gets an array back as adjoints take it: they know other orders only from forward."""
 
@@ -240,15 +253,23 @@ class Primitive:
         self.forward = forward
         self.name = forward.__name__
         self.moves = False  # see `movement`
+        self.hands_on = False  # whether the result is the first input itself
         self.joint = False  # whether all adjoints of a use must be called one after the other
         self.takes: Callable[[np.dtype[Any]], bool] = _no_halves
         """Which 16-bit types it and its adjoints take as they are."""
         self.adjoints: list[Callable[[Context, Array], Array]] = []
+        self.remake: Callable[[Context], Array] | None = None
+        """Makes the result again from what was saved: those who need it in backward keep none."""
         self.__doc__ = forward.__doc__
 
     def adjoint(self, function: Callable[[Context, Array], Array]) -> Any:
         """Register the adjoint of the next input: (context, gradient of the output) -> gradient."""
         self.adjoints.append(function)
+        return function
+
+    def remade(self, function: Callable[[Context], Array]) -> Any:
+        """Register what makes the result again: to the bit, in less time than memory is worth."""
+        self.remake = function
         return function
 
     def __call__(self, *inputs: Any, **attributes: Any) -> Tensor:

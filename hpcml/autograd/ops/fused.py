@@ -80,23 +80,32 @@ def layer_norm(
     same_type(ctx, "x", "weight", "bias")
     x = floats(x)
     rows = x.size // size if size else 0
+    ctx.attributes = rows, size, *empty((2, rows), x), x.dtype.type(eps)
+    ctx.save(x, weight, bias)
+    return _layer_norm(ctx, x, weight, bias)
+
+
+def _layer_norm(ctx: Context, x: Array, weight: Array | None, bias: Array | None) -> Array:
+    rows, size, mean, inverse, eps = ctx.attributes
     none = x.reshape(-1)[:0]
-    mean, inverse = empty((2, rows), x)
     out = ctx.empty(x.shape, x)
     kernels.of(x).layer_norm(
         x.reshape(rows, size), none if weight is None else contiguous(weight).reshape(-1),
-        none if bias is None else contiguous(bias).reshape(-1), x.dtype.type(eps),
+        none if bias is None else contiguous(bias).reshape(-1), eps,
         out.reshape(rows, size), mean, inverse,
     )  # fmt: skip
-    ctx.attributes = rows, size, mean, inverse
-    ctx.save(x, weight)
     return out
+
+
+@layer_norm.remade
+def layer_norm_again(ctx: Context) -> Array:
+    return _layer_norm(ctx, *ctx.saved)
 
 
 @layer_norm.adjoint
 def layer_norm_x(ctx: Context, g: Array) -> Array:
-    x, weight = ctx.saved
-    rows, size, mean, inverse = ctx.attributes
+    x, weight, _ = ctx.saved
+    rows, size, mean, inverse, _ = ctx.attributes
     pending = ctx.take_pending()
     none = x.reshape(rows, size)[:0]
     out = ctx.empty(x.shape, x)
@@ -111,8 +120,8 @@ def layer_norm_x(ctx: Context, g: Array) -> Array:
 
 @layer_norm.adjoint
 def layer_norm_weight(ctx: Context, g: Array) -> Array:
-    x, weight = ctx.saved
-    rows, size, mean, inverse = ctx.attributes
+    x, weight, _ = ctx.saved
+    rows, size, mean, inverse, _ = ctx.attributes
     out = ctx.empty(weight.shape, x)
     kernels.of(x).layer_norm_weight_gradient(
         contiguous(g).reshape(rows, size), x.reshape(rows, size), mean, inverse, out.reshape(-1)
@@ -122,7 +131,7 @@ def layer_norm_weight(ctx: Context, g: Array) -> Array:
 
 @layer_norm.adjoint
 def layer_norm_bias(ctx: Context, g: Array) -> Array:
-    rows, size, _, _ = ctx.attributes
+    rows, size, *_ = ctx.attributes
     out = ctx.empty(ctx.shapes[2], g)
     kernels.of(g).column_sums(contiguous(g).reshape(rows, size), out.reshape(-1))
     return out
@@ -249,10 +258,19 @@ def gelu(ctx: Context, x: Array, *, approximate: str = "none") -> Array:
     x = dense(x)
     ctx.save(x)
     ctx.attributes = approximate
+    return _gelu(ctx, x)
+
+
+def _gelu(ctx: Context, x: Array) -> Array:
     out = ctx.like(x)
     kernel = kernels.of(x)
-    (kernel.gelu if approximate == "none" else kernel.gelu_tanh)(flat(x, x), flat(out, x))
+    (kernel.gelu if ctx.attributes == "none" else kernel.gelu_tanh)(flat(x, x), flat(out, x))
     return out
+
+
+@gelu.remade
+def gelu_again(ctx: Context) -> Array:
+    return _gelu(ctx, *ctx.saved)
 
 
 @gelu.adjoint
