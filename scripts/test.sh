@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: style, types, the serial tests (some files on each core), then the tests under mpiexec
+# All checks: style, types, the serial tests (in several processes), then the tests under mpiexec
 # with 2, 3 and 4 ranks.
 # With --peer also the comparisons with PyTorch, which it installs. Every step runs even if one
 # before it has failed; the last line says which did. See _setup.sh for what can be set.

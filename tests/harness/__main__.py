@@ -32,7 +32,8 @@ _LAUNCHER = ("PMI", "MPI_", "HYDI_", "HYDRA_", "OMPI_", "PRTE_", "SLURM_", "PBS_
 _AFTER_REPORT = 20.0
 """Seconds a launcher has to end a run that has failed; now and then one never does."""
 _MOST = 4
-"""Processes that share tests on a machine with many cores: tests start several ranks themselves."""
+"""Processes that share tests on a machine with many cores: tests start several ranks themselves.
+On one with few it is one more than cores: many tests wait for a job that they have started."""
 
 
 def main(arguments: list[str]) -> int:
@@ -41,13 +42,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-n", dest="ranks", type=int, default=0, help="ranks (0: no MPI)")
     parser.add_argument(
         "-j", dest="processes", type=int, default=1,
-        help="processes that share tests without MPI (0: one a core, 4 at most)",
+        help="processes that share tests without MPI (0: one more than cores, 4 at most)",
     )  # fmt: skip
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for the whole run")
     options, rest = parser.parse_known_args(arguments)
     if options.ranks and options.processes != 1:
         parser.error(f"-n {options.ranks} -j {options.processes}: ranks run all tests together")
-    processes = options.processes or min(os.cpu_count() or 1, _MOST)
+    processes = options.processes or min((os.cpu_count() or 1) + 1, _MOST)
     command = [sys.executable, "-m", "tests.harness.rank"]
     if options.ranks or processes > 1:
         # Processes that share a cache folder would race, and nobody reads what they leave there.
@@ -71,6 +72,8 @@ def _environment(board: Board) -> dict[str, str]:
     mine[VARIABLE] = str(board.folder)
     # Ranks share the cores: one thread each, or they fight over them.
     mine.setdefault("OMP_NUM_THREADS", "1")
+    # And leave a core to the rank they wait for: of MPICH, which otherwise looks 1000 times first.
+    mine.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "10")
     # Open MPI refuses by default what a test machine is: a container, with fewer cores than ranks.
     mine |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     mine["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
