@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -87,6 +87,21 @@ def name_of(value: Any) -> str:
 def ranks_of(layout: dict[str, int]) -> int:
     """How many ranks axes of these sizes have."""
     return int(np.prod(list(layout.values())))
+
+
+def in_turn(
+    ways: list[tuple[dict[str, int], dict[str, Any]]],
+    fits: Callable[[str, dict[str, int], dict[str, Any]], bool],
+    kinds: Iterable[str],
+) -> list[tuple[str, dict[str, int], dict[str, Any]]]:
+    """Every way with one of the kinds that fit it: that which has had the fewest so far."""
+    had = dict.fromkeys(kinds, 0)
+    chosen = []
+    for way in ways:
+        kind = min((kind for kind in had if fits(kind, *way)), key=had.__getitem__)
+        had[kind] += 1
+        chosen.append((kind, *way))
+    return chosen
 
 
 class Kind(NamedTuple):

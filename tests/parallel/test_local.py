@@ -23,8 +23,7 @@ def differ(mesh: Mesh, step: Any) -> bool:
     return bool((every.reshape(mesh.size, -1) != every[: every.size // mesh.size]).any())
 
 
-@cases("momentum", [0.0, 0.9])
-@cases("microbatch", [0, 1, 3])
+@cases(("microbatch", "momentum"), [(0, 0.9), (1, 0.0), (3, 0.9)])
 @cases("size", [1, 5, 8])  # ranks without a sample, shares that differ, and that do not
 @cases("kind", ["own", "gpt"])
 def test_period_1_is_synchronous(

@@ -24,6 +24,7 @@ from tests.parallel.cases import (
     Fields,
     classes,
     decay_matrices,
+    in_turn,
     name_of,
     ranks_of,
     serial_mesh,
@@ -197,7 +198,9 @@ def fits(kind: str, layout: dict[str, int], options: dict[str, Any]) -> bool:
     return "cp" not in layout and (kind == "own" or "sequence_parallel" not in options)
 
 
-TOGETHER = [(k, *way) for way in WAYS for k in MODELS if fits(k, *way)]
+# Every way with GPT and with another model, on threads; with one model each on processes.
+TOGETHER = [*(("gpt", *way) for way in WAYS), *in_turn(WAYS, fits, ["untied", "mlp", "own"])]
+WITH_MPI = in_turn(WAYS, fits, MODELS)
 
 
 @cases(("kind", "layout", "options"), TOGETHER, ids=name_of)
@@ -251,7 +254,7 @@ def test_first_values_are_those_of_one_rank(kind: str, layout: dict[str, int]) -
 
 
 @pytest.mark.mpi
-@cases(("kind", "layout", "options"), TOGETHER, ids=name_of)
+@cases(("kind", "layout", "options"), WITH_MPI, ids=name_of)
 def test_training_with_mpi(kind: str, layout: dict[str, int], options: dict[str, Any]) -> None:
     """Likewise on the processes of mpiexec, on as many ranks as there are."""
     if ranks_of(layout) == Mesh().size > 1:

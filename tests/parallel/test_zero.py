@@ -52,8 +52,15 @@ RUNS = [  # kind, optimizer, size, microbatch
 ]  # fmt: skip
 
 
-@cases(("kind", "optimizer", "size", "microbatch"), RUNS)
-@cases("way", WAYS)
+# Each stage with every run; each other way with shares that differ, and with another run in turn.
+TOGETHER = [
+    *((stage, *one) for stage in "123" for one in RUNS),
+    *((way, *RUNS[2]) for way in list(WAYS)[3:]),
+    *((way, *[*RUNS[:2], *RUNS[3:]][turn % 4]) for turn, way in enumerate(list(WAYS)[3:])),
+]
+
+
+@cases(("way", "kind", "optimizer", "size", "microbatch"), TOGETHER)
 @pytest.mark.mpi
 def test_parameters_in_float64(
     way: str, kind: str, optimizer: str, size: int, microbatch: int
@@ -110,9 +117,10 @@ def gradients(step: Step) -> dict[str, np.ndarray]:
 # --- groups of ranks ----------------------------------------------------------------------------
 
 
-@cases("overlap", [False, True])
-@cases("split", ["blocks", "layers"])
-@cases("stage", [1, 2, 3])
+@cases(("stage", "split", "overlap"), [
+    (1, "blocks", True), (2, "blocks", False), (3, "blocks", True),
+    (1, "layers", False), (2, "layers", True), (3, "layers", False),
+])  # fmt: skip
 @cases("shards", [1, 2])
 @pytest.mark.mpi(min_size=2)
 def test_shards_within_groups(shards: int, stage: int, split: str, overlap: bool) -> None:

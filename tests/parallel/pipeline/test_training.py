@@ -26,6 +26,7 @@ from tests.parallel.cases import (
     Fields,
     classes,
     decay_matrices,
+    in_turn,
     name_of,
     ranks_of,
     serial_mesh,
@@ -196,7 +197,9 @@ def fits(kind: str, layout: dict[str, int], options: dict[str, Any]) -> bool:
     return kind == "gpt" or "tp" not in layout
 
 
-TOGETHER = [(k, *way) for way in WAYS for k in MODELS if fits(k, *way)]
+# Every way with GPT and with another model, on threads; with one model each on processes.
+TOGETHER = [*(("gpt", *way) for way in WAYS), *in_turn(WAYS, fits, ["untied", "mlp", "own"])]
+WITH_MPI = in_turn(WAYS, fits, MODELS)
 
 
 def _go(kind: str, layout: dict[str, int], options: dict[str, Any]) -> None:
@@ -213,14 +216,14 @@ def test_training_is_that_of_one_process(
 
 
 @pytest.mark.mpi
-@cases(("kind", "layout", "options"), TOGETHER, ids=name_of)
+@cases(("kind", "layout", "options"), WITH_MPI, ids=name_of)
 def test_training_with_mpi(kind: str, layout: dict[str, int], options: dict[str, Any]) -> None:
     """Likewise on the processes of mpiexec, on as many ranks as there are."""
     if ranks_of(layout) == Mesh().size > 1:
         _go(kind, layout, options)
 
 
-@cases("microbatches", [1, 2, 3, 4, 7])
+@cases("microbatches", [1, 2, 3, 7])
 @cases("schedule", ["naive", "gpipe", "1f1b", "zero-bubble"])
 def test_fewer_and_more_microbatches_than_stages(schedule: str, microbatches: int) -> None:
     on_threads(
