@@ -95,7 +95,7 @@ def test_a_refusal_is_one_line_and_code_2(
     job: Job, condition: str, message: str, agreed: str, line: str
 ) -> None:
     program = REFUSE.format(condition=condition, message=message, agreed=agreed)
-    assert ended(job(3, PREAMBLE + program)) == (2, f"hpcml: error: {line}\n")
+    assert ended(job(2, PREAMBLE + program)) == (2, f"hpcml: error: {line}\n")
 
 
 def test_a_refusal_on_one_rank_alone_ends_the_others(job: Job) -> None:
@@ -113,7 +113,7 @@ from hpcml.comm import guard
 from hpcml.errors import UserError
 sys.exit(guard.refuse(UserError("bad key")))
 """
-    assert ended(job(3, program)) == (2, "hpcml: error: bad key\n")
+    assert ended(job(2, program)) == (2, "hpcml: error: bad key\n")
 
 
 def test_a_refusal_on_one_rank_before_there_is_a_mesh_ends_the_others(job: Job) -> None:
@@ -126,7 +126,7 @@ if read().rank == 1:
     sys.exit(guard.refuse(UserError("bad key")))
 Mesh().world.barrier()
 """
-    code, output = ended(job(3, program))
+    code, output = ended(job(2, program))
     assert code == 2 and output.startswith("hpcml: error: bad key\n")
 
 

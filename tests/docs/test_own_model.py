@@ -41,9 +41,8 @@ def test_it_learns() -> None:
     assert alone[200] < 0.1 * alone[40]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_losses_do_not_depend_on_the_ranks(ranks: int) -> None:
-    assert losses(ranks) == pytest.approx(losses(0), rel=1e-4, abs=2e-6)
+def test_losses_do_not_depend_on_the_ranks() -> None:
+    assert losses(3) == pytest.approx(losses(0), rel=1e-4, abs=2e-6)
 
 
 def test_it_is_about_30_lines() -> None:

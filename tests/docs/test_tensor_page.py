@@ -12,8 +12,7 @@ import pytest
 from tests.comm.jobs import ROOT, child_environment, mpiexec
 
 PAGE = (ROOT / "docs" / "tensor.md").read_text(encoding="utf-8")
-VALUES = {0: 65 * 32 * 2 + 2 * 32 * 101 + 101 + 32, 2: 33 * 32 * 2 + 2 * 32 * 51 + 51 + 32,
-          3: 22 * 32 * 2 + 2 * 32 * 34 + 34 + 32}  # fmt: skip
+VALUES = {0: 65 * 32 * 2 + 2 * 32 * 101 + 101 + 32, 3: 22 * 32 * 2 + 2 * 32 * 34 + 34 + 32}
 
 
 def example() -> str:
@@ -36,9 +35,8 @@ def said(folder: Path, ranks: int) -> tuple[float, int]:
     return float(found[1]), int(found[2])
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_learn_what_one_learns(tmp_path: Path, ranks: int) -> None:
+def test_ranks_learn_what_one_learns(tmp_path: Path) -> None:
     alone, whole = said(tmp_path, 0)
-    loss, held = said(tmp_path, ranks)
+    loss, held = said(tmp_path, 3)  # that divides no dim of the model
     assert alone < 0.2 and loss == pytest.approx(alone, abs=2e-3)
-    assert (whole, held) == (VALUES[0], VALUES[ranks])
+    assert (whole, held) == (VALUES[0], VALUES[3])

@@ -20,11 +20,15 @@ VARIABLE = "HPCML_TEST_WORKER"
 _FIRST = (
     "tests/train/test_bad_input.py",
     "tests/test_harness.py",
+    "tests/kernels/test_compiled.py",
+    "tests/test_bench_zero.py",
     "tests/comm/test_rollcall.py",
     "tests/comm/test_guard.py",
+    "tests/parallel/test_faults.py",
     "tests/test_bench_collectives.py",
 )
-"""Files that take more than 20 seconds, the longest first: a hint, which changes no result."""
+"""Files that take more than 20 seconds: a hint, which changes no result. The first ones compile the
+kernels, or need none: what starts jobs with short limits of time comes after that."""
 
 
 class Sharing:
