@@ -36,6 +36,8 @@ class _Block(Module):
 
     expansion: ClassVar[int]
     """Channels of the output, in widths of the block."""
+    splits: ClassVar[dict[str, str]]
+    """How tensor-parallel ranks divide it: filters of a convolution, then channels of the next."""
 
     downsample: Sequential | None
 
@@ -56,6 +58,7 @@ class BasicBlock(_Block):
     """Two 3x3 convolutions."""
 
     expansion = 1
+    splits: ClassVar[dict[str, str]] = {"conv1": "column", "bn1": "divided", "conv2": "row"}
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -75,6 +78,7 @@ class Bottleneck(_Block):
     """1x1, 3x3 and 1x1 convolutions, the last with four times as many filters."""
 
     expansion = 4
+    splits: ClassVar[dict[str, str]] = {"conv2": "column", "bn2": "divided", "conv3": "row"}
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -142,6 +146,7 @@ class ResNet(Module):
             _stage(block, before, n, count, 1 if n == width else 2)
             for (before, _), n, count in zip(pairwise(channels), widths, counts, strict=True)
         )
+        self.splits = {f"layer?.*.{name}": style for name, style in block.splits.items()}
         self.avgpool = AdaptiveAvgPool2d(1)
         self.fc = Linear(channels[-1], num_classes)
 

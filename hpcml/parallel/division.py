@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
+
 from hpcml.autograd import Tensor
+from hpcml.backend import Array
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.parallel.batch import samples_of
@@ -36,6 +39,10 @@ class Division:
     def metrics(self, given: Mapping[str, Metric]) -> Mapping[str, Metric]:
         """Metrics of outputs and targets, as this rank has them. Raises UserError if it can not."""
         return given
+
+    def whole_buffers(self, model: Module) -> dict[str, Array]:
+        """Copies of the model's buffers by name, none of which is divided. Collective."""
+        return {name: np.array(one.data) for name, one in model.named_buffers()}
 
     def whole_outputs(self) -> AbstractContextManager[None]:
         """Within, the model gives all its outputs to every rank. Collective."""

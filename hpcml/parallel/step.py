@@ -317,7 +317,7 @@ class Step:
     def gathered_buffers(self) -> dict[str, Array]:
         """The buffers of the model, such as running estimates, by name. Collective."""
         with self._together():
-            return {name: np.array(one.data) for name, one in self.buffers.named}
+            return self.division.whole_buffers(self.model)
 
     def gathered_gradients(self) -> Iterator[tuple[str, Array]]:
         """Likewise the complete gradients of the parameters that are trained."""

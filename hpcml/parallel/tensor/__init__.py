@@ -12,10 +12,13 @@ keeps its parameters, names and first values; a rank has the part of a weight th
 States are those of `hpcml.collectives`: x is `I`, what lies between is `S(-1)`, y is `I`. With
 sequence parallelism (Korthikanti et al. 2022, section 4.2.2) x and y are `S(-2)`: `Positions`.
 
+Convolutions are divided likewise by filters and by channels (`convolutions`).
+
 `divide` does it to a whole model that declares its `splits`.
 """
 
 from hpcml.parallel.tensor.attention import ParallelAttention
+from hpcml.parallel.tensor.convolutions import ColumnParallelConv, RowParallelConv
 from hpcml.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
 from hpcml.parallel.tensor.loss import VocabParallelCrossEntropyLoss, vocab_parallel_cross_entropy
 from hpcml.parallel.tensor.positions import Positions
@@ -23,9 +26,11 @@ from hpcml.parallel.tensor.recipe import TensorDivision, divide
 from hpcml.parallel.tensor.vocab import VocabParallelEmbedding
 
 __all__ = [
+    "ColumnParallelConv",
     "ColumnParallelLinear",
     "ParallelAttention",
     "Positions",
+    "RowParallelConv",
     "RowParallelLinear",
     "TensorDivision",
     "VocabParallelCrossEntropyLoss",

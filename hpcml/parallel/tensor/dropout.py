@@ -37,7 +37,7 @@ class PositionsDropout(Dropout):
 
 
 class DividedDropout(Dropout):
-    """Of this rank's features, between a "column" and a "row" layer: (B, ..., features)."""
+    """Of this rank's features or channels, between a "column" and a "row" layer."""
 
     def __init__(self, dropout: Dropout, positions: Positions) -> None:
         super().__init__(dropout.p)
@@ -53,10 +53,11 @@ class DividedDropout(Dropout):
         if self.p == 0 or not self.training:
             return input
         width, ranges = self.positions.features or (0, ())
-        if input.shape[-1] != sum(end - first for first, end in ranges):
+        dim = self.positions.dim % input.ndim
+        if input.shape[dim] != sum(end - first for first, end in ranges):
             raise UserError(
-                f'{self.name}, "divided": dropout of {input.shape[-1]} features, which is not what '
-                'the "column" layer before it has left'
+                f'{self.name}, "divided": dropout of {input.shape[dim]} features, which is not '
+                'what the "column" layer before it has left'
             )
-        part = Part((*input.shape[:-1], width), input.ndim - 1, ranges)
+        part = Part((*input.shape[:dim], width, *input.shape[dim + 1 :]), dim, ranges)
         return F.dropout(input, self.p, self.training, name=self.name, part=part)

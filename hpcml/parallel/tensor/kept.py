@@ -14,6 +14,7 @@ from typing import Any
 from hpcml.comm import Axis
 from hpcml.nn import Module
 from hpcml.parallel.partition import partitioned
+from hpcml.parallel.tensor.convolutions import ColumnParallelConv
 from hpcml.parallel.tensor.layers import ColumnParallelLinear
 
 
@@ -26,7 +27,7 @@ def keep_parts(model: Module, axis: Axis, *, offload: bool) -> None:
             and not module._modules
             and all(p.part is None and axis.name not in p.layout for p in own)
         )
-        if alike or isinstance(module, ColumnParallelLinear):
+        if alike or isinstance(module, ColumnParallelLinear | ColumnParallelConv):
             module.forward = _within(module.forward, axis, offload)  # type: ignore[method-assign]
 
 

@@ -49,7 +49,7 @@ class ColumnParallelLinear(Module):
                 '"row" layer'
             )
         positions = self.positions
-        positions.features = self.out_features, self.cuts[self.axis.rank]
+        positions.begin_region(self.out_features, self.cuts[self.axis.rank])
         if positions.overlaps:
             return gathered_linear(input, self.weight, self.bias, self.axis, positions.counts)
         return F.linear(positions.enter(input), self.weight, self.bias)

@@ -45,6 +45,8 @@ class Positions:
         self.length = 0
         self.features: Features | None = None
         """Of the region under way: how many there are, and which this rank has; None between."""
+        self.dim = -1
+        """Along which they lie."""
         self.ended = 0  # outputs in this pass
 
     @property
@@ -80,6 +82,10 @@ class Positions:
         """What an activation of this shape, between the regions, is of the whole."""
         whole = (*shape[:-2], self.length, shape[-1])
         return Part(whole, len(whole) - 2, self.own)
+
+    def begin_region(self, count: int, own: tuple[Range, ...], dim: int = -1) -> None:
+        """From here on a rank has some of so many features, along `dim`."""
+        self.features, self.dim = (count, own), dim
 
     # --- ways of activations --------------------------------------------------------------------
 

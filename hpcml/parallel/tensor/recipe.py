@@ -7,8 +7,8 @@ A model is written serially and declares how its layers are divided, by patterns
 
 | style | of | becomes |
 |---|---|---|
-| "column" | `Linear` | divided by outputs; what follows sees this rank's features |
-| "row" | `Linear` | divided by inputs, which a "column" layer has divided; the ranks add up |
+| "column" | `Linear`, `Conv` | divided by outputs; what follows sees this rank's features |
+| "row" | the same | divided by inputs, which a "column" layer has divided; the ranks add up |
 | "qkv" | `Linear` | "column" of three projections side by side |
 | "heads" | `PackedAttention`, or a module with `num_heads` or `heads` | this rank's heads |
 | "vocab" | `Embedding` | rows of the table divided; here sequences begin |
@@ -30,12 +30,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from hpcml.autograd import Tensor
+from hpcml.backend import Array
 from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
 from hpcml.nn import CrossEntropyLoss, Module, Sequential
 from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.division import Division, mark_divided, refuse_divided
 from hpcml.parallel.scores import Metric
+from hpcml.parallel.tensor.convolutions import whole_buffer
 from hpcml.parallel.tensor.guard import guard
 from hpcml.parallel.tensor.kept import keep_parts
 from hpcml.parallel.tensor.layers import OutputLinear
@@ -67,6 +69,14 @@ class TensorDivision(Division):
                 'metrics out, or the style "output" in the model\'s splits'
             )
         return given
+
+    def whole_buffers(self, model: Module) -> dict[str, Array]:
+        """Copies of the model's buffers by name, of all channels. Collective."""
+        return {
+            f"{path}.{name}" if path else name: whole_buffer(module, name, self.positions.tp)
+            for path, module in model.named_modules()
+            for name in module._buffers
+        }
 
     @contextmanager
     def whole_outputs(self) -> Iterator[None]:

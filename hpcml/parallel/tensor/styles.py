@@ -9,6 +9,14 @@ from hpcml.errors import UserError
 from hpcml.nn import Dropout, Embedding, Linear, Module, MultiheadAttention, PackedAttention
 from hpcml.nn.part import blocks
 from hpcml.parallel.tensor.attention import ParallelAttention, share_heads
+from hpcml.parallel.tensor.convolutions import (
+    CONVOLUTIONS,
+    NORMS,
+    ColumnParallelConv,
+    RowParallelConv,
+    divide_groups,
+    divide_norm,
+)
 from hpcml.parallel.tensor.dropout import DividedDropout
 from hpcml.parallel.tensor.layers import ColumnParallelLinear, OutputLinear, RowParallelLinear
 from hpcml.parallel.tensor.naive import NaiveEmbedding, NaiveLinear
@@ -38,6 +46,22 @@ def _linear(style: str, make: Callable[..., Module], **options: Any) -> Style:
     def made(module: Module, positions: Positions) -> Module:
         linear = _take(module, style, Linear)
         return make(linear, positions.tp, positions=positions, **options)
+
+    return made
+
+
+def _either(style: str, linear: Style, conv: Callable[..., Module]) -> Style:
+    """Of a linear layer or a convolution."""
+
+    def made(module: Module, positions: Positions) -> Module:
+        if any(is_plain(module, kind) for kind in CONVOLUTIONS):
+            return conv(module, positions.tp, positions=positions)
+        if not is_plain(module, Linear):
+            raise UserError(
+                f'splits: "{style}" takes an nn.Linear or a convolution, not {module.name}, which '
+                f"is a {type(module).__name__}"
+            )
+        return linear(module, positions)
 
     return made
 
@@ -74,11 +98,17 @@ def _heads(module: Module, positions: Positions) -> Module:
 
 def _divided(module: Module, positions: Positions) -> Module:
     axis = positions.tp
-    for parameter in module.parameters():
-        width = parameter.whole_shape[-1]
-        block(f"{parameter.name}: features", width, axis)
-        cuts = [(ranges,) for ranges in blocks(width, axis.size)]
-        divide_parameter(parameter, len(parameter.whole_shape) - 1, cuts, axis)
+    for one in module.modules():
+        if any(is_plain(one, kind) for kind in CONVOLUTIONS):
+            divide_groups(one, axis)
+            continue
+        for parameter in one._parameters.values():
+            width = parameter.whole_shape[-1]
+            block(f"{parameter.name}: features", width, axis)
+            cuts = [(ranges,) for ranges in blocks(width, axis.size)]
+            divide_parameter(parameter, len(parameter.whole_shape) - 1, cuts, axis)
+        if isinstance(one, NORMS):
+            divide_norm(one, axis)
     for parent in module.modules():
         for name, child in parent.named_children():
             if is_plain(child, Dropout):
@@ -109,8 +139,8 @@ def _naive_embedding(module: Module, positions: Positions) -> Module:
 
 
 MEGATRON: dict[str, Style] = {
-    "column": _linear("column", ColumnParallelLinear),
-    "row": _linear("row", RowParallelLinear),
+    "column": _either("column", _linear("column", ColumnParallelLinear), ColumnParallelConv),
+    "row": _either("row", _linear("row", RowParallelLinear), RowParallelConv),
     "qkv": _linear("qkv", ColumnParallelLinear, packed=3),
     "heads": _heads,
     "vocab": _vocab,
