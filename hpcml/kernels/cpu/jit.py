@@ -16,6 +16,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from numba import types
 from numba.core.registry import cpu_target
 
 _registry: list[tuple[Any, str]] = []
+_loading = threading.Lock()  # ranks may be threads
 _FLOATS = {"float32": types.float32, "float64": types.float64}
 
 
@@ -148,7 +150,7 @@ def load(dtype: str) -> None:
     """
     folder = cache_folder()
     complete = folder / f"{dtype}-{len(_registry)}-complete"
-    with open(folder / "lock", "a") as lock:
+    with _loading, open(folder / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # many processes read at once
         if complete.exists():
             with contextlib.suppress(Exception):  # damaged: pickle raises nearly anything
