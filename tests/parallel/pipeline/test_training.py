@@ -86,7 +86,7 @@ class Mix(nn.Module):
         self.frozen, self.scale = nn.Linear(8, 8).requires_grad_(False), nn.LayerNorm(8)
 
     def forward(self, x: Tensor, y: Tensor, kinds: Tensor) -> Tensor:
-        return self.scale(self.frozen(x + y)) * (kinds.data[..., None] + 1).astype(x.dtype)
+        return self.scale(self.frozen(x - y)) * (kinds.data[..., None] + 1).astype(x.dtype)
 
 
 class Left(nn.Module):
