@@ -4,6 +4,8 @@ Their performance model takes for a layer the time of the convolution of a rank'
 its size, and adds messages of alpha + bytes beta for the halo: forward those of the input, backward
 those of its gradient. Here the convolution alone is timed in turns with the divided layer, on what
 a rank reads, and m messages of together b bytes count m alpha + b beta, as they all go at once.
+Beside that the model has what a CPU does itself: the copy of a block to its place among its ghosts,
+in both directions, and what a divided layer takes to be called, measured with blocks of one place.
 """
 
 from __future__ import annotations
@@ -44,11 +46,19 @@ SHAPES = (
     Shape("resnet 3", 2, 128, 128, 3, 1, 28),
 )
 """Of the mesh-tangling problem and of ResNet, at sizes that a CPU takes in milliseconds."""
+TINY = Shape("a call", 1, 1, 1, 1, 1, 8)
+"""Which takes no time but that of the call, and has no halo."""
 
 
 def measure(mesh: Mesh, alpha: float, beta: float, rounds: int) -> list[dict[str, Any]]:
     """Each layer on this mesh's sp_h x sp_w; the slowest rank counts. Collective."""
-    return [_row(mesh, shape, alpha, beta, rounds) for shape in SHAPES]
+    tiny = _row(mesh, TINY, alpha, beta, rounds)
+    called = tiny["forward"] - tiny["convolution"], tiny["measured"] - tiny["convolutions"]
+    rows = [_row(mesh, shape, alpha, beta, rounds) for shape in SHAPES]
+    for row in rows:
+        row["forward_predicted"] += called[0]
+        row["predicted"] += called[1]
+    return rows
 
 
 def _row(mesh: Mesh, shape: Shape, alpha: float, beta: float, rounds: int) -> dict[str, Any]:
@@ -79,6 +89,14 @@ def _row(mesh: Mesh, shape: Shape, alpha: float, beta: float, rounds: int) -> di
         "both": lambda: model(x).backward(g),
         "both alone": lambda: alone(read).backward(g),
     }
+    halo = windows_of(layer, division.grid, division.grid.whole).exchange.halo
+    own = np.ascontiguousarray(block.transpose(0, 2, 3, 1))
+    wide = np.empty(halo.padded(own.shape), own.dtype)
+
+    def copy() -> None:
+        wide[halo.inside(wide.ndim)] = own
+
+    calls["copy"] = copy
     before = mesh.ledger.snapshot()
     calls["both"]()
     found = (mesh.ledger.snapshot() - before).get(division.grid.axis.name, {})
@@ -88,12 +106,14 @@ def _row(mesh: Mesh, shape: Shape, alpha: float, beta: float, rounds: int) -> di
     ghosts, messages = _halo(layer, division.grid, x)
     mine = np.array([messages * alpha + ghosts * beta, 2 * messages * alpha + moved * beta, moved])
     sends = mesh.world.allreduce(mine, "max")
+    copied = times["copy"] if sends[2] else 0.0
     return {
         **shape._asdict(), "grid": [axis.size for axis in division.grid.axes(2)],
         "block": list(block.shape[2:]), "halo_bytes": int(sends[2]),
-        "forward_predicted": times["forward alone"] + float(sends[0]),
+        "convolution": times["forward alone"], "convolutions": times["both alone"],
+        "forward_predicted": times["forward alone"] + copied + float(sends[0]),
         "forward": times["forward"],
-        "predicted": times["both alone"] + float(sends[1]), "measured": times["both"],
+        "predicted": times["both alone"] + 2 * copied + float(sends[1]), "measured": times["both"],
         "halo_predicted": float(sends[1]),
     }  # fmt: skip
 
@@ -136,6 +156,6 @@ def table(report: dict[str, Any]) -> str:
     grid = " x ".join(map(str, report["layers"][0]["grid"]))
     title = (
         f"convolutions divided over sp_h x sp_w = {grid}: forward, and forward with both backward "
-        "passes, beside the time of the block alone and alpha + beta for its halo"
+        "passes, beside the block alone, alpha and beta for its halo, its copy and the call"
     )
     return "\n".join([title, *lines])

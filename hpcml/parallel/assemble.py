@@ -14,6 +14,7 @@ from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.optim import Optimizer
 from hpcml.parallel import groups, modes, spatial, tensor, threads
+from hpcml.parallel.batchnorm import synchronise, turn_of
 from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.division import Division
 from hpcml.parallel.pipeline.assemble import Assembly, assemble, placement
@@ -49,6 +50,9 @@ def parallelize(
     staleness: int = 0,
     sync_steps: int = 0,
     elastic: float = 0.0,
+    sync_batchnorm: bool = False,
+    spatial_end: str = "",
+    spatial_style: str = "gather",
     tensor_split: str = "megatron",
     sequence_parallel: bool = False,
     partition_activations: str = "no",
@@ -94,6 +98,10 @@ def parallelize(
         background and may miss `staleness` updates. After training, call `step.settle()`.
     elastic: with "async", ranks train by themselves and are drawn to a common centre by this
         factor every `period` steps; `staleness` then counts such rounds.
+    sync_batchnorm: batch norm takes its statistics over the microbatches that all data-parallel
+        ranks compute at the same time, as PyTorch's SyncBatchNorm does; else each of its own.
+    spatial_end: a pattern of names of modules at which the ranks that divide images come together,
+        before those where the model's `spatial` says so, and in which style: "gather" or "samples".
     tensor_split: "megatron", or "naive" with a sum over the ranks after each layer, to count
         against.
     sequence_parallel: tensor-parallel ranks divide sequences where they do not divide features.
@@ -130,15 +138,21 @@ def parallelize(
     if launch.read().size > 1:
         agree(mesh.world, partial(threads.share, mesh, keep=True))
     seed = rng.seed() if seed is None else seed
+    turn = turn_of(mesh, sync_batchnorm, mode)
     model.name_parts()
     detach(model.parameters())
     if spatial.ranks_of(mesh) > 1:
-        division: Division = spatial.divide(model, loss, mesh, overlap=overlap)
+        division: Division = spatial.divide(
+            model, loss, mesh, overlap=overlap, turn=turn, end=spatial_end, style=spatial_style
+        )
     else:
         division = tensor.divide(
             model, loss, mesh, how=tensor_split, sequence_parallel=sequence_parallel,
             overlap=overlap, partition_activations=partition_activations,
         )  # fmt: skip
+        if turn is not None:
+            synchronise(model, mesh["dp"], turn)
+    division.turn = turn
     _check_metrics(metrics, division)
     given = groups(model) if groups else list(model.parameters())
     assembly = cut(model, mesh, schedule, chunks, stages, costs)

@@ -13,6 +13,7 @@ from hpcml.backend import Array
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.parallel.batch import samples_of
+from hpcml.parallel.batchnorm import Turn
 from hpcml.parallel.scores import Metric
 
 _MARK = "_divided_among_ranks"  # an attribute of models that are
@@ -24,6 +25,8 @@ class Division:
     def __init__(self, loss: Any) -> None:
         """loss: called with outputs and target, as a rank has them."""
         self.loss = loss
+        self.turn: Turn | None = None
+        """Where data-parallel ranks meet in batch norm."""
 
     def fields(self, batch: Any, samples: slice) -> Sequence[Any]:
         """Some samples of a batch, field by field, as this rank takes them."""

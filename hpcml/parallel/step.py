@@ -111,7 +111,7 @@ class Step:
         at_once = min(size, self.microbatch or -(-size // self.axis.size))
         held, self._held = self._held, 0  # what an error leaves of a gradient is of no use
         losses = np.full(data.count(size, self.microbatch, self.axis.size), np.nan)
-        alone = self._owners.size > 1 and not self.zero.lockstep and self.mesh["pp"].size == 1
+        alone = self._owners.size > 1 and not self._lockstep and self.mesh["pp"].size == 1
         with (
             self._refusals.kept(alone=alone),
             advised(self.optimizer, self.groups.sharding, at_once),
@@ -120,6 +120,11 @@ class Step:
         self.current = -1
         self.samples, self._held = first + size, held + size
         return losses
+
+    @property
+    def _lockstep(self) -> bool:
+        """Whether ranks need each other in forward or backward."""
+        return self.zero.lockstep or self.division.turn is not None
 
     @property
     def steps(self) -> int:
@@ -160,9 +165,11 @@ class Step:
         self.buffers.begin(rounds, fresh=fresh)
         losses, span = np.zeros(total), self.mesh.ledger.span
         factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
-        parts = data.microbatches(size, self.microbatch, self.axis, self.zero.lockstep)
+        parts = data.microbatches(size, self.microbatch, self.axis, self._lockstep)
         for self.current, part in enumerate(parts):
             last = part.last and not self._holding
+            if self.division.turn is not None:
+                self.division.turn.counts = part.weight > 0
             with rng.samples(self.seed, first + part.samples.start):
                 counted = self.buffers.microbatch(self.current, part.counted)
                 with span(Kind.FORWARD, 0, part.number), counted:

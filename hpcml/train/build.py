@@ -138,6 +138,7 @@ def make_step(
         offload_dir=config.pipeline.offload_dir, tensor_split=config.tensor.split,
         sequence_parallel=config.tensor.sequence_parallel,
         partition_activations=config.tensor.partition_activations, metrics=metrics,
+        spatial_end=config.spatial.end, spatial_style=config.spatial.style,
         **{**asdict(together), "overlap": OVERLAP[together.overlap]},
     )  # fmt: skip
 

@@ -49,6 +49,11 @@ def check(config: Config, mesh: Mesh) -> Report:
             f"data_parallel.mode={config.data_parallel.mode} is another algorithm than the serial "
             "one: check data_parallel.mode=sync"
         )
+    if config.data_parallel.sync_batchnorm and mesh["dp"].size > 1:
+        raise UserError(
+            "data_parallel.sync_batchnorm=true takes statistics over what ranks compute together, "
+            "and one rank has that of a microbatch: check data_parallel.sync_batchnorm=false"
+        )
     if config.pipeline.schedule in ASYNCHRONOUS:
         raise UserError(
             f"pipeline.schedule={config.pipeline.schedule} is another algorithm than the serial "

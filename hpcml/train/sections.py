@@ -153,6 +153,9 @@ class DataParallel:
     elastic: float = key(
         0.0, "pull to a common centre every period, at most 1 / ranks (mode async; 0: none)", low=0
     )
+    sync_batchnorm: bool = key(
+        False, "batch norm takes its statistics over the microbatches of all data-parallel ranks"
+    )
     overlap: str = key(
         "auto",
         "communicate in the background, beside compute: gradients, zero.stage=3's parameters, what "
@@ -205,6 +208,18 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
+class Spatial:
+    """Where ranks that divide images come together, beside where the model says."""
+
+    end: str = key("", "the layers at which they do, a pattern of names, such as layer4")
+    style: str = key(
+        "gather",
+        "from there on all compute the same (gather), or each some of the samples (samples)",
+        choices=("gather", "samples"),
+    )
+
+
+@dataclass(frozen=True)
 class TensorParallel:
     """How layers are split over tensor-parallel ranks."""
 
@@ -247,6 +262,7 @@ class Config:
     data_parallel: DataParallel = field(default_factory=DataParallel)
     zero: Zero = field(default_factory=Zero)
     pipeline: Pipeline = field(default_factory=Pipeline)
+    spatial: Spatial = field(default_factory=Spatial)
     tensor: TensorParallel = field(default_factory=TensorParallel)
     device: Device = field(default_factory=Device)
 

@@ -194,3 +194,20 @@ def test_packages_that_are_missing(
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0.png").write_bytes(b"not looked at")
     refused("not installed: install hpcml[images]", path=path or str(tmp_path))
+
+
+def test_pixels_that_are_no_numbers(tmp_path: Path) -> None:
+    """They would make all weights NaN, and the loss say so where nobody looks for the cause."""
+    array = np.random.default_rng(0).normal(size=(7, 1, 4, 6)).astype(np.float32)
+    array[5, 0, 3, 4] = np.inf
+    path = str(write_pair(tmp_path, array, LABELS))
+    line = f'image 5 (from 0) of "{path}" has a pixel that is inf: mend the image'
+    refused(line, path=path)
+    data = images(0, path, val_fraction=0.0, mean=(0.0,), std=(1.0,), shift=1).train
+    bad, part = np.array([5]), (slice(0, 4), slice(0, 3))
+    with pytest.raises(UserError, match="image 5"):
+        data.fetch_part(bad, bad)
+    with pytest.raises(UserError, match="image 5"):
+        data[5]
+    assert np.isfinite(data[4][0]).all()
+    assert np.isfinite(data.fetch_part(bad, bad, part)[0]).all(), "of another part of the image"

@@ -47,9 +47,9 @@ class Images:
         """Return sample `index` as it is, without augmentation: image (C, *S) and its label."""
         if not 0 <= index < self.count:
             raise IndexError(f"sample {index} of {self.count}")
-        space = tuple(slice(0, n) for n in self.source.size)
-        image = self._normal(self.source.pictures.part(self.first + index, space)[None])[0]
-        return image, self._labels(np.array([self.first + index]), space)[0]
+        space, places = tuple(slice(0, n) for n in self.source.size), np.array([self.first + index])
+        image = self._normal(self.source.pictures.part(self.first + index, space)[None], places)[0]
+        return image, self._labels(places, space)[0]
 
     def fetch_part(
         self, indices: Array, numbers: Array, space: Space | None = None
@@ -62,12 +62,12 @@ class Images:
         places, size = indices + self.first, self.source.size
         if self.augmentation is None and space is None:
             images = self.source.pictures.take(places)
-            return self._normal(images), self._labels(places, None)
+            return self._normal(images, places), self._labels(places, None)
         part = space or tuple(slice(0, n) for n in size)
         pictures = self.source.pictures
         if self.augmentation is None:
             cut = [pictures.part(int(place), part) for place in places]
-            return self._normal(np.stack(cut)), self._labels(places, part)
+            return self._normal(np.stack(cut), places), self._labels(places, part)
         images, targets = [], []
         for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
             move = self.augmentation.move(number, size)
@@ -76,9 +76,10 @@ class Images:
                 label = self.source.labels[place]
                 targets.append(move.part(label.__getitem__, part, nearest=True))
         labels = np.stack(targets) if targets else self.source.labels[places]
-        return self._normal(np.stack(images)), self._checked(labels)
+        return self._normal(np.stack(images), places), self._checked(labels)
 
-    def _normal(self, images: Array) -> Array:
+    def _normal(self, images: Array, places: Array) -> Array:
+        self.source.check(images, places)
         shape = (1, -1, *[1] * (images.ndim - 2))
         out = np.subtract(images, self.mean.reshape(shape), dtype=np.float32)
         out /= self.std.reshape(shape)
@@ -108,7 +109,9 @@ def measure(source: Source, count: int) -> tuple[Array, Array]:
     chosen = np.unique(np.linspace(0, count - 1, max(1, min(count, MEASURED // values)), dtype=int))
     sums, size = np.zeros((2, source.pictures.shape[1])), 0
     for some in np.array_split(chosen, max(1, len(chosen) * values >> 20)):
-        images = source.pictures.take(some).astype(np.float64)
+        images = source.pictures.take(some)
+        source.check(images, some)
+        images = images.astype(np.float64)
         axes = (0, *range(2, images.ndim))
         sums += images.sum(axes), (images**2).sum(axes)
         size += images.size // images.shape[1]

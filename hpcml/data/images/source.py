@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from hpcml.backend import Array
 from hpcml.errors import UserError
 
@@ -91,6 +93,17 @@ class Source:
     def by_pixel(self) -> bool:
         """Whether every pixel has a label."""
         return len(self.labels.shape) > 1
+
+    def check(self, images: Array, places: Array) -> None:
+        """Raise UserError for pixels that are no numbers; places: of the images (n, ...) here."""
+        if images.dtype.kind != "f" or np.isfinite(images).all():
+            return
+        bad = next(i for i, image in enumerate(images) if not np.isfinite(image).all())
+        value = images[bad][~np.isfinite(images[bad])][0]
+        raise UserError(
+            f'image {int(places[bad])} (from 0) of "{self.names[0]}" has a pixel that is {value}: '
+            "mend the image, or leave it out"
+        )
 
     def count_classes(self, given: int) -> int:
         """How many classes there are: `given`, or one more than the largest label.

@@ -31,6 +31,7 @@ from hpcml.comm import Mesh
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.parallel.batch import samples_of
+from hpcml.parallel.batchnorm import NORMS, Together, Turn
 from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.division import Division, mark_divided, refuse_divided
 from hpcml.parallel.scores import Metric
@@ -40,7 +41,6 @@ from hpcml.parallel.spatial.cuts import of_space
 from hpcml.parallel.spatial.grid import NAMES, SAMPLES, Grid, Sizes
 from hpcml.parallel.spatial.guard import guard, has_block
 from hpcml.parallel.spatial.loss import SpatialLoss, measured
-from hpcml.parallel.spatial.norm import Together
 from hpcml.parallel.spatial.operations import watch
 from hpcml.parallel.tensor.styles import is_plain
 
@@ -60,8 +60,6 @@ DIVIDED: dict[type[Module], Callable[[Any, Grid], layers.Forward]] = {
     nn.Dropout: layers.dropout,
 }
 """Layers, and the forward that each has on blocks."""
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class SpatialDivision(Division):
@@ -127,18 +125,25 @@ class SpatialDivision(Division):
             self.grid.gathers = False
 
 
-def divide(model: Module, loss: Any, mesh: Mesh, *, overlap: bool | None = None) -> SpatialDivision:
+def divide(
+    model: Module, loss: Any, mesh: Mesh, *, overlap: bool | None = None, turn: Turn | None = None,
+    end: str = "", style: str = "gather",
+) -> SpatialDivision:  # fmt: skip
     """Divide a model, in place, among the ranks of "sp_d", "sp_h" and "sp_w". Collective.
 
     All ranks get the values of the first, where it has any. loss: called with outputs and target;
     see `SpatialLoss`. overlap: compute while halos travel (`overlap.py`); None: where that gains
-    (`Axis.overlaps`). The model's parts must have been named (`name_parts`). Raises UserError for
-    what cannot be divided so.
+    (`Axis.overlaps`). turn: where batch norm takes statistics over data-parallel ranks too. end:
+    where the region ends at the latest, a pattern of module names beside those that the model
+    declares, and in which style. The model's parts must have been named (`name_parts`). Raises
+    UserError for what cannot be divided so.
     """
     _check(model, loss, mesh)
     broadcast_parameters(model.parameters(), mesh[NAMES])
     grid = Grid(mesh, overlap)
     styles = _styles(model)
+    if end:
+        styles += _fitting(model, f'spatial.end="{end}"', end, style, tuple(ends.STYLES))
     known = {id(module) for module, _ in styles}
     mark_divided(model)
     for module in list(model.modules()):
@@ -146,15 +151,15 @@ def divide(model: Module, loss: Any, mesh: Mesh, *, overlap: bool | None = None)
         if make is not None:
             known.add(id(module))
             _divided(module, grid, make(module, grid))
-        if any(is_plain(module, kind) for kind in _NORMS):
+        if any(is_plain(module, kind) for kind in NORMS):
             known.add(id(module))
-            _normalised(module, grid)
+            _normalised(module, grid, turn)
     for module, style in styles:
         if style in ends.STYLES:
             _set(module, ends.end(module, grid, style))
     for parameter in model.parameters():
         parameter.layout.update({name: "R" for name in NAMES if mesh[name].size > 1})
-    guard(model, grid, (*DIVIDED, *_NORMS, nn.LayerNorm), known)
+    guard(model, grid, (*DIVIDED, *NORMS, nn.LayerNorm), known)
     watch(model, grid, {id(module) for module, style in styles if style not in ends.STYLES})
     return SpatialDivision(grid, loss, any(style in ends.STYLES for _, style in styles))
 
@@ -178,25 +183,30 @@ def _check(model: Module, loss: Any, mesh: Mesh) -> None:
 
 def _styles(model: Module) -> list[tuple[Module, str]]:
     """The modules that the model declares, each with its style."""
-    kind, named = type(model).__name__, dict(model.named_modules())
+    kind = type(model).__name__
     declared: Mapping[str, str] = getattr(model, "spatial", {})
     if not isinstance(declared, Mapping):
         raise UserError(f'{kind}.spatial={declared}: declare a mapping, such as {{"fc": "gather"}}')
-    known = ("pointwise", *ends.STYLES)
     found = []
     for pattern, style in declared.items():
-        if style not in known:
-            raise UserError(
-                f'{kind}.spatial: "{pattern}": "{style}" is unknown: use {", ".join(known[:-1])} '
-                f"or {known[-1]}"
-            )
-        fitting = [module for name, module in named.items() if name and fnmatchcase(name, pattern)]
-        if not fitting:
-            names = ", ".join(name for name, module in named.items() if name)
-            raise UserError(
-                f'{kind}.spatial: no module is called "{pattern}": there are {names:.200}'
-            )
-        found += [(module, style) for module in fitting]
+        found += _fitting(model, f"{kind}.spatial", pattern, style, ("pointwise", *ends.STYLES))
+    return found
+
+
+def _fitting(
+    model: Module, place: str, pattern: str, style: str, known: Sequence[str]
+) -> list[tuple[Module, str]]:
+    """The modules of a pattern with their style, of those that are known; place: who says so."""
+    if style not in known:
+        raise UserError(
+            f'{place}: "{pattern}": "{style}" is unknown: use {", ".join(known[:-1])} or '
+            f"{known[-1]}"
+        )
+    named = [(name, module) for name, module in model.named_modules() if name]
+    found = [(module, style) for name, module in named if fnmatchcase(name, pattern)]
+    if not found:
+        names = ", ".join(name for name, _ in named)
+        raise UserError(f'{place}: no module is called "{pattern}": there are {names:.200}')
     return found
 
 
@@ -217,15 +227,17 @@ def _divided(module: Any, grid: Grid, forward: layers.Forward) -> None:
     _set(module, choose)
 
 
-def _normalised(module: Any, grid: Grid) -> None:
+def _normalised(module: Any, grid: Grid, turn: Turn | None) -> None:
     """Let statistics be those of all ranks where each has a part of what they are of."""
-    serial, together = module.forward, Together(grid.axis)
+    serial, mesh = module.forward, grid.mesh
+    of_parts = Together(grid.axis if turn is None else mesh["dp", *NAMES], turn)
+    of_whole = None if turn is None else Together(mesh["dp"], turn)
 
     def forward(input: Any) -> Any:
         cut = grid.cuts.of(input.data)
         if cut is None or (of_space(cut) and cut[1] is not None):
             has_block(grid, module, input)  # which may not be
-        module.across = together if of_space(cut) or grid.state == SAMPLES else None
+        module.across = of_parts if of_space(cut) or grid.state == SAMPLES else of_whole
         with watching(None):
             out = serial(input)
         if cut is not None:

@@ -170,6 +170,10 @@ def test_targets_and_losses() -> None:
             step(Net(nn.ReLU()))((x, y))
         with pytest.raises(UserError, match=r"must be a tensor of one element, .* not shape"):
             step(Net(nn.ReLU()), loss=lambda a, b: a)((x, x))
+        with pytest.raises(
+            UserError, match=r'spatial.end="last": no module .* there are conv, mid'
+        ):
+            step(Net(nn.ReLU()), loss=nn.MSELoss(), spatial_end="last")
         with pytest.raises(UserError, match=r"data_parallel.mode=local with mesh.sp_w=2"):
             step(Net(nn.ReLU()), loss=nn.MSELoss(), mode="local")
         model = Classifier()

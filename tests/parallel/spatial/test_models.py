@@ -21,6 +21,7 @@ WAYS: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     ("heights", {"sp_w": 2}, {"microbatch": 3, "zero": 1}),
     ("classifier", {"sp_w": 3}, {"zero": 1}),
     ("deep", {"sp_h": 3}, {"zero": 3, "overlap": True}),
+    ("classifier", {"sp_h": 3}, {"spatial_end": "block", "spatial_style": "samples"}),
     ("squares", {"sp_w": 3}, {}),
     ("volume", {"sp_w": 3}, FP32),
     ("classifier", {"sp_h": 2, "sp_w": 2}, {}),
