@@ -1,0 +1,394 @@
+// Exact attention in tiles, without storing the probabilities (Dao 2023, "FlashAttention-2").
+//
+// A block has 64 rows, 16 for each of its four warps, and goes over the rows of the other side in
+// tiles: queries over keys in forward and for dq, keys over queries for dk and dv, so that no two
+// blocks add to the same number. Products are of 16 x 8 x 16 elements, on tensor cores for 16 bits.
+// Heads of up to DEPTH elements; a source is compiled for each DEPTH. With fewer the rest is zero.
+#include "common.cuh"
+#include "philox.cuh"
+
+#define ROWS 64    // of a block
+#define COLUMNS 32 // of a tile of the other side
+#define PITCH (DEPTH + PACK)
+#define THREADS 128
+
+template <class E> struct alignas(2 * sizeof(E)) PairOf { E x, y; };
+typedef PairOf<T> Pair;
+
+// c += a b, of 16 x 16 and 16 x 8 elements that a warp holds as mma.m16n8k16 has them ("Parallel
+// Thread Execution ISA", matrix fragments): with g = lane / 4 and t = lane % 4, a[0] has row g and
+// columns 2t, 2t + 1; a[1] row g + 8; a[2], a[3] the same 8 columns further on; b[0] has rows 2t,
+// 2t + 1 of column g, b[1] those 8 further on; c has row g, columns 2t, 2t + 1, then row g + 8.
+#ifdef OWN_MULTIPLY  // of the tests on a CPU
+OWN_MULTIPLY
+#else
+template <class P>
+__device__ inline void multiply(Sum (&c)[4], const P (&a)[4], const P (&b)[2]) {
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int k = 0; k < 16; k++) {
+        int half = k / 8, from = k % 8 / 2;
+        Sum upper = shuffle(widen(k % 2 ? a[2 * half].y : a[2 * half].x), 4 * g + from);
+        Sum lower = shuffle(widen(k % 2 ? a[2 * half + 1].y : a[2 * half + 1].x), 4 * g + from);
+        Sum column = widen(k % 2 ? b[half].y : b[half].x);
+        Sum left = shuffle(column, 4 * (2 * t) + from);
+        Sum right = shuffle(column, 4 * (2 * t + 1) + from);
+        c[0] += upper * left;
+        c[1] += upper * right;
+        c[2] += lower * left;
+        c[3] += lower * right;
+    }
+}
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define TENSOR_CORES(kind)                                                                     \
+    __device__ inline void multiply(                                                           \
+        float (&c)[4], const PairOf<kind> (&a)[4], const PairOf<kind> (&b)[2]                  \
+    ) {                                                                                        \
+        const u32 *x = reinterpret_cast<const u32*>(a), *y = reinterpret_cast<const u32*>(b);  \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." #kind "." #kind ".f32 "          \
+                     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                   \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                          \
+                     : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));      \
+    }
+TENSOR_CORES(bf16)
+TENSOR_CORES(f16)
+#endif
+
+// x[b, h, t, :] of an array whose last dimension alone is contiguous.
+struct Strides {
+    i64 b, h, t;
+};
+
+__device__ inline i64 start_of(const Strides& s, i64 b, i64 h) { return b * s.b + h * s.h; }
+
+// Which rows of a batch and head there are, and what the mask of dropout depends on.
+struct Shape {
+    i64 heads, queries, keys, depth, causal, head, row0, key0;
+    u64 key, first;
+    i64 threshold;
+};
+
+// tile = rows first .. first + COUNT - 1 of x, zero where there are none.
+template <int COUNT>
+__device__ inline void load_tile(T* tile, const T* x, i64 stride, i64 first, i64 rows, i64 depth) {
+    bool packed = depth % PACK == 0 && stride % PACK == 0 && skew(x) == 0;
+    if (packed) {
+        for (int i = threadIdx.x; i < COUNT * (DEPTH / PACK); i += THREADS) {
+            int r = i / (DEPTH / PACK), j = i % (DEPTH / PACK) * PACK;
+            Pack<T, PACK> pack = {};
+            if (first + r < rows && j < depth)
+                pack = *reinterpret_cast<const Pack<T, PACK>*>(x + (first + r) * stride + j);
+            *reinterpret_cast<Pack<T, PACK>*>(tile + r * PITCH + j) = pack;
+        }
+    } else {
+        for (int i = threadIdx.x; i < COUNT * DEPTH; i += THREADS) {
+            int r = i / DEPTH, j = i % DEPTH;
+            bool there = first + r < rows && j < depth;
+            tile[r * PITCH + j] = there ? x[(first + r) * stride + j] : narrow(Sum(0));
+        }
+    }
+}
+
+__device__ inline Pair pair_at(const T* p) { return *reinterpret_cast<const Pair*>(p); }
+
+// c = a b^T: this warp's 16 rows of tile a times the COLUMNS rows of tile b.
+__device__ inline void rows_by_rows(Sum (&c)[COLUMNS / 8][4], const T* a, const T* b) {
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const T* mine = a + (threadIdx.x / WARP * 16 + g) * PITCH + 2 * t;
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; n++)
+        for (int e = 0; e < 4; e++) c[n][e] = 0;
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+        Pair left[4] = {pair_at(mine + k), pair_at(mine + 8 * PITCH + k), pair_at(mine + k + 8),
+                        pair_at(mine + 8 * PITCH + k + 8)};
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n++) {
+            const T* other = b + (n * 8 + g) * PITCH + k + 2 * t;
+            Pair right[2] = {pair_at(other), pair_at(other + 8)};
+            multiply(c[n], left, right);
+        }
+    }
+}
+
+// total += p x: this warp's 16 rows of p, as `multiply` left them, times the rows of tile x.
+__device__ inline void add_product(
+    Sum (&total)[DEPTH / 8][4], const Sum (&p)[COLUMNS / 8][4], const T* x
+) {
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int k = 0; k < COLUMNS / 16; k++) {
+        Pair left[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            left[i].x = narrow(p[2 * k + i / 2][2 * (i % 2)]);
+            left[i].y = narrow(p[2 * k + i / 2][2 * (i % 2) + 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < DEPTH / 8; n++) {
+            const T* column = x + (k * 16 + 2 * t) * PITCH + n * 8 + g;
+            Pair right[2] = {{column[0], column[PITCH]},
+                             {column[8 * PITCH], column[9 * PITCH]}};
+            multiply(total[n], left, right);
+        }
+    }
+}
+
+// Write (or add) 16 rows per warp of results to x.
+__device__ inline void store(
+    T* x, i64 stride, i64 first, i64 rows, i64 depth, const Sum (&c)[DEPTH / 8][4], Sum upper,
+    Sum lower, bool more
+) {
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int n = 0; n < DEPTH / 8; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            i64 r = first + threadIdx.x / WARP * 16 + g + e / 2 * 8, j = n * 8 + 2 * t + e % 2;
+            if (r >= rows || j >= depth) continue;
+            T* place = x + r * stride + j;
+            Sum value = c[n][e] * (e < 2 ? upper : lower);
+            *place = narrow(more ? widen(*place) + value : value);
+        }
+    }
+}
+
+__device__ inline Sum kept_scale(const Shape& s) {
+    return Sum(1 / (1 - double(s.threshold) / 4294967296.0));
+}
+
+// The mask of one sample and head; neighbouring keys share the words of a block.
+struct Mask {
+    u64 key;
+    u32 head, sample, threshold;
+    i64 row0, key0, made_row, made_block;
+    Words words;
+
+    __device__ Mask(const Shape& s, i64 b, i64 h) {
+        u64 number = s.first + u64(b);
+        key = s.key;
+        head = u32(u64(s.head + h) ^ ((number >> 32) << 16));
+        sample = u32(number);
+        threshold = u32(s.threshold);
+        row0 = s.row0;
+        key0 = s.key0;
+        made_row = made_block = -1;
+    }
+    __device__ bool keeps(i64 query, i64 k) {
+        if (threshold == 0) return true;
+        i64 row = row0 + query, column = key0 + k;
+        if (row != made_row || column >> 2 != made_block) {
+            made_row = row;
+            made_block = column >> 2;
+            words = philox(key, u32(made_block), u32(row), head, sample);
+        }
+        return words.at(int(column & 3)) >= threshold;
+    }
+};
+
+KERNEL attention(
+    const T* q, const T* k, const T* v, T* out, Sum* lse, Strides qs, Strides ks, Strides vs,
+    Strides os, Shape s, Sum scale
+) {
+    DYNAMIC_SHARED(memory);
+    T *q_tile = reinterpret_cast<T*>(memory), *k_tile = q_tile + ROWS * PITCH;
+    T* v_tile = k_tile + COLUMNS * PITCH;
+    i64 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, first = i64(blockIdx.x) * ROWS;
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    i64 row = first + threadIdx.x / WARP * 16 + g;  // and 8 further on
+    i64 end = s.causal && first + ROWS < s.keys ? first + ROWS : s.keys;
+    Mask mask(s, b, h);
+    Sum most[2] = {-infinity(Sum(0)), -infinity(Sum(0))}, sum[2] = {0, 0};
+    Sum total[DEPTH / 8][4] = {}, p[COLUMNS / 8][4];
+    load_tile<ROWS>(q_tile, q + start_of(qs, b, h), qs.t, first, s.queries, s.depth);
+    for (i64 start = 0; start < end; start += COLUMNS) {
+        __syncthreads();
+        load_tile<COLUMNS>(k_tile, k + start_of(ks, b, h), ks.t, start, s.keys, s.depth);
+        load_tile<COLUMNS>(v_tile, v + start_of(vs, b, h), vs.t, start, s.keys, s.depth);
+        __syncthreads();
+        rows_by_rows(p, q_tile, k_tile);
+        Sum now[2] = {most[0], most[1]};
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                i64 column = start + n * 8 + 2 * t + e % 2, r = row + e / 2 * 8;
+                bool seen = column < s.keys && !(s.causal && column > r);
+                p[n][e] = seen ? p[n][e] * scale : -infinity(Sum(0));
+                now[e / 2] = p[n][e] > now[e / 2] ? p[n][e] : now[e / 2];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            for (int lanes = 1; lanes < 4; lanes *= 2) {
+                Sum other = shuffle_xor(now[i], lanes);
+                now[i] = other > now[i] ? other : now[i];
+            }
+            Sum less = most[i] == -infinity(Sum(0)) ? Sum(0) : exp(most[i] - now[i]);
+            most[i] = now[i];
+            sum[i] *= less;
+#pragma unroll
+            for (int n = 0; n < DEPTH / 8; n++) {
+                total[n][2 * i] *= less;
+                total[n][2 * i + 1] *= less;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                bool seen = p[n][e] != -infinity(Sum(0));
+                p[n][e] = seen ? exp(p[n][e] - most[e / 2]) : Sum(0);
+                sum[e / 2] += p[n][e];
+                i64 column = start + n * 8 + 2 * t + e % 2;
+                if (!mask.keeps(row + e / 2 * 8, column)) p[n][e] *= 0;
+            }
+        }
+        add_product(total, p, v_tile);
+    }
+    Sum factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        for (int lanes = 1; lanes < 4; lanes *= 2) sum[i] += shuffle_xor(sum[i], lanes);
+        factor[i] = kept_scale(s) / sum[i];
+        i64 r = row + 8 * i;
+        if (t == 0 && r < s.queries) lse[blockIdx.y * s.queries + r] = most[i] + log(sum[i]);
+    }
+    T* place = out + start_of(os, b, h);
+    store(place, os.t, first, s.queries, s.depth, total, factor[0], factor[1], false);
+}
+
+// delta = sum of g * out for each query, by a warp.
+KERNEL attention_delta(
+    const T* g, const T* out, Sum* delta, Strides gs, Strides os, i64 heads, i64 queries, i64 depth
+) {
+    i64 r = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
+    if (r >= queries) return;
+    i64 b = blockIdx.y / heads, h = blockIdx.y % heads;
+    const T *x = g + start_of(gs, b, h) + r * gs.t, *y = out + start_of(os, b, h) + r * os.t;
+    Sum sum = 0;
+    for (i64 j = threadIdx.x % WARP; j < depth; j += WARP) sum += widen(x[j]) * widen(y[j]);
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) delta[blockIdx.y * queries + r] = sum;
+}
+
+// Of scores and of the gradient dp of probabilities: p, with the mask, and the gradient ds.
+__device__ inline void differentiate(
+    const Shape& s, Mask& mask, i64 query, i64 k, Sum scale, Sum lse, Sum delta, Sum& p, Sum& dp
+) {
+    bool seen = query < s.queries && k < s.keys && !(s.causal && k > query);
+    Sum probability = seen ? exp(p * scale - lse) : Sum(0);
+    Sum kept = seen && mask.keeps(query, k) ? kept_scale(s) : Sum(0);
+    dp = seen ? probability * (dp * kept - delta) * scale : Sum(0);
+    p = probability * kept;
+}
+
+KERNEL attention_queries(
+    const T* q, const T* k, const T* v, const T* g, const Sum* lse, const Sum* delta, T* dq,
+    Strides qs, Strides ks, Strides vs, Strides gs, Strides dqs, Shape s, Sum scale, bool more
+) {
+    DYNAMIC_SHARED(memory);
+    T *q_tile = reinterpret_cast<T*>(memory), *g_tile = q_tile + ROWS * PITCH;
+    T *k_tile = g_tile + ROWS * PITCH, *v_tile = k_tile + COLUMNS * PITCH;
+    i64 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, first = i64(blockIdx.x) * ROWS;
+    int lane = threadIdx.x % WARP, g_row = lane / 4, t = lane % 4;
+    i64 row = first + threadIdx.x / WARP * 16 + g_row;
+    i64 end = s.causal && first + ROWS < s.keys ? first + ROWS : s.keys;
+    Mask mask(s, b, h);
+    Sum shift[2], mean[2], total[DEPTH / 8][4] = {}, p[COLUMNS / 8][4], dp[COLUMNS / 8][4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        i64 r = row + 8 * i, place = blockIdx.y * s.queries + r;
+        shift[i] = r < s.queries ? lse[place] : Sum(0);
+        mean[i] = r < s.queries ? delta[place] : Sum(0);
+    }
+    load_tile<ROWS>(q_tile, q + start_of(qs, b, h), qs.t, first, s.queries, s.depth);
+    load_tile<ROWS>(g_tile, g + start_of(gs, b, h), gs.t, first, s.queries, s.depth);
+    for (i64 start = 0; start < end; start += COLUMNS) {
+        __syncthreads();
+        load_tile<COLUMNS>(k_tile, k + start_of(ks, b, h), ks.t, start, s.keys, s.depth);
+        load_tile<COLUMNS>(v_tile, v + start_of(vs, b, h), vs.t, start, s.keys, s.depth);
+        __syncthreads();
+        rows_by_rows(p, q_tile, k_tile);
+        rows_by_rows(dp, g_tile, v_tile);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                differentiate(
+                    s, mask, row + e / 2 * 8, start + n * 8 + 2 * t + e % 2, scale, shift[e / 2],
+                    mean[e / 2], p[n][e], dp[n][e]
+                );
+        }
+        add_product(total, dp, k_tile);
+    }
+    store(dq + start_of(dqs, b, h), dqs.t, first, s.queries, s.depth, total, 1, 1, more);
+}
+
+KERNEL attention_keys(
+    const T* q, const T* k, const T* v, const T* g, const Sum* lse, const Sum* delta, T* dk, T* dv,
+    Strides qs, Strides ks, Strides vs, Strides gs, Strides dks, Strides dvs, Shape s, Sum scale,
+    bool more
+) {
+    DYNAMIC_SHARED(memory);
+    __shared__ Sum shift[COLUMNS], mean[COLUMNS];
+    T *k_tile = reinterpret_cast<T*>(memory), *v_tile = k_tile + ROWS * PITCH;
+    T *q_tile = v_tile + ROWS * PITCH, *g_tile = q_tile + COLUMNS * PITCH;
+    i64 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, first = i64(blockIdx.x) * ROWS;
+    int lane = threadIdx.x % WARP, g_row = lane / 4, t = lane % 4;
+    i64 row = first + threadIdx.x / WARP * 16 + g_row;  // of keys
+    Mask mask(s, b, h);
+    Sum of_k[DEPTH / 8][4] = {}, of_v[DEPTH / 8][4] = {};
+    Sum p[COLUMNS / 8][4], dp[COLUMNS / 8][4];
+    load_tile<ROWS>(k_tile, k + start_of(ks, b, h), ks.t, first, s.keys, s.depth);
+    load_tile<ROWS>(v_tile, v + start_of(vs, b, h), vs.t, first, s.keys, s.depth);
+    i64 begin = s.causal ? first / COLUMNS * COLUMNS : 0;  // no query before sees these keys
+    for (i64 start = begin; start < s.queries; start += COLUMNS) {
+        __syncthreads();
+        load_tile<COLUMNS>(q_tile, q + start_of(qs, b, h), qs.t, start, s.queries, s.depth);
+        load_tile<COLUMNS>(g_tile, g + start_of(gs, b, h), gs.t, start, s.queries, s.depth);
+        if (threadIdx.x < COLUMNS) {
+            i64 r = start + threadIdx.x, place = blockIdx.y * s.queries + r;
+            shift[threadIdx.x] = r < s.queries ? lse[place] : Sum(0);
+            mean[threadIdx.x] = r < s.queries ? delta[place] : Sum(0);
+        }
+        __syncthreads();
+        rows_by_rows(p, k_tile, q_tile);
+        rows_by_rows(dp, v_tile, g_tile);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int column = n * 8 + 2 * t + e % 2;
+                differentiate(
+                    s, mask, start + column, row + e / 2 * 8, scale, shift[column], mean[column],
+                    p[n][e], dp[n][e]
+                );
+            }
+        }
+        add_product(of_v, p, g_tile);
+        add_product(of_k, dp, q_tile);
+    }
+    store(dk + start_of(dks, b, h), dks.t, first, s.keys, s.depth, of_k, 1, 1, more);
+    store(dv + start_of(dvs, b, h), dvs.t, first, s.keys, s.depth, of_v, 1, 1, more);
+}
+
+// Of attention to some keys (out, lse) that to these and others (other, total): a mean weighted by
+// the sums of exponentials (Milakov and Gimelshein 2018), by a warp for each query.
+KERNEL join_attention(
+    T* out, Sum* lse, const T* other, const Sum* total, Strides os, Strides rs, i64 heads,
+    i64 queries, i64 depth
+) {
+    i64 r = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
+    if (r >= queries) return;
+    i64 b = blockIdx.y / heads, h = blockIdx.y % heads, place = blockIdx.y * queries + r;
+    Sum x = shuffle(lse[place], 0), y = total[place], most = x > y ? x : y;  // read by all by then
+    Sum first = exp(x - most), second = exp(y - most), both = first + second;
+    T* row = out + start_of(os, b, h) + r * os.t;
+    const T* more = other + start_of(rs, b, h) + r * rs.t;
+    for (i64 j = threadIdx.x % WARP; j < depth; j += WARP)
+        row[j] = narrow((first * widen(row[j]) + second * widen(more[j])) / both);
+    if (threadIdx.x % WARP == 0) lse[place] = most + log(both);
+}

@@ -1,0 +1,127 @@
+"""Attention in tiles; see `attention.cu`. Heads that are too large for it go by array expressions.
+
+q (B, H, T, D), k, v (B, H, S, D), gradients and results may be views into larger arrays as long as
+the last dimension is contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hpcml.backend import Array, xp
+from hpcml.kernels import generic
+from hpcml.kernels.cuda.launch import launch, share, sum_type
+
+_SOURCE = "attention.cu"
+_ROWS, _COLUMNS, _THREADS = 64, 32, 128  # as in the source
+_DEPTHS = (32, 64, 128)
+_MOST_SHARED = 163 << 10
+"""Bytes of shared memory that a block can have on every device from compute capability 8.0 on
+("CUDA C++ Programming Guide", technical specifications: 8.0 has 163 KiB, 8.6 and 8.9 have 99)."""
+
+STRIDES = np.dtype([(name, np.int64) for name in "bht"])
+SHAPE = np.dtype(
+    [(name, np.int64) for name in (
+        "heads", "queries", "keys", "depth", "causal", "head", "row0", "key0",
+    )] + [("key", np.uint64), ("first", np.uint64), ("threshold", np.int64)]
+)  # fmt: skip
+
+
+def takes(depth: int, dtype: np.dtype[Any]) -> bool:
+    """Whether heads of this size are computed in tiles."""
+    return _depth(depth) > 0 and _shared(_depth(depth), dtype, 2) <= _MOST_SHARED
+
+
+def _depth(depth: int) -> int:
+    return next((d for d in _DEPTHS if depth <= d), 0)
+
+
+def _shared(depth: int, dtype: np.dtype[Any], sides: int) -> int:
+    """Bytes for tiles of so many arrays of the own side, and two of the other."""
+    pitch = depth + 16 // dtype.itemsize
+    return (sides * _ROWS + 2 * _COLUMNS) * pitch * dtype.itemsize
+
+
+def _strides(x: Array) -> Any:
+    size = x.dtype.itemsize
+    return np.array(tuple(stride // size for stride in x.strides[:3]), STRIDES)
+
+
+def _start(name: str, q: Array, rows: int, arrays: tuple[Any, ...], *more: Any, sides: int) -> None:
+    batch, heads, _, depth = q.shape
+    launch(
+        _SOURCE, name, q, (-(-rows // _ROWS), batch * heads), (_THREADS,), *arrays, *more,
+        depth=_depth(depth), shared=_shared(_depth(depth), q.dtype, sides),
+    )  # fmt: skip
+
+
+def _shape(q: Array, k: Array, causal: bool, mask: tuple[Any, ...]) -> Any:
+    key, first, threshold, head, row0, key0 = (int(number) for number in mask)
+    _, heads, queries, depth = q.shape
+    return np.array(
+        (heads, queries, k.shape[2], depth, causal, head, row0, key0, key, first, threshold), SHAPE
+    )
+
+
+def attention(
+    q: Array, k: Array, v: Array, scale: float, causal: bool, key: int, first: int, threshold: int,
+    head: int, row0: int, key0: int, out: Array, lse: Array,
+) -> None:  # fmt: skip
+    """out = dropout(softmax(scale q k^T)) v; lse (B, H, T) = log sum exp; see `cpu`."""
+    mask = key, first, threshold, head, row0, key0
+    if not takes(q.shape[3], q.dtype):
+        generic.attention(q, k, v, scale, causal, *mask, out, lse)
+        return
+    sums = lse if lse.flags.c_contiguous else share(lse.shape, lse, lse.dtype)
+    _start(
+        "attention", q, q.shape[2], (q, k, v, out, sums), *map(_strides, (q, k, v, out)),
+        _shape(q, k, causal, mask), sum_type(q).type(scale), sides=1,
+    )  # fmt: skip
+    if sums is not lse:
+        lse[...] = sums
+
+
+def _over_queries(name: str, q: Array, *args: Any) -> None:
+    """Start a kernel with a warp for each query."""
+    batch, heads, queries, depth = q.shape
+    sizes = np.int64(heads), np.int64(queries), np.int64(depth)
+    launch(
+        _SOURCE, name, q, (-(-queries // 4), batch * heads), (_THREADS,), *args, *sizes,
+        depth=_depth(min(depth, _DEPTHS[-1])),
+    )  # fmt: skip
+
+
+def join_attention(out: Array, lse: Array, other: Array, total: Array) -> None:
+    """Make of attention to some keys (out, lse) that to these and others (other, total)."""
+    sums, total = xp(lse).ascontiguousarray(lse), xp(lse).ascontiguousarray(total)
+    _over_queries("join_attention", out, out, sums, other, total, *map(_strides, (out, other)))
+    if sums is not lse:
+        lse[...] = sums
+
+
+def attention_backward(
+    q: Array, k: Array, v: Array, out: Array, lse: Array, g: Array, scale: float, causal: bool,
+    key: int, first: int, threshold: int, head: int, row0: int, key0: int, more: bool,
+    dq: Array, dk: Array, dv: Array,
+) -> None:  # fmt: skip
+    """Gradients of `attention` with respect to q, k, v for the output's gradient g; see `cpu`."""
+    mask = key, first, threshold, head, row0, key0
+    if not takes(q.shape[3], q.dtype):
+        generic.attention_backward(
+            q, k, v, out, lse, g, scale, causal, *mask, more, dq, dk, dv
+        )  # fmt: skip
+        return
+    lse, delta = xp(lse).ascontiguousarray(lse), share(q.shape[:3], q, sum_type(q))
+    _over_queries("attention_delta", q, g, out, delta, _strides(g), _strides(out))
+    read = q, k, v, g, lse, delta
+    strides = tuple(map(_strides, (q, k, v, g)))
+    last = _shape(q, k, causal, mask), sum_type(q).type(scale), np.bool_(more)
+    _start(
+        "attention_queries", q, q.shape[2], (*read, dq), *strides, _strides(dq), *last, sides=2
+    )  # fmt: skip
+    _start(
+        "attention_keys", q, k.shape[2], (*read, dk, dv), *strides, *map(_strides, (dk, dv)),
+        *last, sides=2,
+    )  # fmt: skip

@@ -1,0 +1,27 @@
+"""A GPU for the tests of this folder: a stand-in, or with HPCML_GPU=1 that of the machine."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.device import emulator, standin
+
+
+@pytest.fixture
+def standing_in() -> Iterator[Any]:
+    """A module like CuPy whose arrays lie on the host, whose kernels run there."""
+    if reason := emulator.missing():
+        pytest.skip(reason)
+    standin.used.clear()
+    with standin.installed() as module:
+        yield module
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Any:
+    """The stand-in, or CuPy where the tests shall run on a GPU (scripts/gpu_check.sh)."""
+    if os.environ.get("HPCML_GPU") == "1":
+        return pytest.importorskip("cupy")
+    return request.getfixturevalue("standing_in")

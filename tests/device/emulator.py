@@ -1,0 +1,146 @@
+"""CUDA sources compiled by the C++ compiler of the host, and their kernels called on host memory.
+
+`RawModule` and the kernels it gives stand for CuPy's, with more checks: an argument must be exactly
+of the type that the kernel declares, and each kernel runs twice, with its threads in opposite
+order, and must write the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HEADER = Path(__file__).with_name("emulate.hpp")
+FLAGS = (
+    "-std=c++17", "-Og", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-Wno-unused-function", "-Wno-class-memaccess", "-U_FORTIFY_SOURCE",
+    # What is out of bounds or not aligned ends the process at once.
+    "-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-error",
+)  # fmt: skip
+
+
+def missing() -> str:
+    """Why kernels cannot be run here, or nothing."""
+    return "" if shutil.which("g++") else "no g++ to compile kernels for the CPU"
+
+
+class _Dim3(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint) for name in "xyz"]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        ("blocks", _Dim3),
+        ("threads", _Dim3),
+        ("shared", ctypes.c_ulonglong),
+        ("order", ctypes.c_int),
+        ("arguments", ctypes.POINTER(ctypes.c_void_p)),
+    ]
+
+
+def _folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"hpcml-emulated-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def library(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
+    """The source as a library of the host; compiled once for all processes of this user."""
+    names = re.findall(r"^KERNEL (\w+)\(", code, re.MULTILINE)
+    source = "\n".join(
+        [f'#include "{HEADER.name}"', "#line 1", code, *(f"EMULATED({name})" for name in names)]
+    )
+    key = hashlib.sha256(
+        "\0".join([HEADER.read_text(), source, *options, *FLAGS, platform.machine()]).encode()
+    ).hexdigest()[:24]
+    made = _folder() / f"{key}.so"
+    if not made.exists():
+        own = made.with_suffix(f".{os.getpid()}")
+        command = ["g++", *FLAGS, *options, "-I", str(HEADER.parent), "-x", "c++", "-", "-o", own]
+        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:4000]
+        own.rename(made)
+    return ctypes.CDLL(str(made))
+
+
+class Kernel:
+    """A kernel: call it with a grid, a block and arguments as CuPy's."""
+
+    max_dynamic_shared_size_bytes = 48 << 10
+
+    def __init__(self, code: str, options: tuple[str, ...], name: str) -> None:
+        loaded = library(code, options)
+        self.name, self._run = name, getattr(loaded, f"run_{name}")
+        describe = getattr(loaded, f"types_{name}")
+        describe.restype = ctypes.c_char_p
+        self.types = describe().decode().split()
+
+    def __call__(self, grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
+        assert min(grid) > 0 and len(grid) <= 3 and max([0, *grid[1:]]) <= 65535, grid
+        assert 0 < np.prod(block) <= 1024 and shared_mem <= self.max_dynamic_shared_size_bytes
+        assert len(args) == len(self.types), f"{self.name}: {len(args)} of {self.types}"
+        for number, (arg, declared) in enumerate(zip(args, self.types, strict=True)):
+            assert _type(arg, declared), f"{self.name}: argument {number}, {declared}, is {arg!r}"
+        arrays = [arg.memory for arg in args if hasattr(arg, "memory")]
+        before = [array.copy() for array in arrays]
+        results = []
+        for order in (0, 1):
+            for array, old in zip(arrays, before, strict=True):
+                array[...] = old
+            self._start(grid, block, args, shared_mem, order)
+            results.append([array.tobytes() for array in arrays])
+            for arg in args:
+                if hasattr(arg, "memory"):
+                    arg.root.check()
+        assert results[0] == results[1], f"{self.name}: the order of threads makes a difference"
+
+    def _start(self, grid: Any, block: Any, args: Any, shared: int, order: int) -> None:
+        held = [_bytes(arg) for arg in args]
+        pointers = (ctypes.c_void_p * len(held))(*[ctypes.addressof(each) for each in held])
+        dims = [_Dim3(*(*size, 1, 1)[:3]) for size in (grid, block)]
+        code = self._run(ctypes.byref(_Call(*dims, shared, order, pointers)))
+        assert code == 0, (
+            f"{self.name}: " + ("", "threads wait for ever", "wrote beyond shared memory")[code]
+        )
+
+
+def _type(arg: Any, declared: str) -> bool:
+    """Whether an argument is what a kernel declares: "*f4", "i8", "V96", ..."""
+    pointer = declared.startswith("*")
+    if pointer != hasattr(arg, "memory"):
+        return False
+    dtype = arg.dtype
+    kind = "V" if dtype.itemsize == 2 and dtype.kind in "fV" else dtype.kind
+    if isinstance(arg, np.ndarray) and not pointer:
+        return arg.shape == () and declared == f"V{dtype.itemsize}"
+    return f"{'*' * pointer}{kind}{dtype.itemsize}" == declared
+
+
+def _bytes(arg: Any) -> Any:
+    if hasattr(arg, "memory"):
+        return ctypes.c_void_p(arg.data.ptr)
+    raw = arg.tobytes()
+    return ctypes.create_string_buffer(raw, len(raw))
+
+
+class RawModule:
+    """Sources, compiled when a kernel is asked for."""
+
+    def __init__(self, *, code: str, options: tuple[str, ...]) -> None:
+        self._code, self._options = code, options
+
+    def get_function(self, name: str) -> Kernel:
+        """Return a kernel."""
+        return Kernel(self._code, tuple(o for o in self._options if o.startswith("-D")), name)
