@@ -280,3 +280,10 @@ def test_mpi_on_gpu_memory() -> None:
     assert gpu.device_buffers(Outcome({"send": True, "allreduce": False})).status == "warn"
     row = gpu.device_buffers(Outcome(failure="killed by SIGSEGV"))
     assert row.status == "absent" and row.value == "killed by SIGSEGV" and row.remedy
+
+
+def test_the_way_of_each_operator_on_a_gpu() -> None:
+    rows = {row.name: row for row in gpu.operators()}
+    assert rows["gpu: products"].value.startswith("cuBLAS")
+    assert {row.status for row in rows.values()} == {"ok"}
+    assert {"gpu: attention", "gpu: convolution", "gpu: collectives"} <= rows.keys()

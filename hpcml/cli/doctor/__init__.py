@@ -65,6 +65,7 @@ def examine() -> tuple[list[Row], Results]:
     rows.append(
         gpu.device_buffers(mpi.start(mpiexec, "device_buffers") if some and can_start else None)
     )
+    rows += gpu.operators() if some else []
     results: Results = {}
     if can_start:
         for device in (False, True)[: 1 + some]:

@@ -9,6 +9,7 @@ from typing import Any
 from hpcml.cli.doctor.child import Outcome
 from hpcml.cli.doctor.host import size
 from hpcml.cli.doctor.report import Row
+from hpcml.kernels.cuda.paths import PATHS
 
 INSTALL = "pip install 'hpcml[cuda13]' (or cuda12 for an older driver)"
 
@@ -51,6 +52,11 @@ def cupy(outcome: Outcome | None) -> list[Row]:
         remedy = "leave them out with CUDA_VISIBLE_DEVICES"
         return [version, Row("gpus", "warn", f"{value}; wrong sums on {', '.join(broken)}", remedy)]
     return [version, Row("gpus", "ok", value)]
+
+
+def operators() -> list[Row]:
+    """Return which way each operator takes on a GPU, and why."""
+    return [Row(f"gpu: {name}", "ok", f"{way}: {why}") for name, (way, why) in PATHS.items()]
 
 
 def chosen(ranks: list[dict[str, Any]]) -> Row:
