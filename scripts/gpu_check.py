@@ -1,0 +1,116 @@
+"""Runs the parts of the check of the GPU, each with a time limit, and writes what came of them.
+
+Called by gpu_check.sh; the parts that measure are in gpu_parts.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"]
+MEASURED = [sys.executable, str(HERE / "gpu_parts.py")]
+
+
+class Part(NamedTuple):
+    """A part of the check: what is run, for how many seconds at most, and what it shows."""
+
+    command: list[str]
+    limit: int
+    shows: str
+
+
+PARTS = {
+    "machine": Part([*MEASURED, "machine"], 40, "what is installed"),
+    "kernels": Part([*PYTEST, "tests/device/test_kernels.py"], 120,
+                    "every kernel against its specification in float64, all types"),
+    "ranks": Part([*PYTEST, "tests/device/test_training.py"], 100,
+                  "training with dp, ZeRO 0-3, tp, pp, cp beside the CPU; ranks are threads"),
+    "processes": Part([*MEASURED, "processes"], 100,
+                      "hpcml train under mpiexec with 2 and 4 ranks on the GPU beside one"),
+    "collectives": Part([*MEASURED, "collectives"], 50,
+                        "bandwidth of collectives between 2 processes, through the host"),
+    "gpt2": Part([*MEASURED, "gpt2"], 110,
+                 "a training step of GPT-2 124M, bf16, block 1024, beside PyTorch"),
+    "resnet50": Part([*MEASURED, "resnet50"], 60, "a training step of ResNet-50 beside PyTorch"),
+}  # fmt: skip
+
+
+def run(name: str, part: Part) -> dict[str, Any]:
+    """Run one part; what it found, or why it failed."""
+    start = time.monotonic()
+    job = subprocess.Popen(
+        part.command, cwd=HERE.parent, env=os.environ | {"HPCML_GPU": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = job.communicate(timeout=part.limit)
+        failure = "" if job.returncode == 0 else f"exit code {job.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)  # and whatever it has started
+        output, _ = job.communicate()
+        failure = f"not done after {part.limit} s"
+    lines = [line for line in output.splitlines() if line.strip()]
+    found: Any = None
+    if lines and lines[-1].startswith("{"):
+        found = json.loads(lines.pop())
+    last = lines[-1] if lines else ""
+    result = {"ok": not failure, "shows": part.shows, "found": found, "last_line": last[:200],
+              "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
+    if failure:
+        result |= {"failure": failure, "output": lines[-60:]}
+    print(f"{name}: {failure or 'ok'} ({result['seconds']} s) {last[:120]}", flush=True)
+    return result
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a page of Markdown."""
+    machine = report["parts"].get("machine", {}).get("found") or {}
+    lines = [f"# GPU check of {report['date']}", ""]
+    lines += [f"- {name}: {value}" for name, value in machine.items()]
+    lines += ["", "| part | shows | result | seconds |", "|---|---|---|---|"]
+    for name, part in report["parts"].items():
+        result = part.get("failure", "ok") + (f": {part['last_line']}" if part["last_line"] else "")
+        lines.append(f"| {name} | {part['shows']} | {result} | {part['seconds']} |")
+    for name, part in report["parts"].items():
+        rows = (part["found"] or {}).get("rows", [])
+        if rows:
+            keys = list(dict.fromkeys(key for row in rows for key in row))
+            lines += ["", f"## {name}", "", f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
+            lines += [f"| {' | '.join(str(row.get(key, '')) for key in keys)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run the parts that were asked for, by default all; 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}")
+    asked = parser.parse_args()
+    if unknown := set(asked.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    report["parts"] = {}
+    asked.out.mkdir(parents=True, exist_ok=True)
+    for name in asked.parts or PARTS:
+        report["parts"][name] = run(name, PARTS[name])
+        # Written after each part: what is known is there even if this is stopped.
+        (asked.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        (asked.out / "gpu.md").write_text(table(report))
+    shutil.copyfile(asked.out / "gpu.md", "/dev/stdout")
+    failed = [name for name, part in report["parts"].items() if not part["ok"]]
+    print("failed: " + ", ".join(failed) if failed else "all parts passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
