@@ -44,12 +44,49 @@ def device_module(kind: str) -> ModuleType:
     return cupy  # type: ignore[no-any-return]
 
 
+def use_device(kind: str, local_rank: int) -> str:
+    """Let this rank compute on its GPU, before it uses any; the name of what it computes on.
+
+    Ranks of a node take its GPUs in turn. Raises UserError if there is none.
+    """
+    if kind == "cpu":
+        return "cpu"
+    cuda = device_module(kind).cuda
+    remedy = 'see hpcml doctor, or set device.kind="cpu"'
+    try:
+        count = cuda.runtime.getDeviceCount()
+    except Exception as error:  # noqa: BLE001 (CuPy without a driver raises its own kinds)
+        raise UserError(f'device.kind="cuda" finds no GPU ({error}): {remedy}') from None
+    if not count:
+        raise UserError(f'device.kind="cuda" finds no GPU: {remedy}')
+    number = local_rank % count
+    cuda.Device(number).use()
+    return f"cuda:{number}"
+
+
 def is_array(value: object) -> bool:
     """Whether `value` is an array of NumPy or, if it has been imported, of CuPy."""
     if isinstance(value, np.ndarray):
         return True
     cupy = sys.modules.get("cupy")
     return cupy is not None and isinstance(value, cupy.ndarray)
+
+
+def kind(array: Array) -> str:
+    """The device of an array: "cpu" or "cuda"."""
+    return "cpu" if isinstance(array, np.ndarray | np.generic) else "cuda"
+
+
+def to_kind(array: Array, kind: str) -> Array:
+    """The array on another device; itself if it is there. A copy to the host waits for a GPU."""
+    if kind == "cuda":
+        return device_module(kind).asarray(array)
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def put(values: Array, out: Array) -> None:
+    """out[...] = values, whatever devices they are on."""
+    out[...] = to_kind(values, kind(out)) if kind(values) != kind(out) else values
 
 
 def order(array: Array) -> tuple[int, ...]:

@@ -148,16 +148,16 @@ def empty(
 ) -> Array:
     """Return an uninitialised C-contiguous array, counted in `category` until its last view dies.
 
-    On "cuda" the array comes from CuPy's pool and is not counted here. Raises MemoryLimitError.
+    On "cuda" its memory is of CuPy's pool. Raises MemoryLimitError.
     """
-    if device != "cpu":
-        return backend.device_module(device).empty(shape, dtype)
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     local = _local
     account, category = local.account, category or local.category
     if account.limit:
         account.require(category, nbytes)
+    if device != "cpu":
+        return _on_device(backend.device_module(device), shape, dtype, account, category, nbytes)
     offset = 0
     if nbytes >= _ALIGN_FROM:
         block = _Block(nbytes + ALIGNMENT, np.uint8)
@@ -168,17 +168,47 @@ def empty(
     return np.ndarray(shape, dtype, block, offset)
 
 
-def empty_like(array: Array, dtype: Any = None, category: str | None = None) -> Array:
-    """Return an uninitialised array of a NumPy array's shape, whose elements lie in its order.
+class _DeviceBlock:
+    """Memory of a GPU behind arrays, counted until the last of them dies."""
+
+    __slots__ = ("account", "category", "counted", "held")
+
+    def __init__(self, held: Any, account: Account, category: str, nbytes: int) -> None:
+        self.held, self.account = held, account
+        self.category, self.counted = category, nbytes
+        account.add(category, nbytes)
+
+    def __del__(self) -> None:
+        self.account.live[self.category] -= self.counted
+        self.account.total -= self.counted
+
+
+def _on_device(
+    module: Any, shape: tuple[int, ...], dtype: np.dtype[Any], account: Account, category: str,
+    nbytes: int,
+) -> Array:  # fmt: skip
+    if not nbytes:
+        return module.empty(shape, dtype)
+    cuda = module.cuda
+    held = cuda.alloc(nbytes)
+    block = _DeviceBlock(held, account, category, nbytes)
+    owned = cuda.UnownedMemory(held.ptr, nbytes, block, held.device_id)
+    return module.ndarray(shape, dtype, memptr=cuda.MemoryPointer(owned, 0))
+
+
+def empty_like(
+    array: Array, dtype: Any = None, category: str | None = None, device: str = "cpu"
+) -> Array:
+    """Return an uninitialised array of an array's shape, whose elements lie in its order.
 
     Images that lie channels last stay so. Counted like `empty`.
     """
     dtype = array.dtype if dtype is None else dtype
     if array.flags.c_contiguous:
-        return empty(array.shape, dtype, category)
+        return empty(array.shape, dtype, category, device)
     order = backend.order(array)
-    made = empty(tuple([array.shape[i] for i in order]), dtype, category)
-    return made.transpose(np.argsort(order))
+    made = empty(tuple([array.shape[i] for i in order]), dtype, category, device)
+    return made.transpose(np.argsort(order).tolist())
 
 
 def adopt(

@@ -35,9 +35,7 @@ def narrowed(x: Array, dtype: np.dtype[Any], out: Array | None = None) -> Array:
 
 
 def _empty_like(x: Array, dtype: np.dtype[Any]) -> Array:
-    if isinstance(x, np.ndarray):
-        return memory.empty_like(x, dtype)
-    return backend.xp(x).empty_like(x, dtype)
+    return memory.empty_like(x, dtype, device="cpu" if isinstance(x, np.ndarray) else "cuda")
 
 
 def through_float32(ctx: Context, arrays: list[Any], attributes: dict[str, Any]) -> Array:
@@ -59,7 +57,7 @@ def through_float32(ctx: Context, arrays: list[Any], attributes: dict[str, Any])
         held.clear()  # what was widened would outlive the rounding
     if result is None:
         kind = _result_type(ctx)
-        rounds = kind is not None and np.ndim(out) > 0 and out.dtype == _FLOAT32
+        rounds = kind is not None and out.ndim > 0 and out.dtype == _FLOAT32
         result = narrowed(out, kind) if rounds else out  # type: ignore[arg-type]
     ctx._saved = [ctx.entry(result if value is out else value) for value in saved]
     return result

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hpcml.autograd.tensor import Tensor
 
 _order = itertools.count()
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Context:
@@ -186,18 +187,29 @@ class Context:
         return self._saved is None
 
 
-def empty(shape: tuple[int, ...], like: Array) -> Array:
+def empty(shape: tuple[int, ...], like: Array, dtype: Any = None) -> Array:
     """Return an uninitialised array of `like`'s device and dtype, counted by category."""
+    dtype = like.dtype if dtype is None else dtype
     if isinstance(like, np.ndarray | np.generic):
-        return memory.empty(shape, like.dtype)
-    return backend.xp(like).empty(shape, like.dtype)
+        return memory.empty(shape, dtype)
+    return memory.empty(shape, dtype, device="cuda")
+
+
+def sums(shape: tuple[int, ...], like: Array) -> Array:
+    """As `empty`, for sums and means of such elements: float32 where they have 16 bits."""
+    return empty(shape, like, sum_type(like))
+
+
+def sum_type(like: Array) -> np.dtype[Any]:
+    """The type of sums of such elements: float32 where they have 16 bits."""
+    return _FLOAT32 if like.dtype in HALVES else like.dtype
 
 
 def empty_like(array: Array) -> Array:
     """Return an uninitialised array of the shape of `array`, its elements in the same order."""
     if isinstance(array, np.ndarray | np.generic):
         return memory.empty_like(array)
-    return backend.xp(array).empty_like(array)
+    return memory.empty_like(array, device="cuda")
 
 
 def _no_halves(dtype: np.dtype[Any]) -> bool:
@@ -237,6 +249,7 @@ def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
     """Sum `gradient` to `shape`, which broadcasts to its shape: the adjoint of broadcasting."""
     if gradient.shape == shape:
         return gradient
+    gradient = widened(gradient)
     lead = gradient.ndim - len(shape)
     axes = tuple(range(lead)) + tuple(
         lead + i for i, n in enumerate(shape) if n == 1 and gradient.shape[lead + i] != 1
@@ -256,7 +269,9 @@ class Primitive:
         self.hands_on = False  # whether the result is the first input itself
         self.joint = False  # whether all adjoints of a use must be called one after the other
         self.takes: Callable[[np.dtype[Any]], bool] = _no_halves
-        """Which 16-bit types it and its adjoints take as they are."""
+        """Which 16-bit types it and its adjoints take as they are, on the CPU."""
+        self.on_device = False
+        """Whether on a GPU these take all 16-bit types as they are."""
         self.adjoints: list[Callable[[Context, Array], Array]] = []
         self.remake: Callable[[Context], Array] | None = None
         """Makes the result again from what was saved: those who need it in backward keep none."""
@@ -292,7 +307,7 @@ class Primitive:
         ctx.shapes, ctx.dtypes = tuple(shapes), tuple(dtypes)
         noted = None if mode.watch is None else mode.watch(self.name, inputs, attributes)
         try:
-            if self.moves or HALVES.isdisjoint(dtypes) or self._takes(dtypes):
+            if self.moves or HALVES.isdisjoint(dtypes) or self._takes(arrays, dtypes):
                 out = self.forward(ctx, *arrays, **attributes)
             else:
                 out = through_float32(ctx, arrays, attributes)
@@ -313,7 +328,9 @@ class Primitive:
         result.ctx = ctx
         return result
 
-    def _takes(self, dtypes: list[np.dtype[Any] | None]) -> bool:
+    def _takes(self, arrays: list[Any], dtypes: list[np.dtype[Any] | None]) -> bool:
+        if self.on_device and not isinstance(arrays[0], np.ndarray):
+            return True
         return all(dtype is None or self.takes(dtype) for dtype in dtypes)
 
     def _explain(self, error: Exception, shapes: tuple[tuple[int, ...], ...]) -> Exception:

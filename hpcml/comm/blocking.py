@@ -21,7 +21,7 @@ from hpcml.comm.buffers import (
     unchanged,
 )
 from hpcml.comm.reduction import reduction
-from hpcml.comm.staging import stage
+from hpcml.comm.staging import on_device, stage
 from hpcml.comm.stream import Stream
 from hpcml.comm.tags import LAST_MESSAGE, Tag
 from hpcml.comm.transport import Array
@@ -33,6 +33,18 @@ _NOTHING = np.dtype(np.uint8)
 
 class Blocking(Stream):
     """The blocking operations of one stream; see `Axis` for their use."""
+
+    def _alone(self, x: Any, out: Any, accumulate: bool = False, op: str = "sum") -> bool:
+        """Whether x and `out` are arrays of a GPU and nobody else has any: then it is done here."""
+        if self.size > 1 or not (on_device(x) and on_device(out)):
+            return False
+        if x.shape != out.shape or x.dtype != out.dtype or (accumulate and op != "sum"):
+            return False
+        if accumulate:
+            out += x
+        elif out is not x:
+            out[...] = x
+        return True
 
     def allreduce(
         self,
@@ -53,7 +65,9 @@ class Blocking(Stream):
             return out
         if accumulate and (out is None or out is x):
             raise ValueError("accumulate=True adds to `out`: pass one that is not x")
-        arrays = operands(x, out, unchanged, op)
+        if self._alone(x, out, accumulate, op):
+            return out
+        arrays = operands(x, out, unchanged, op, adds=accumulate)
         source, target = arrays.flat()
         call = self._combine("allreduce", source, target, op, accumulate, algorithm)
         self._known.keep(key, x, out, arrays, call)
@@ -81,9 +95,11 @@ class Blocking(Stream):
             return out
         if accumulate and out is None:
             raise ValueError("accumulate=True adds to `out`: pass one")
+        if self._alone(x, out, accumulate, op):
+            return out
         rule = blocks_of("reduce_scatter", self.size, counts, self.rank)
         home = self._home(counts, whole=True)
-        arrays = operands(x, out, rule, op, home=home, keep_source=True)
+        arrays = operands(x, out, rule, op, home=home, keep_source=True, adds=accumulate)
         source, target = arrays.flat()
         cut = elements(arrays.source.shape, self.size, counts)
         call = self._combine(
@@ -122,6 +138,8 @@ class Blocking(Stream):
         plain = algorithm is None and counts is None
         key = ("allgather", id(x), id(out), "", False) if plain else None
         if key and self._again(key, x, out):
+            return out
+        if self._alone(x, out):
             return out
         rule = stacked("allgather", self.size, counts, self.rank)
         arrays = operands(x, out, rule, home=self._home(counts))
@@ -187,6 +205,8 @@ class Blocking(Stream):
         Every rank passes an array of the same shape and type, whose values count on the root alone.
         """
         self._check_rank("root", root)
+        if self._alone(x, out):
+            return out
         arrays = operands(x, out, unchanged)
         source, target = arrays.flat()
         if self.rank == root and target is not source:

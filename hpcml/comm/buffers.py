@@ -87,6 +87,7 @@ def operands(
     receives: bool = True,
     home: Callable[[Shape], int] | None = None,
     keep_source: bool = False,
+    adds: bool = False,
 ) -> Operands:
     """Check and stage the input and the output of a collective call.
 
@@ -94,7 +95,8 @@ def operands(
     input is copied, and so is one that overlaps `out`, unless the two coincide or one is the block
     of the other that begins at row `home`. A non-contiguous `out` is refused. `receives=False` on
     ranks that get no result, where `out` is ignored. `keep_source`: where input and `out` overlap,
-    the result is copied instead of the input, which may lie in memory that ranks share.
+    the result is copied instead of the input, which may lie in memory that ranks share. `adds`: the
+    result is combined with what `out` has.
     """
     staged = None if type(x) is np.ndarray else stage(x)
     host = x if staged is None else staged.host
@@ -106,7 +108,7 @@ def operands(
     if out is None:
         fresh = np.empty(expected, source.dtype)
         return Operands(source, fresh, fresh, like=staged)
-    place = None if type(out) is np.ndarray else stage(out, read=False)
+    place = None if type(out) is np.ndarray else stage(out, read=adds)
     if out is x and not isinstance(x, np.generic):
         place = staged
     target = out if place is None else place.host

@@ -53,7 +53,7 @@ def stage(x: Any, read: bool = True) -> Staged:
         return Staged(x)
     if isinstance(x, np.generic) and read:  # what NumPy makes of a sum; nothing to write to
         return Staged(np.asarray(x))
-    if _is_cupy(x):
+    if on_device(x):
         return _from_device(x, read)
     if not hasattr(x, "__dlpack__"):
         raise TypeError(f"expected a NumPy or CuPy array or one with __dlpack__, not {x!r:.60}")
@@ -73,7 +73,8 @@ def _from_device(x: Any, read: bool) -> Staged:
     return Staged(host, device=x)
 
 
-def _is_cupy(x: object) -> bool:
+def on_device(x: object) -> bool:
+    """Whether x is an array of CuPy."""
     return type(x).__module__.partition(".")[0] == "cupy"
 
 

@@ -1,9 +1,9 @@
 """The fused loops, one module for each kind of device, all with the same names and signatures.
 
 `of(array)` picks the module: `cpu` (compiled by numba) for NumPy arrays of float32 and float64,
-`generic` (array expressions, the readable specification of each kernel) for everything else.
-16-bit floats are computed with in float32; `widen` and `narrow` lead there and back. But see
-`multiplies`.
+`cuda` for arrays of a GPU, `generic` (array expressions, the readable specification of each kernel)
+for everything else. 16-bit floats are computed with in float32; `widen` and `narrow` lead there and
+back. But see `multiplies`, and GPUs, whose kernels take them as they are.
 """
 
 from __future__ import annotations
@@ -43,7 +43,14 @@ def of(array: Array) -> ModuleType:
             return compiled("float32")
         if array.dtype == _FLOAT32 or array.dtype == _FLOAT64:
             return compiled(array.dtype.name)
-    return _generic()
+    return _generic() if isinstance(array, np.ndarray) else _cuda()
+
+
+@functools.cache
+def _cuda() -> ModuleType:
+    from hpcml.kernels import cuda
+
+    return cuda
 
 
 @functools.cache
@@ -60,11 +67,15 @@ def images(array: Array) -> ModuleType:
 
     They are loaded when first asked for: who computes with none does not wait for them.
     """
-    if type(array) is np.ndarray and array.dtype.name in ("float32", "float64"):
-        return _compiled_images(array.dtype.name)
-    from hpcml.kernels import generic_images
+    if isinstance(array, np.ndarray):
+        if type(array) is np.ndarray and array.dtype.name in ("float32", "float64"):
+            return _compiled_images(array.dtype.name)
+        from hpcml.kernels import generic_images
 
-    return generic_images
+        return generic_images
+    from hpcml.kernels.cuda import images
+
+    return images
 
 
 @functools.cache

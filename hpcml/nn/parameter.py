@@ -97,8 +97,8 @@ class Parameter(Tensor):
     place of its gradient when the first contribution comes.
     """
 
-    __slots__ = ("_dtype", "_place", "_shape", "home", "init", "keeper", "layout", "name", "part",
-                 "parts", "twins", "unit")  # fmt: skip
+    __slots__ = ("_device", "_dtype", "_place", "_shape", "home", "init", "keeper", "layout",
+                 "name", "part", "parts", "twins", "unit")  # fmt: skip
     is_parameter = True
 
     def __init__(
@@ -119,6 +119,7 @@ class Parameter(Tensor):
         super().__init__(np.empty(0, np.float32) if data is None else data, requires_grad)
         self._shape: tuple[int, ...]
         self._dtype: np.dtype[Any]
+        self._device = "cpu"
         self.init: Init = init or Constant()
         self.layout: dict[str, str] = {}  # axis -> state; replicated where nothing is said
         self.part: Part | None = None  # what this rank holds of a tensor that ranks divide
@@ -140,7 +141,7 @@ class Parameter(Tensor):
         if self._array is None and self.unit is not None:
             self.unit.fetch()
         if self._array is None:
-            self._array = memory.empty(self._shape, self._dtype, "params")
+            self._array = memory.empty(self._shape, self._dtype, "params", self._device)
             self.fill(self._array.reshape(-1), 0, rng.seed())
         return self._array
 
@@ -148,6 +149,7 @@ class Parameter(Tensor):
     def data(self, array: Array) -> None:
         self._array = array
         self._shape, self._dtype = array.shape, array.dtype
+        self._device = backend.kind(array)
 
     @property
     def gradient_buffer(self) -> Array | None:
@@ -179,8 +181,8 @@ class Parameter(Tensor):
             self.keeper.store(self, values)
             return
         if self._array is None:
-            self._array = memory.empty(self._shape, self._dtype, "params")
-        self._array[...] = values
+            self._array = memory.empty(self._shape, self._dtype, "params", self._device)
+        backend.put(values, self._array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -198,16 +200,26 @@ class Parameter(Tensor):
         return self._dtype
 
     @property
+    def device(self) -> str:
+        """Where the values are, or will be made: "cpu" or "cuda"."""
+        return self._device
+
+    @property
     def has_values(self) -> bool:
         """Whether the values exist: given, loaded, made, or in parts on the ranks."""
         return self._array is not None or self.unit is not None
 
-    def fill(self, out: np.ndarray[Any, Any], start: int, seed: int) -> None:
+    def fill(self, out: Array, start: int, seed: int) -> None:
         """Write first values start .. start + out.size - 1 (logical C order) into flat `out`.
 
         Those of a divided parameter are counted in its part. 16-bit values are those of float32,
-        rounded.
+        rounded. They are made on the host.
         """
+        if not isinstance(out, np.ndarray):
+            made = np.empty(out.shape, out.dtype)
+            self.fill(made, start, seed)
+            backend.put(made, out)
+            return
         half = backend.is_half(out.dtype)
         wide = memory.empty(out.shape, np.float32, "buffers") if half else out
         key = rng.key(seed, "parameter", self.name)
@@ -231,6 +243,16 @@ class Parameter(Tensor):
         self.part, self.parts, self._shape = part, tuple(parts), part.own
         self.layout[axis] = f"S({part.dim})"
         self.gradient = self.keeper = None
+
+    def to_device(self, kind: str) -> None:
+        """Move to "cpu" or "cuda"; the gradient is forgotten. An optimizer is made afterwards."""
+        if kind == self._device:
+            return
+        self._device = kind
+        self.gradient = self.keeper = None
+        if self._array is not None:
+            values, self._array = self._array, None
+            self.assign(values)
 
     def to_dtype(self, dtype: Any) -> None:
         """Change the type of the elements in place; the gradient, of the old type, is forgotten."""

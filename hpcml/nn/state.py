@@ -87,11 +87,21 @@ class State:
             if name in state and isinstance(tensor, Parameter):
                 tensor.assign(_array(state[name]))
             elif name in state:
-                tensor.data[...] = _array(state[name])
+                backend.put(_array(state[name]), tensor.data)
 
-    def to(self, dtype: Any) -> Self:
-        """Change the type of all parameters, and of buffers of floats, in place."""
-        dtype = np.dtype(dtype)
+    def to(self, where: Any) -> Self:
+        """Change the type of all parameters, and of buffers of floats, in place.
+
+        Or move all of them: "cpu" or "cuda". An optimizer is made afterwards.
+        """
+        if where in ("cpu", "cuda"):
+            for _, module in self.named_modules():
+                for parameter in module._parameters.values():
+                    parameter.to_device(where)
+                for buffer in module._buffers.values():
+                    buffer.data = backend.to_kind(buffer.data, where)
+            return self
+        dtype = np.dtype(where)
         for _, module in self.named_modules():
             for parameter in module._parameters.values():
                 parameter.to_dtype(dtype)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpcml import kernels, memory, rng
+from hpcml import backend, kernels, memory, rng
 from hpcml.backend import Array, is_half
 from hpcml.kernels import narrow, widen
 from hpcml.nn.parameter import Home, Parameter
@@ -19,7 +19,8 @@ from hpcml.optim.buckets import Bucket, Sharding, plan
 BUCKET_BYTES = 25 << 20
 _WHOLE = Sharding()
 
-Allocate = Callable[[tuple[int, ...], Any, str], Array]
+Allocate = Callable[[tuple[int, ...], Any, str, str], Array]
+"""Makes an array, given its shape, type, kind and device."""
 
 
 class Piece(NamedTuple):
@@ -54,7 +55,7 @@ class FlatStorage:
         group_of = {id(p): number for number, group in enumerate(groups) for p in group}
         units = [[p for group in groups for p in group]] if units is None else units
         everything = [p for unit in units for p in unit]
-        self.dtype = _one_type(everything)
+        self.dtype, self.device = _one_type(everything), _one_device(everything)
         self.buckets = plan(
             [[(p, group_of.get(id(p), -1)) for p in unit] for unit in units], bucket_bytes, sharding
         )
@@ -78,7 +79,7 @@ class FlatStorage:
         """One array for what this rank holds of all buckets, and its part for each of them."""
         parts = [self.sharding.owned(kind, bucket) for bucket in buckets]
         sizes = [part.stop - part.start for part in parts]
-        flat = self.allocate((sum(sizes),), dtype or self.dtype, kind)
+        flat = self.allocate((sum(sizes),), dtype or self.dtype, kind, self.device)
         flat[...] = 0
         start = 0
         for bucket, size in zip(buckets, sizes, strict=True):
@@ -139,7 +140,7 @@ class FlatStorage:
         """Take a parameter's new values, the same on all ranks, into what this rank holds of it."""
         bucket = self.home[id(parameter)]
         part = bucket.slices[bucket.number(parameter)]
-        flat, sharding = np.ravel(values), self.sharding
+        flat, sharding = values.reshape(-1), self.sharding
         if bucket.master is not None:
             _put(flat, part, bucket.master, sharding.owned("optim", bucket))
         _put(flat, part, bucket.data, sharding.owned("params", bucket))
@@ -221,8 +222,8 @@ class FlatStorage:
         gradients, and then over the grains in order, the square of the norm, in every layout the
         same to the last bit.
         """
-        sums = np.zeros(sum(bucket.grains for bucket in self.trained))
-        start = 0
+        count, start = sum(bucket.grains for bucket in self.trained), 0
+        sums = memory.zeros((count,), np.float64, "buffers", self.device)
         for bucket in self.trained:
             mine, (grad, _) = self.sharding.owned("optim", bucket), self.sums(bucket)
             first = mine.start // bucket.grain
@@ -231,7 +232,7 @@ class FlatStorage:
                 out = sums[start + first : start + last]
                 _squares(grad[: (last - first) * bucket.grain], bucket.grain, out)
             start += bucket.grains
-        return sums
+        return backend.to_kind(sums, "cpu")
 
     def masters(self, bucket: Bucket) -> tuple[Array, bool]:
         """The most exact values of a bucket that this rank holds, and whether those are all."""
@@ -254,6 +255,13 @@ def _one_type(parameters: Sequence[Parameter]) -> np.dtype[Any]:
     return types.pop()
 
 
+def _one_device(parameters: Sequence[Parameter]) -> str:
+    devices = {parameter.device for parameter in parameters}
+    if len(devices) != 1:
+        raise ValueError(f"flat storage needs parameters on one device, not {sorted(devices)}")
+    return devices.pop()
+
+
 def _part(held: Array, place: slice, low: int, high: int) -> Array:
     """Elements low to high of a bucket, of which `held` is the part `place`."""
     assert place.start <= low <= high <= place.stop
@@ -272,7 +280,7 @@ def _write(bucket: Bucket, place: slice, out: Array) -> None:
             if is_half(values.dtype) and view.dtype == np.float32:
                 widen(values, view)
             else:
-                view[...] = values
+                backend.put(values, view)
         else:
             parameter.fill(view, low - part.start, rng.seed())
 
@@ -281,12 +289,15 @@ def _put(values: Array, part: slice, out: Array, place: slice) -> None:
     """Put the values of elements `part` of a bucket into `out`, which is elements `place` of it."""
     low, high = max(part.start, place.start), min(part.stop, place.stop)
     if low < high:
-        out[low - place.start : high - place.start] = values[low - part.start : high - part.start]
+        backend.put(
+            values[low - part.start : high - part.start],
+            out[low - place.start : high - place.start],
+        )
 
 
 def _squares(x: Array, block: int, out: Array) -> None:
     """out[k] = sum of the squares of x[k * block : (k + 1) * block]."""
-    if not is_half(x.dtype):
+    if not is_half(x.dtype) or not isinstance(x, np.ndarray):
         kernels.of(x).block_squares(x, block, out)
         return
     step = max(1 << 16, block)  # elements at once, which stay in the cache

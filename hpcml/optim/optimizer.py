@@ -75,7 +75,8 @@ class Optimizer:
         self._storage = FlatStorage([group["params"] for group in self.param_groups], **how)
         dtype = np.dtype(np.float32) if is_half(self._storage.dtype) else self._storage.dtype
         self._state = {
-            name: memory.zeros((self._storage.state_size,), dtype, "optim") for name in self.states
+            name: memory.zeros((self._storage.state_size,), dtype, "optim", self._storage.device)
+            for name in self.states
         }
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -133,6 +134,10 @@ class Optimizer:
     ) -> None:
         """Update the float32 masters of 16-bit parameters, so many at once as the cache holds."""
         assert piece.values is not None
+        if not isinstance(piece.grad, np.ndarray):  # a GPU's kernels take 16 bits as they are
+            self.update(group, piece.data, piece.grad, state, scale)
+            narrow(piece.data, piece.values)
+            return
         for start in range(0, piece.grad.size, _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, piece.grad.size))
             mine = {name: array[part] for name, array in state.items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcml import backend
 from hpcml.autograd import Tensor
 from hpcml.errors import UserError
 
@@ -35,7 +36,8 @@ def samples_of(batch: Any, part: slice) -> Sequence[Any]:
     return found if isinstance(found, tuple | list) else [found]
 
 
-def as_tensor(field: Any, dtype: np.dtype[Any]) -> Tensor:
+def as_tensor(field: Any, dtype: np.dtype[Any], device: str = "cpu") -> Tensor:
     """A field of a batch as a tensor; what is no integer or boolean in the model's type."""
-    array = np.asarray(field)
-    return Tensor(array if array.dtype.kind in "biu" else array.astype(dtype, copy=False))
+    array = field if backend.is_array(field) else np.asarray(field)
+    array = array if array.dtype.kind in "biu" else array.astype(dtype, copy=False)
+    return Tensor(backend.to_kind(array, device))

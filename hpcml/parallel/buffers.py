@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from hpcml.autograd import Tensor
-from hpcml.backend import Array
+from hpcml.backend import Array, put, to_kind
 from hpcml.comm import Axis
 from hpcml.nn import Module
 
@@ -97,7 +97,7 @@ class Buffers:
 
     def _read(self) -> Array:
         """All values side by side, in float64."""
-        flat = [np.asarray(one.data, np.float64).reshape(-1) for _, one in self.named]
+        flat = [to_kind(one.data, "cpu").astype(np.float64).reshape(-1) for _, one in self.named]
         return np.concatenate(flat) if flat else np.zeros(0)
 
     def _write(self, values: Array) -> None:
@@ -105,5 +105,5 @@ class Buffers:
         for _, one in self.named:
             stop = start + one.data.size
             new = values[start:stop].reshape(one.data.shape)
-            one.data[...] = np.rint(new) if one.data.dtype.kind in "biu" else new
+            put(np.rint(new) if one.data.dtype.kind in "biu" else new, one.data)
             start = stop

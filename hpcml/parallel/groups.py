@@ -38,12 +38,12 @@ class Groups:
     shared: Mapping[str, Axis] = field(default_factory=dict)
     """Kinds of state on which collectives of an axis work in place, all of it at once."""
 
-    def allocate(self, shape: tuple[int, ...], dtype: Any, kind: str) -> Array:
+    def allocate(self, shape: tuple[int, ...], dtype: Any, kind: str, device: str = "cpu") -> Array:
         """Memory for a kind of state: shared where a collective works in place."""
         axis = self.shared.get(kind)
-        if axis is not None and axis.size > 1:
+        if axis is not None and axis.size > 1 and device == "cpu":
             return axis.empty(shape, dtype, kind)
-        return memory.empty(shape, np.dtype(dtype), kind)
+        return memory.empty(shape, np.dtype(dtype), kind, device)
 
 
 def divide(mesh: Mesh, stage: int, ranks: int = 0, layers: bool = False) -> Groups:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from hpcml import backend, memory
 from hpcml.backend import Array
 from hpcml.comm import Axis
 from hpcml.nn import Module, Parameter
@@ -44,7 +43,7 @@ class Tie:
         for bucket in filter(None, (first, twin)):
             here = complete(bucket)
             peer = self.ranks[pipeline.rank == self.ranks[0]]
-            there = np.empty_like(here)
+            there = memory.empty(here.shape, here.dtype, "buffers", backend.kind(here))
             sent = pipeline.isend(here.copy(), peer)
             pipeline.recv(there, peer)
             sent.wait()
@@ -61,7 +60,8 @@ class Tie:
             pipeline.send(complete(first).copy(), self.ranks[1])
         elif twin is not None:
             there = complete(twin)
-            there[...] = pipeline.recv(np.empty_like(there), self.ranks[0])
+            made = memory.empty(there.shape, there.dtype, "buffers", backend.kind(there))
+            there[...] = pipeline.recv(made, self.ranks[0])
 
     def _trained(self, storage: FlatStorage) -> list[Bucket | None]:
         """The buckets of both, None of one that is elsewhere or frozen."""

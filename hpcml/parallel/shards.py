@@ -250,7 +250,9 @@ def gathered(
             if not complete:
                 if held.dtype.name not in rooms:
                     size = max(bucket.size for bucket in storage.buckets)
-                    rooms[held.dtype.name] = memory.empty((size,), held.dtype, "buffers")
+                    rooms[held.dtype.name] = memory.empty(
+                        (size,), held.dtype, "buffers", storage.device
+                    )
                 whole = rooms[held.dtype.name][: bucket.size]
                 gather(bucket, held, whole, axis, storage.sharding)
         yield name, bucket.view(whole, bucket.number(parameter))

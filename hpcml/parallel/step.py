@@ -67,7 +67,7 @@ class Step:
         self._owners = self.axis  # of the shares in a loss
         self.samples = 0  # samples of all steps so far, over all ranks
         self.grad_norm = math.nan
-        self._dtype = zero.storage.dtype
+        self._dtype, self._device = zero.storage.dtype, zero.storage.device
         self.scaler = LossScaler() if self._dtype == np.float16 else None
         self._holding = False
         self._held = 0  # samples whose gradients wait for more
@@ -166,6 +166,7 @@ class Step:
         losses, span = np.zeros(total), self.mesh.ledger.span
         factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
         parts = data.microbatches(size, self.microbatch, self.axis, self._lockstep)
+        made: list[tuple[data.Microbatch, Array]] = []
         for self.current, part in enumerate(parts):
             last = part.last and not self._holding
             if self.division.turn is not None:
@@ -176,11 +177,13 @@ class Step:
                     loss = self._loss(self.division.fields(batch, part.samples))
                 self.scored(part.weight)
                 if part.weight:
-                    losses[part.number] = loss.item() * part.weight
+                    made.append((part, loss.data))
                 self.zero.before_backward(real=part.weight > 0, last=last)
                 with span(Kind.BACKWARD, 0, part.number):
                     loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
             self.zero.after_backward()
+        for part, value in made:  # not before: it waits for a GPU
+            losses[part.number] = value.item() * part.weight
         return losses
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
@@ -253,9 +256,8 @@ class Step:
         inputs: arrays of all samples, as the model takes them.
         """
         with self._together(), self.division.whole_outputs(), evaluating(self.model):
-            outputs = self._outputs(
-                [as_tensor(one, self._dtype) for one in self.division.inputs(inputs)]
-            )
+            given = self.division.inputs(inputs)
+            outputs = self._outputs([as_tensor(one, self._dtype, self._device) for one in given])
             self.zero.end_pass()
         return outputs
 
@@ -346,7 +348,7 @@ class Step:
             raise ReplicaError(reports[0])
 
     def _loss(self, fields: Sequence[Any]) -> Tensor:
-        arrays = [as_tensor(field, self._dtype) for field in fields]
+        arrays = [as_tensor(field, self._dtype, self._device) for field in fields]
         if self.loss is None:
             return self.checked(self.model(*arrays))
         return self.judged(self.model(*arrays[:-1]), arrays[-1])

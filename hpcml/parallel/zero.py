@@ -9,10 +9,11 @@ it, and the others get the result from it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import tee
 
 from hpcml import memory
-from hpcml.backend import Array
+from hpcml.backend import Array, to_kind
 from hpcml.nn import Module, Parameter
 from hpcml.optim import Optimizer
 from hpcml.parallel import units
@@ -78,12 +79,19 @@ class Zero:
         overlap = groups.all.overlaps if overlap is None else overlap
         # Gradients in memory of this rank's own: a layer that only some ranks use has its place on
         # those alone. What is gathered has the same place on all, in memory that they share.
-        own = Arena(lambda size: memory.empty((size,), storage.dtype, "buffers"))
+        where = storage.device
+
+        def alone(size: int) -> Array:
+            return memory.empty((size,), storage.dtype, "buffers", where)
+
+        own = Arena(alone)
         stages = self.held.by_stage(storage.trained)
         self._gradients = Gradients(storage, groups, own, most, overlap, deterministic, stages)
         self._shards: Shards | None = None
         if not groups.sharding.whole("params"):
-            shared = Arena(lambda size: groups.shard.empty(size, storage.dtype))
+            # Processes share no memory of a GPU.
+            together = partial(groups.shard.empty, dtype=storage.dtype)
+            shared = Arena(together if where == "cpu" else alone)
             ahead = overlap and groups.pp.size == 1  # in a pipeline passes are not alike
             self._shards = Shards(model, storage, groups.shard, shared, ahead)
 
@@ -189,7 +197,7 @@ class Zero:
         known, passed = tee(named)
         parts = gathered(passed, self.storage, self.groups.shard, held_of)
         for (name, parameter), (_, array) in zip(known, parts, strict=True):
-            yield name, assemble(parameter, array, self.groups.tp)
+            yield name, assemble(parameter, to_kind(array, "cpu"), self.groups.tp)
 
     def replicas(self, whole: bool = False) -> Iterator[tuple[str, Array]]:
         """What this rank holds and its replicas should hold alike, by parameter.

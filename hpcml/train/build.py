@@ -44,7 +44,10 @@ def begin(config: Config) -> tuple[Mesh, list[dict[str, Any]]]:
     mesh = Mesh(deterministic=config.run.deterministic, **asdict(config.mesh))
     agree(mesh.world, partial(log.setup, mesh.rank))
     ranks = agree(mesh.world, partial(threads.share, mesh))
-    logger.info("%s on %s, %d thread(s)", mesh, mesh.node.host, ranks[mesh.rank]["threads"])
+    use = partial(backend.use_device, config.device.kind, mesh.node.local_rank)
+    device = agree(mesh.world, use)
+    threads_of = ranks[mesh.rank]["threads"]
+    logger.info("%s on %s, %s, %d thread(s)", mesh, mesh.node.host, device, threads_of)
     return mesh, ranks
 
 
@@ -114,6 +117,7 @@ def build_model(config: Config, info: Mapping[str, Any]) -> Module:
         use_winograd(model)
     if config.model.init_from:
         weights.load(model, config.model.init_from)
+    model.to(config.device.kind)
     return model
 
 
@@ -152,7 +156,9 @@ def measured_costs(config: Config, mesh: Mesh, data: Data, model: Module) -> lis
         count = config.train.microbatch or config.train.global_batch
         fields = samples_of(next(iter(Batches(data.train, count, None))), slice(0, count))
         kind = backend.dtype(config.train.precision)
-        return measured(model.name_parts(), [as_tensor(one, kind) for one in fields[:-1]])
+        return measured(
+            model.name_parts(), [as_tensor(one, kind, config.device.kind) for one in fields[:-1]]
+        )
 
     return mesh.world.broadcast_object(agree(mesh.world, measure))
 

@@ -159,10 +159,12 @@ def _check_together(config: Config) -> None:
                 'device.kind="cuda" needs CuPy, which is not installed: '
                 'install hpcml[cuda13] or hpcml[cuda12], or set device.kind="cpu"'
             )
-        if importlib.util.find_spec("hpcml.kernels.cuda") is None:
-            raise UserError(
-                'device.kind="cuda" is not available in this version yet: set device.kind="cpu"'
-            )
+        for name in ("sp_d", "sp_h", "sp_w"):
+            if getattr(config.mesh, name) > 1:
+                raise UserError(
+                    f'mesh.{name}={getattr(config.mesh, name)} with device.kind="cuda": images are '
+                    f'divided on the CPU only: set mesh.{name}=1 or device.kind="cpu"'
+                )
 
 
 def _owners(key_name: str) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from hpcml import kernels, rng
 from hpcml.autograd.ops.arrays import contiguous, floats, same_type
 from hpcml.autograd.ops.fused import threshold
-from hpcml.autograd.record import Context, empty, primitive
+from hpcml.autograd.record import Context, empty, primitive, sums
 from hpcml.backend import Array
 
 
@@ -39,7 +39,8 @@ def plan(
     """The plan of attention to all keys for q (..., D); `head` is the number of its first head."""
     if q.shape[-1] == 0:
         raise ValueError(f"q {q.shape}: a head needs a size of at least 1")
-    factor = q.dtype.type(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    kind = np.float64 if q.dtype == np.float64 else np.float32
+    factor = kind(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     key, sample = rng.draw(name) if p > 0 else (0, 0)
     return Plan(factor, causal, np.uint64(key), np.uint64(sample), np.uint32(threshold(p)), head)
 
@@ -59,10 +60,13 @@ def packed_attention(
     qkv = floats(qkv)
     q, k, v = _thirds(qkv, heads)
     ctx.attributes = plan(q, causal, p, name, head=head)
-    out, lse = ctx.empty((batch, length, width // 3), qkv), empty((batch, heads, length), qkv)
+    out, lse = ctx.empty((batch, length, width // 3), qkv), sums((batch, heads, length), qkv)
     kernels.of(qkv).attention(q, k, v, *ctx.attributes, _heads(out, heads), lse)
     ctx.save(qkv, out, lse)
     return out
+
+
+packed_attention.on_device = True
 
 
 def _thirds(qkv: Array, heads: int) -> Array:
@@ -97,10 +101,13 @@ def attention(
     same_type(ctx, "q", "k", "v")
     q, k, v = _row_major(q), _row_major(k), _row_major(v)
     ctx.attributes = plan(q, causal, p, name, scale)
-    out, lse = ctx.empty(q.shape, q), empty(q.shape[:3], q)
+    out, lse = ctx.empty(q.shape, q), sums(q.shape[:3], q)
     kernels.of(q).attention(q, k, v, *ctx.attributes, out, lse)
     ctx.save(q, k, v, out, lse)
     return out
+
+
+attention.on_device = True
 
 
 def _row_major(x: Array) -> Array:

@@ -15,7 +15,7 @@ from hpcml.autograd.ops.arrays import (
     integers,
     same_type,
 )
-from hpcml.autograd.record import Context, empty, movement, primitive
+from hpcml.autograd.record import Context, empty, movement, primitive, sums
 from hpcml.backend import Array, xp
 
 
@@ -80,7 +80,8 @@ def layer_norm(
     same_type(ctx, "x", "weight", "bias")
     x = floats(x)
     rows = x.size // size if size else 0
-    ctx.attributes = rows, size, *empty((2, rows), x), x.dtype.type(eps)
+    mean, inverse = sums((2, rows), x)
+    ctx.attributes = rows, size, mean, inverse, mean.dtype.type(eps)
     ctx.save(x, weight, bias)
     return _layer_norm(ctx, x, weight, bias)
 
@@ -100,6 +101,9 @@ def _layer_norm(ctx: Context, x: Array, weight: Array | None, bias: Array | None
 @layer_norm.remade
 def layer_norm_again(ctx: Context) -> Array:
     return _layer_norm(ctx, *ctx.saved)
+
+
+layer_norm.on_device = True
 
 
 @layer_norm.adjoint
@@ -151,26 +155,33 @@ def cross_entropy(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction="{reduction}": use "mean", "sum" or "none"')
-    logits, target = floats(logits), integers(target, "target")
+    m = xp(logits)
+    logits, target = floats(logits), integers(m.asarray(target), "target")
     used = target != ignore_index
-    check_indices(target[used], logits.shape[1], "target")
-    loss, lse = empty(target.shape, logits), empty(target.shape, logits)
+    if m is np:  # a GPU's kernel makes a loss of NaN: to look would be to wait for it
+        check_indices(target[used], logits.shape[1], "target")
+    loss, lse = sums(target.shape, logits), sums(target.shape, logits)
     kernels.of(logits).cross_entropy(logits, target, ignore_index, loss, lse)
-    count = int(used.sum()) if reduction == "mean" else 1
+    count = 1 if reduction != "mean" else int(used.sum()) if m is np else used.sum()
     ctx.attributes = target, ignore_index, count
     ctx.save(logits, lse)
     if reduction == "none":
         return loss
     total = loss.sum(dtype=np.float64)  # many small terms
-    m = xp(loss)
-    return m.asarray(total / count if count else m.nan, dtype=loss.dtype)
+    none = m is np and not count  # NumPy would warn of 0 / 0
+    return m.asarray(m.nan if none else total / count, dtype=loss.dtype)
+
+
+cross_entropy.on_device = True
 
 
 @cross_entropy.adjoint
 def cross_entropy_logits(ctx: Context, g: Array) -> Array:
     logits, lse = ctx.saved
     target, ignore, count = ctx.attributes
-    scale = contiguous(xp(g).broadcast_to(g / max(count, 1), lse.shape).astype(g.dtype, copy=False))
+    m = xp(g)
+    count = max(count, 1) if isinstance(count, int) else m.maximum(count, 1)
+    scale = contiguous(m.broadcast_to(g / count, lse.shape).astype(lse.dtype, copy=False))
     out = ctx.empty(logits.shape, logits)
     kernels.of(logits).cross_entropy_backward(logits, target, ignore, lse, scale, out)
     return out
@@ -179,8 +190,9 @@ def cross_entropy_logits(ctx: Context, g: Array) -> Array:
 @movement
 def embedding(ctx: Context, weight: Array, index: Array) -> Array:
     """weight[index]: weight (count, width), index (...) of integers -> (..., width)."""
-    index = integers(index, "index")
-    check_indices(index, weight.shape[0], "index")
+    index = integers(xp(weight).asarray(index), "index")
+    if xp(weight) is np:
+        check_indices(index, weight.shape[0], "index")
     ctx.attributes = index
     out = ctx.empty((*index.shape, weight.shape[1]), weight)
     if xp(weight) is np:
@@ -193,7 +205,7 @@ def embedding(ctx: Context, weight: Array, index: Array) -> Array:
 def embedding_weight(ctx: Context, g: Array) -> Array:
     index = ctx.attributes.reshape(-1)
     out = ctx.accumulator(ctx.shapes[0], g)
-    if g.dtype in HALVES:
+    if g.dtype in HALVES and isinstance(g, np.ndarray):
         _add_rows(out, index, widened(g).reshape(index.size, out.shape[1]))
         return out
     kernels.of(g).embedding_backward(contiguous(g).reshape(index.size, out.shape[1]), index, out)
@@ -236,6 +248,9 @@ def dropout(ctx: Context, x: Array, *, p: float, name: str, part: Runs | None = 
     return _drop(ctx, floats(x))
 
 
+dropout.on_device = True
+
+
 @dropout.adjoint
 def dropout_x(ctx: Context, g: Array) -> Array:
     return _drop(ctx, g)
@@ -271,6 +286,9 @@ def _gelu(ctx: Context, x: Array) -> Array:
 @gelu.remade
 def gelu_again(ctx: Context) -> Array:
     return _gelu(ctx, *ctx.saved)
+
+
+gelu.on_device = True
 
 
 @gelu.adjoint

@@ -77,6 +77,9 @@ def convolution(
     return channels_first(out)
 
 
+convolution.on_device = True
+
+
 @convolution.adjoint
 def convolution_x(ctx: Context, g: Array) -> Array:
     _, weight = ctx.saved

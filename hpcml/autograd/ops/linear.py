@@ -22,11 +22,12 @@ def _rows(x: Array) -> Array:
 
 
 def _words(x: Array) -> Array:
-    return x.view(np.uint16) if x.dtype in HALVES else x
+    return x.view(np.uint16) if x.dtype in HALVES and isinstance(x, np.ndarray) else x
 
 
 def _kernels(x: Array) -> Any:
-    return kernels.compiled("float32").brain if x.dtype in HALVES else kernels.of(x)
+    words = x.dtype in HALVES and isinstance(x, np.ndarray)
+    return kernels.compiled("float32").brain if words else kernels.of(x)
 
 
 def check(x: Array, weight: Array, bias: Array | None) -> None:
@@ -58,7 +59,7 @@ def weight_gradient(g: Array, x: Array, out: Array) -> None:
 
 
 def bias_gradient(g: Array, out: Array) -> None:
-    """The sum of all rows: g (..., out), not of 16 bits, out (out)."""
+    """The sum of all rows: g (..., out), on the CPU not of 16 bits, out (out)."""
     kernels.of(g).column_sums(_rows(g), out)
 
 
@@ -74,6 +75,7 @@ def linear(ctx: Context, x: Array, weight: Array, bias: Array | None) -> Array:
 
 
 linear.takes = kernels.multiplies
+linear.on_device = True
 
 
 @linear.adjoint
@@ -94,7 +96,7 @@ def linear_weight(ctx: Context, g: Array) -> Array:
 
 @linear.adjoint
 def linear_bias(ctx: Context, g: Array) -> Array:
-    g = widened(g)
+    g = widened(g) if isinstance(g, np.ndarray) else g
     out = ctx.empty(ctx.shapes[2], g)
     bias_gradient(g, out)
     return out

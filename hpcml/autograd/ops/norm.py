@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from hpcml import kernels
 from hpcml.autograd.ops.arrays import contiguous, same_type
 from hpcml.autograd.ops.images import channels_first, channels_last
-from hpcml.autograd.record import Context, empty, primitive
+from hpcml.autograd.record import Context, empty, primitive, sum_type
 from hpcml.backend import Array, xp
 
 
@@ -43,9 +43,9 @@ def batch_norm(
     same_type(ctx, "x", "weight", "bias")
     rows = _rows(x)
     count, channels = rows.shape
-    k, m = kernels.images(x), xp(x)
+    k, m, kind = kernels.images(x), xp(x), sum_type(x)
     if training:
-        mean, variance = m.zeros((2, channels), x.dtype)
+        mean, variance = m.zeros((2, channels), kind)
         if count:
             k.batch_moments(rows, mean, variance)
         if across is not None:
@@ -57,10 +57,12 @@ def batch_norm(
                 estimate += momentum * found
     else:
         assert running is not None
-        mean, variance = (estimate.astype(x.dtype) for estimate in running)
-    inverse = (1 / m.sqrt(variance + eps)).astype(x.dtype)
-    scale = inverse if weight is None else inverse * weight
-    shift = m.zeros(channels, x.dtype) if bias is None else contiguous(bias)
+        mean, variance = (estimate.astype(kind) for estimate in running)
+    inverse = (1 / m.sqrt(variance + eps)).astype(kind)
+    scale = inverse if weight is None else inverse * weight.astype(kind, copy=False)
+    shift = m.zeros(channels, kind)
+    if bias is not None:
+        shift = contiguous(bias.astype(kind, copy=False))
     last = channels_last(x)
     out = empty(last.shape, x)
     k.batch_norm(rows, mean, scale, shift, out.reshape(rows.shape))
@@ -69,13 +71,16 @@ def batch_norm(
     return channels_first(out)
 
 
+batch_norm.on_device = True
+
+
 def _sums(ctx: Context, g: Array) -> Any:
     """The rows of g and of x, and the sums over columns of g and of g (x - mean)."""
 
     def compute() -> tuple[Array, Array, Array]:
         x, _ = ctx.saved
         mean = ctx.attributes[0]
-        sums = xp(g).zeros((2, x.shape[1]), g.dtype)
+        sums = xp(g).zeros((2, x.shape[1]), sum_type(g))
         pair = _rows(g), _rows(x)
         if x.size:
             kernels.images(g).batch_norm_sums(*pair, mean, sums)
@@ -96,7 +101,7 @@ def batch_norm_x(ctx: Context, g: Array) -> Array:
         slopes[1] = total[1] * inverse**2 / count
     pending = ctx.take_pending()
     before = g_rows[:0] if pending is None else _rows(pending)
-    scale = inverse if weight is None else inverse * weight
+    scale = inverse if weight is None else inverse * weight.astype(inverse.dtype, copy=False)
     n, channels, *sizes = x.shape
     out = empty((n, *sizes, channels), g)
     kernels.images(g).batch_norm_backward(
@@ -109,12 +114,12 @@ def batch_norm_x(ctx: Context, g: Array) -> Array:
 def batch_norm_weight(ctx: Context, g: Array) -> Array:
     inverse = ctx.attributes[1]
     _, _, sums = _sums(ctx, g)
-    return xp(g).multiply(sums[1], inverse, out=ctx.empty(ctx.shapes[1], g))
+    return xp(g).multiply(sums[1], inverse, out=ctx.empty(ctx.shapes[1], sums))
 
 
 @batch_norm.adjoint
 def batch_norm_bias(ctx: Context, g: Array) -> Array:
     _, _, sums = _sums(ctx, g)
-    out = ctx.empty(ctx.shapes[2], g)
+    out = ctx.empty(ctx.shapes[2], sums)
     out[...] = sums[0]
     return out

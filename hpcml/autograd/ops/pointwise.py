@@ -40,6 +40,9 @@ def add(ctx: Context, a: Array, b: Array) -> Array:
     return evaluate(ctx, "add", a, b)
 
 
+add.on_device = True
+
+
 @add.adjoint
 def add_a(ctx: Context, g: Array) -> Array:
     return ctx.fit(g, 0)

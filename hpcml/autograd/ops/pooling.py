@@ -34,6 +34,9 @@ def max_pool(
     return channels_first(out)
 
 
+max_pool.on_device = True
+
+
 @max_pool.adjoint
 def max_pool_x(ctx: Context, g: Array) -> Array:
     (index,) = ctx.saved

@@ -162,6 +162,7 @@ def _twin(parameter: Parameter) -> Parameter:
         shape=parameter.shape, init=parameter.init, dtype=parameter.dtype,
         requires_grad=parameter.requires_grad,
     )  # fmt: skip
+    twin.to_device(parameter.device)
     twin.name, twin.part, twin.parts = parameter.name, parameter.part, parameter.parts
     # A bucket of its own on both sides, so that sums of one fit the other.
     parameter.layout["pp"] = f"R {parameter.name}"

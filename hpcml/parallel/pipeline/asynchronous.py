@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from hpcml.autograd import Tensor
-from hpcml.backend import Array
+from hpcml.backend import Array, xp
 from hpcml.errors import UserError
 from hpcml.parallel import data
 from hpcml.parallel.norm import own_squares, root
@@ -198,7 +198,7 @@ class _Batch(Microbatches):
         weight = self.parts[microbatch].weight
         if not self._whole:
             weight /= self._of_round(microbatch)
-        return np.full(loss.shape, weight, loss.dtype)
+        return xp(loss.data).full(loss.shape, weight, loss.dtype)
 
     def _of_round(self, microbatch: int) -> float:
         """The share of the batch that data-parallel ranks compute at once."""

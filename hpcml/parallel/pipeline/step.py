@@ -12,7 +12,7 @@ import numpy as np
 from hpcml import rng
 from hpcml.autograd import Tensor
 from hpcml.autograd.mode import mode
-from hpcml.backend import Array, dtype, is_half
+from hpcml.backend import Array, dtype, is_half, xp
 from hpcml.errors import UserError
 from hpcml.nn import Parameter
 from hpcml.parallel import data
@@ -51,7 +51,7 @@ class PipelineStep(Step):
         self._owners = self.mesh["pp", "dp"]
         self._stage = min(assembly.stages)
         self._last = len(assembly.rank_of) - 1
-        self._transfers = Transfers(self.pipeline)
+        self._transfers = Transfers(self.pipeline, self._device)
         self._program = cache(self._lowered)
 
     def plan(self, size: int) -> None:
@@ -147,7 +147,7 @@ class PipelineStep(Step):
 
     def fields(self, fields: Sequence[Any]) -> list[Tensor]:
         """The fields of a microbatch as tensors."""
-        return [as_tensor(field, self._dtype) for field in fields]
+        return [as_tensor(field, self._dtype, self._device) for field in fields]
 
     def loss_of(self, out: Any, arrays: Sequence[Tensor]) -> Tensor:
         """The loss, given what the last stage gave."""
@@ -254,7 +254,7 @@ class Microbatches:
     def loss_gradient(self, microbatch: int, loss: Tensor) -> Array:
         """By how much the loss counts."""
         weight = self.parts[microbatch].weight * self.factor
-        return np.full(loss.shape, weight, loss.dtype)
+        return xp(loss.data).full(loss.shape, weight, loss.dtype)
 
     def before_backward(self, stage: int, microbatch: int) -> None:
         """Gradients of parameters come."""

@@ -40,8 +40,8 @@ class Transfers:
     what makes the same kind (`key`) both ends know alike.
     """
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, axis: Axis, device: str = "cpu") -> None:
+        self.axis, self.device = axis, device
         self._told: set[Any] = set()
         self._known: dict[Any, Shapes] = {}
         self._going: list[Request] = []
@@ -75,7 +75,10 @@ class Transfers:
             if isinstance(found, str):
                 raise UserError(found)
             self._known[key] = [(tuple(shape), name) for shape, name in found]
-        arrays = [memory.empty(shape, backend.dtype(name)) for shape, name in self._known[key]]
+        arrays = [
+            memory.empty(shape, backend.dtype(name), device=self.device)
+            for shape, name in self._known[key]
+        ]
         return Incoming(arrays, [self.axis.irecv(array, peer) for array in arrays])
 
     def finish(self) -> None:

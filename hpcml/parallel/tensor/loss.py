@@ -8,15 +8,16 @@ import numpy as np
 
 from hpcml import collectives, kernels
 from hpcml.autograd import Context, Tensor, primitive
-from hpcml.autograd.record import empty
-from hpcml.backend import Array
+from hpcml.autograd.ops.arrays import contiguous
+from hpcml.autograd.record import sums
+from hpcml.backend import Array, xp
 from hpcml.comm import Axis
 from hpcml.errors import UserError
 from hpcml.nn import Module
 from hpcml.nn.part import Range
 from hpcml.parallel.tensor.parts import block
 from hpcml.parallel.tensor.positions import Positions, pick
-from hpcml.parallel.tensor.vocab import check_range
+from hpcml.parallel.tensor.vocab import array_of, check_range
 
 
 class VocabParallelCrossEntropyLoss(Module):
@@ -35,8 +36,8 @@ class VocabParallelCrossEntropyLoss(Module):
 
     def forward(self, input: Tensor, target: Any) -> Tensor:
         """Logits of this rank's classes, targets of all positions -> one number."""
-        numbers = np.asarray(target.data if isinstance(target, Tensor) else target)
-        count, cp = int((numbers != self.ignore_index).sum()), self.positions.cp
+        numbers, cp = array_of(target), self.positions.cp
+        count = counted(numbers != self.ignore_index)
         if input.ndim > 2:  # classes to the last dim
             input = input.permute(0, *range(2, input.ndim), 1).flatten(0, -2)
         if cp.size > 1:
@@ -61,7 +62,7 @@ def vocab_parallel_cross_entropy(
     *,
     classes: int,
     ignore_index: int = -100,
-    count: int | None = None,
+    count: Any = None,
 ) -> Tensor:
     """The mean of -log softmax(logits)[target], the classes divided: `S(-1)` -> `I`.
 
@@ -77,43 +78,57 @@ def vocab_parallel_cross_entropy(
         raise ValueError(
             f"logits {logits.shape}: of {classes} classes this rank has {mine[1] - mine[0]}"
         )
-    numbers = np.asarray(target.data if isinstance(target, Tensor) else target)
+    numbers = array_of(target)
     if numbers.shape != logits.shape[:1]:
         raise ValueError(f"logits {logits.shape} need targets of shape {logits.shape[:1]}, not "
                          f"{numbers.shape}")  # fmt: skip
     used = numbers != ignore_index
-    check_range("target", numbers[used], classes)
-    count = int(used.sum()) if count is None else count
+    if isinstance(numbers, np.ndarray):
+        check_range("target", numbers[used], classes)
+    count = counted(used) if count is None else count
     return _cross_entropy(logits, numbers, axis=axis, mine=mine, used=used, count=count)
+
+
+def counted(used: Array) -> Any:
+    """How many are; of a GPU a number there, for which nobody waits."""
+    count = used.sum()
+    return int(count) if isinstance(used, np.ndarray) else count
 
 
 @primitive
 def _cross_entropy(
     ctx: Context, logits: Array, target: Array, *,
-    axis: Axis, mine: Range, used: Array, count: int,
+    axis: Axis, mine: Range, used: Array, count: Any,
 ) -> Array:  # fmt: skip
+    m = xp(logits)
     outside = mine[1] - mine[0]  # the place of targets whose class another rank has
     inside = used & (target >= mine[0]) & (target < mine[1])
-    place = np.where(inside, target - mine[0], outside).astype(np.int64)
-    own, lse = empty(target.shape, logits), empty(target.shape, logits)
+    place = m.where(inside, target - mine[0], outside).astype(np.int64)
+    own, lse = sums(target.shape, logits), sums(target.shape, logits)
     kernels.of(logits).cross_entropy(logits, place, outside, own, lse)
     most = axis.allreduce(lse, "max")
-    both = empty((2, len(target)), logits)
-    np.exp(lse - most, out=both[0])
-    both[1] = np.where(inside, own + (most - lse), 0)
+    both = sums((2, len(target)), logits)
+    m.exp(lse - most, out=both[0])
+    both[1] = m.where(inside, own + (most - lse), 0)
     axis.allreduce(both, out=both)
-    rest = np.log(both[0])
-    ctx.attributes = np.where(used, place, -1), count
+    rest = m.log(both[0])
+    ctx.attributes = m.where(used, place, -1), count
     ctx.save(logits, most + rest)
-    total = np.where(used, both[1] + rest, 0).sum(dtype=np.float64)  # many small terms
-    return np.asarray(total / count if count else np.nan, dtype=logits.dtype)
+    total = m.where(used, both[1] + rest, 0).sum(dtype=np.float64)  # many small terms
+    none = m is np and not count  # NumPy would warn of 0 / 0
+    return m.asarray(m.nan if none else total / count, dtype=lse.dtype)
+
+
+_cross_entropy.on_device = True
 
 
 @_cross_entropy.adjoint
 def _cross_entropy_logits(ctx: Context, g: Array) -> Array:
     logits, lse = ctx.saved
     place, count = ctx.attributes
-    scale = np.full(lse.shape, g / max(count, 1), logits.dtype)
+    m = xp(g)
+    count = max(count, 1) if isinstance(count, int) else m.maximum(count, 1)
+    scale = contiguous(m.broadcast_to(g / count, lse.shape).astype(lse.dtype, copy=False))
     out = ctx.empty(logits.shape, logits)
     kernels.of(logits).cross_entropy_backward(logits, place, -1, lse, scale, out)
     return out

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hpcml.autograd import Tensor
-from hpcml.backend import Array
+from hpcml.backend import Array, is_array, xp
 from hpcml.comm import Axis
 from hpcml.nn import Embedding, Module
 from hpcml.nn import functional as F
@@ -37,7 +37,7 @@ class VocabParallelEmbedding(Module):
 
     def forward(self, input: Any) -> Tensor:
         """Integers (..., T) -> (..., T or this rank's positions, embedding_dim)."""
-        tokens = np.asarray(input.data if isinstance(input, Tensor) else input)
+        tokens = array_of(input)
         if self.positions.divided:
             self.positions.begin(tokens.shape[-1])
             tokens = pick(tokens, self.positions.context)
@@ -58,20 +58,33 @@ class PositionEmbedding(Module):
 
     def forward(self, input: Any) -> Tensor:
         """Integers (..., T) of all positions -> (..., this rank's positions, embedding_dim)."""
-        numbers = np.asarray(input.data if isinstance(input, Tensor) else input)
+        numbers = array_of(input)
         return F.embedding(pick(numbers, self.positions.own), self.weight)
 
 
 def places(tokens: Array, mine: Range) -> tuple[Array, Array]:
     """Which tokens lie in a range, and their places there; 0 for the others."""
     inside = (tokens >= mine[0]) & (tokens < mine[1])
-    return inside, np.where(inside, tokens - mine[0], 0).astype(np.int64)
+    return inside, xp(tokens).where(inside, tokens - mine[0], 0).astype(np.int64)
+
+
+def array_of(x: Any) -> Array:
+    """The array of a tensor, an array or nested lists."""
+    x = x.data if isinstance(x, Tensor) else x
+    return x if is_array(x) else np.asarray(x)
 
 
 def check_range(what: str, numbers: Array, count: int) -> None:
-    """Raise IndexError unless all are of 0 to count - 1, TypeError unless they are integers."""
+    """Raise IndexError unless all are of 0 to count - 1, TypeError unless they are integers.
+
+    Numbers on a GPU are not looked at: that would be to wait for it.
+    """
     if numbers.dtype.kind not in "iu":
         raise TypeError(f"{what} must be integers, not {numbers.dtype}")
-    if numbers.size and not 0 <= numbers.min() <= numbers.max() < count:
+    if (
+        isinstance(numbers, np.ndarray)
+        and numbers.size
+        and not 0 <= numbers.min() <= numbers.max() < count
+    ):
         wrong = numbers.min() if numbers.min() < 0 else numbers.max()
         raise IndexError(f"{what} {wrong} is outside 0..{count - 1}")

@@ -1,0 +1,150 @@
+"""The way of the data with arrays of a device: nothing of it may pass NumPy unasked."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hpcml
+from hpcml import backend, memory, nn
+from hpcml.errors import MemoryLimitError
+from hpcml.models.gpt import GPT, NextTokenLoss
+from tests.device import standin
+
+STEPS = 2
+
+
+def model(dropout: float = 0.1) -> GPT:
+    return GPT(vocab_size=19, sequence_length=6, layers=2, heads=2, width=8, dropout=dropout)
+
+
+def tokens(samples: int = 4) -> Any:
+    made = np.random.default_rng(3).integers(0, 19, (samples, 7))
+    return made[:, :-1], made[:, 1:]
+
+
+def trained(kind: str, dtype: Any, ranks: int = 1, **how: Any) -> tuple[list[float], Any]:
+    """Losses of some steps and the parameters after them, by name."""
+    mesh_sizes = how.pop("mesh", {"dp": ranks})
+
+    def program() -> Any:
+        made = model()
+        made.to(np.dtype(dtype) if isinstance(dtype, str) else dtype).to(kind)
+        step = hpcml.parallelize(
+            made, loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW, lr=1e-2,
+            mesh=hpcml.Mesh(**mesh_sizes), microbatch=1, seed=5, grad_clip=1.0, **how,
+        )  # fmt: skip
+        losses = [step(tokens()) for _ in range(STEPS)]
+        return losses, {name: np.array(array) for name, array in step.gathered()}
+
+    return hpcml.run(program, ranks=ranks)[0]  # type: ignore[no-any-return]
+
+
+def same(found: Any, expected: Any, tolerance: float) -> None:
+    np.testing.assert_allclose(found[0], expected[0], rtol=tolerance)
+    assert found[1].keys() == expected[1].keys()
+    for name, values in expected[1].items():
+        np.testing.assert_allclose(
+            found[1][name].astype(float), values.astype(float), rtol=0, atol=tolerance, err_msg=name
+        )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 2e-4)])
+def test_a_serial_step(dtype: str, tolerance: float, device: Any) -> None:
+    same(trained("cuda", dtype), trained("cpu", dtype), tolerance)
+
+
+def test_a_serial_step_in_16_bits(device: Any) -> None:
+    """Rounded elsewhere than on the CPU, which widens around every primitive: near, not equal."""
+    import ml_dtypes
+
+    found, expected = (trained(kind, ml_dtypes.bfloat16) for kind in ("cuda", "cpu"))
+    np.testing.assert_allclose(found[0], expected[0], rtol=2e-2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_that_divide_the_states(stage: int, device: Any) -> None:
+    found = trained("cuda", "float64", ranks=3, zero=stage)
+    same(found, trained("cpu", "float64"), 1e-10)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_ranks_that_divide_the_model(sequence_parallel: bool, device: Any) -> None:
+    found = trained("cuda", "float64", ranks=2, mesh={"tp": 2}, sequence_parallel=sequence_parallel)
+    same(found, trained("cpu", "float64"), 1e-10)
+
+
+def test_ranks_that_divide_the_layers(device: Any) -> None:
+    found = trained("cuda", "float64", ranks=2, mesh={"pp": 2}, schedule="1f1b")
+    same(found, trained("cpu", "float64"), 1e-10)
+
+
+def test_ranks_that_divide_the_context(device: Any) -> None:
+    found = trained("cuda", "float64", ranks=2, mesh={"cp": 2})
+    same(found, trained("cpu", "float64"), 1e-10)
+
+
+def test_a_step_waits_for_the_device_as_often_as_it_must(standing_in: Any) -> None:
+    """For the losses of its microbatches, after all work was started, and for the norm."""
+    made = model(dropout=0.1)
+    made.to(np.float32).to("cuda")
+    step = hpcml.parallelize(
+        made, loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW, lr=1e-2, mesh=hpcml.Mesh(dp=1),
+        microbatch=2, seed=5, grad_clip=1.0,
+    )  # fmt: skip
+    step(tokens())
+    before = standin.syncs()
+    step(tokens())
+    assert standin.syncs() - before == 2 + 1
+
+
+def test_memory_of_a_device_is_counted_and_limited(device: Any) -> None:
+    gc.collect()
+    account = memory.account()
+    before = account.live["grads"]
+    made = memory.empty((100, 10), np.float32, "grads", "cuda")
+    part = made[3:]
+    del made
+    assert account.live["grads"] - before == 4000
+    del part
+    assert account.live["grads"] == before
+    memory.set_limit(account.total + 1000)
+    try:
+        with pytest.raises(MemoryLimitError, match="4,000 bytes of optim exceed"):
+            memory.zeros((1000,), np.float32, "optim", "cuda")
+    finally:
+        memory.set_limit(0)
+
+
+class Images(nn.Module):
+    """A little of everything that models of images are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Conv2d(8, 4, 3, stride=2, groups=2), nn.AvgPool2d(2, stride=1),
+            nn.Flatten(), nn.Linear(4, 5),
+        )  # fmt: skip
+
+    def forward(self, x: Any) -> Any:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("bfloat16", 3e-2)])
+def test_images(dtype: str, tolerance: float, device: Any) -> None:
+    random = np.random.default_rng(2)
+    batch = random.standard_normal((3, 3, 10, 10)), random.integers(0, 5, 3)
+    losses = {}
+    for kind in ("cpu", "cuda"):
+        hpcml.manual_seed(3)
+        made = Images().to(backend.dtype(dtype)).to(kind)
+        step = hpcml.parallelize(
+            made, loss=nn.CrossEntropyLoss(), optimizer=hpcml.optim.SGD, lr=0.1, momentum=0.9,
+            mesh=hpcml.Mesh(dp=1), seed=4,
+        )  # fmt: skip
+        losses[kind] = [step(batch) for _ in range(3)]
+    np.testing.assert_allclose(losses["cuda"], losses["cpu"], rtol=tolerance)
