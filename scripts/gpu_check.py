@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"]
+KERNELS = ("kernels", "attention", "images")
 MEASURED = [sys.executable, str(HERE / "gpu_parts.py")]
 
 
@@ -31,7 +32,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "machine": Part([*MEASURED, "machine"], 40, "what is installed"),
-    "kernels": Part([*PYTEST, "tests/device/test_kernels.py"], 120,
+    "kernels": Part([*PYTEST, *(f"tests/device/test_{name}.py" for name in KERNELS)], 120,
                     "every kernel against its specification in float64, all types"),
     "ranks": Part([*PYTEST, "tests/device/test_training.py"], 100,
                   "training with dp, ZeRO 0-3, tp, pp, cp beside the CPU; ranks are threads"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.device import emulator, standin
+from tests.device.support import DTYPES, Numbers
 
 
 @pytest.fixture
@@ -25,3 +26,17 @@ def device(request: pytest.FixtureRequest) -> Any:
     if os.environ.get("HPCML_GPU") == "1":
         return pytest.importorskip("cupy")
     return request.getfixturevalue("standing_in")
+
+
+@pytest.fixture(params=DTYPES)
+def numbers(request: pytest.FixtureRequest, device: Any) -> Numbers:
+    """Numbers of each type of elements."""
+    return Numbers(device, request.param)
+
+
+@pytest.fixture
+def cuda(device: Any) -> Any:
+    """The kernels."""
+    from hpcml.kernels import cuda
+
+    return cuda

@@ -2,7 +2,7 @@
 
 `RawModule` and the kernels it gives stand for CuPy's, with more checks: an argument must be exactly
 of the type that the kernel declares, and each kernel runs twice, with its threads in opposite
-order, and must write the same bits.
+order (`Kernel.orders`), and must write the same bits.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+
+from hpcml.kernels.cuda.launch import FOLDER, text
 
 HEADER = Path(__file__).with_name("emulate.hpp")
 FLAGS = (
@@ -56,20 +58,21 @@ def _folder() -> Path:
 
 
 @functools.cache
-def library(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
-    """The source as a library of the host; compiled once for all processes of this user."""
-    names = re.findall(r"^KERNEL (\w+)\(", code, re.MULTILINE)
-    source = "\n".join(
-        [f'#include "{HEADER.name}"', "#line 1", code, *(f"EMULATED({name})" for name in names)]
-    )
+def library(sources: tuple[str, ...], options: tuple[str, ...]) -> ctypes.CDLL:
+    """Sources of kernels as one library of the host; compiled once for all processes of a user."""
+    texts = [text(source) for source in sources]
+    names = [name for each in texts for name in re.findall(r"^KERNEL (\w+)\(", each, re.MULTILINE)]
+    lines = [f'#include "{name}"' for name in (HEADER.name, *sources)]
+    program = "\n".join([*lines, *(f"EMULATED({name})" for name in names)])
     key = hashlib.sha256(
-        "\0".join([HEADER.read_text(), source, *options, *FLAGS, platform.machine()]).encode()
+        "\0".join([HEADER.read_text(), *texts, *options, *FLAGS, platform.machine()]).encode()
     ).hexdigest()[:24]
     made = _folder() / f"{key}.so"
     if not made.exists():
         own = made.with_suffix(f".{os.getpid()}")
-        command = ["g++", *FLAGS, *options, "-I", str(HEADER.parent), "-x", "c++", "-", "-o", own]
-        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+        folders = "-I", str(HEADER.parent), "-I", str(FOLDER)
+        command = ["g++", *FLAGS, *options, *folders, "-x", "c++", "-", "-o", own]
+        done = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
         own.rename(made)
     return ctypes.CDLL(str(made))
@@ -79,9 +82,10 @@ class Kernel:
     """A kernel: call it with a grid, a block and arguments as CuPy's."""
 
     max_dynamic_shared_size_bytes = 48 << 10
+    orders: ClassVar[tuple[int, ...]] = (0, 1)
+    """The orders of threads to run in: upwards and downwards."""
 
-    def __init__(self, code: str, options: tuple[str, ...], name: str) -> None:
-        loaded = library(code, options)
+    def __init__(self, loaded: ctypes.CDLL, name: str) -> None:
         self.name, self._run = name, getattr(loaded, f"run_{name}")
         describe = getattr(loaded, f"types_{name}")
         describe.restype = ctypes.c_char_p
@@ -96,7 +100,7 @@ class Kernel:
         arrays = [arg.memory for arg in args if hasattr(arg, "memory")]
         before = [array.copy() for array in arrays]
         results = []
-        for order in (0, 1):
+        for order in self.orders:
             for array, old in zip(arrays, before, strict=True):
                 array[...] = old
             self._start(grid, block, args, shared_mem, order)
@@ -104,7 +108,9 @@ class Kernel:
             for arg in args:
                 if hasattr(arg, "memory"):
                     arg.root.check()
-        assert results[0] == results[1], f"{self.name}: the order of threads makes a difference"
+        assert len({*map(tuple, results)}) == 1, (
+            f"{self.name}: the order of threads makes a difference"
+        )
 
     def _start(self, grid: Any, block: Any, args: Any, shared: int, order: int) -> None:
         held = [_bytes(arg) for arg in args]
@@ -136,11 +142,16 @@ def _bytes(arg: Any) -> Any:
 
 
 class RawModule:
-    """Sources, compiled when a kernel is asked for."""
+    """A source, compiled when a kernel of it is asked for, with all that need the same options."""
 
     def __init__(self, *, code: str, options: tuple[str, ...]) -> None:
-        self._code, self._options = code, options
+        texts = {path.name: text(path.name) for path in sorted(FOLDER.glob("*.cu"))}
+        deep = [name for name, each in texts.items() if "DEPTH" in each]
+        (own,) = (name for name, each in texts.items() if each == code)
+        others = tuple(name for name in texts if name not in deep)
+        self._sources = (own,) if own in deep else others
+        self._options = tuple(option for option in options if option.startswith("-D"))
 
     def get_function(self, name: str) -> Kernel:
         """Return a kernel."""
-        return Kernel(self._code, tuple(o for o in self._options if o.startswith("-D")), name)
+        return Kernel(library(self._sources, self._options), name)

@@ -6,12 +6,19 @@ import zlib
 from typing import Any
 
 import numpy as np
+import pytest
 
 from hpcml import backend
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 TOLERANCE = {"float32": 2e-6, "float64": 1e-12, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Of the largest element, times what a test allows: one rounding of 16 bits, some of the others."""
+
+KEY, FIRST = np.uint64(0xFEDCBA9876543210), np.uint64((1 << 33) + 5)
+"""Of random numbers: a key, and a sample with bits beyond the lowest 32."""
+
+few = pytest.mark.parametrize("numbers", ["float32", "bfloat16"], indirect=True)
+"""For what all types have in common, to spare compiling it for each."""
 
 
 class Numbers:

@@ -1,0 +1,140 @@
+"""The stand-in's device: memory between guards, streams, and how often the host waits."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+_GUARD = 64
+_ALIGN = 256
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.syncs = 0
+        self.lock = threading.Lock()
+
+    def wait(self) -> None:
+        with self.lock:
+            self.syncs += 1
+
+
+counter = _Counter()
+
+
+def syncs() -> int:
+    """How often the host has waited for the device."""
+    return counter.syncs
+
+
+class BaseMemory:
+    """Bytes of the device, between guards."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._all = np.full(nbytes + 2 * _GUARD + _ALIGN, 0xFF, np.uint8)
+        start = -(self._all.ctypes.data + _GUARD) % _ALIGN
+        self._low = self._all[start : start + _GUARD]
+        self._high = self._all[start + _GUARD + nbytes :]
+        self.bytes = self._all[start + _GUARD : start + _GUARD + nbytes]
+        self.ptr, self.size, self.device_id = int(self.bytes.ctypes.data), nbytes, 0
+
+    def check(self) -> None:
+        """Fail if somebody wrote beyond."""
+        assert (self._low == 0xFF).all() and (self._high == 0xFF).all(), "wrote beyond an array"
+
+
+class UnownedMemory:
+    """Memory of somebody else, here always that of a `BaseMemory`."""
+
+    def __init__(self, ptr: int, size: int, owner: Any, device_id: int = -1) -> None:
+        self.ptr, self.size, self._owner, self.device_id = ptr, size, owner, device_id
+
+    def check(self) -> None:
+        """Its owner looks after it."""
+
+
+class MemoryPointer:
+    """A place in memory."""
+
+    def __init__(self, mem: Any, offset: int) -> None:
+        self.mem, self.ptr, self.device_id = mem, mem.ptr + offset, mem.device_id
+
+
+class Device:
+    """The only device."""
+
+    def __init__(self, number: int | None = None) -> None:
+        self.id = number or 0
+
+    def use(self) -> None:
+        """Choose it."""
+        used.append(self.id)
+
+    def synchronize(self) -> None:
+        """Wait."""
+        counter.wait()
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+used: list[int] = []
+
+
+class Stream:
+    """A stream; everything has happened already."""
+
+    null: Any = None
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.ptr = 0
+
+    def synchronize(self) -> None:
+        """Wait."""
+        counter.wait()
+
+    def wait_event(self, event: Any) -> None:
+        """Let what follows wait, not the host."""
+
+    def record(self, event: Any = None) -> Any:
+        """An event after what was started."""
+        return event or Event()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Event:
+    """A place in a stream."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        """Put it there."""
+
+    def synchronize(self) -> None:
+        """Wait."""
+        counter.wait()
+
+
+class Pool:
+    def used_bytes(self) -> int:
+        return 0
+
+    def total_bytes(self) -> int:
+        return 0
+
+    def set_limit(self, **_: Any) -> None:
+        pass
+
+    def free_all_blocks(self) -> None:
+        pass

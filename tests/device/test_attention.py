@@ -1,0 +1,88 @@
+"""Attention on a GPU, run on the CPU, against its specification in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpcml.kernels import generic
+from tests.device import emulator
+from tests.device.support import FIRST, KEY, Numbers, few
+
+ATTENTION = [  # batch, heads, queries, keys, depth
+    (1, 1, 1, 1, 1), (1, 1, 66, 70, 16), (2, 2, 5, 33, 24), (1, 1, 66, 3, 7), (0, 1, 4, 4, 4),
+]  # fmt: skip
+PLAIN = 0, 0, 0, 0, 0, 0
+MASKED = KEY, FIRST, np.uint32(0.3 * 2**32), 2, 7, 5
+
+
+@few
+@pytest.mark.parametrize("shape", ATTENTION)
+@pytest.mark.parametrize(("causal", "mask"), [(False, PLAIN), (True, PLAIN), (True, MASKED)])
+def test_attention(shape: Any, causal: bool, mask: Any, numbers: Numbers, cuda: Any) -> None:
+    batch, heads, queries, keys, depth = shape
+    # Packed, as the projections are; rows of 16 bytes for some depths and types.
+    qkv = [numbers.normal(batch, length, heads, depth, scale=s)
+           for length, s in ((queries, 1.0), (keys, 1.1), (keys, 1.2), (queries, 1.3))]  # fmt: skip
+    q, k, v, g = (tuple(x.transpose(0, 2, 1, 3) for x in pair) for pair in qkv)
+    scale = depth**-0.5
+    out, lse = (
+        numbers.empty(batch, queries, heads, depth),
+        numbers.empty(batch, heads, queries, sums=True),
+    )
+    out = tuple(x.transpose(0, 2, 1, 3) for x in out)
+    how = (scale, scale), (causal, causal), *zip(mask, mask, strict=True)
+    found, exact = zip(q, k, v, *how, out, lse, strict=True)
+    cuda.attention(*found)
+    generic.attention(*exact)
+    numbers.close(*out, 4)
+    numbers.close(*lse, 4)
+    for more in (False, True):
+        grads = [numbers.normal(*x[1].shape, scale=0.5) for x in (q, k, v)]
+        rounded = numbers.pair(out[1])
+        flags = (more, more)
+        found, exact = zip(q, k, v, rounded, lse, g, *how, flags, *grads, strict=True)
+        cuda.attention_backward(*found)
+        generic.attention_backward(*exact)
+        for pair in grads:
+            numbers.close(*pair, 8)
+
+
+def test_attention_without_tensor_cores(standing_in: Any, cuda: Any, monkeypatch: Any) -> None:
+    """The products that lanes exchange numbers for, in place of those of the emulation."""
+    monkeypatch.setattr(emulator, "FLAGS", (*emulator.FLAGS, "-DBY_SHUFFLES"))
+    emulator.library.cache_clear()
+    numbers = Numbers(standing_in, "float32")
+    q, k, v = (numbers.normal(1, 1, n, 5) for n in (17, 18, 18))
+    out, lse = numbers.empty(1, 1, 17, 5), numbers.empty(1, 1, 17, sums=True)
+    how = (0.5, 0.5), (True, True), *zip(PLAIN, PLAIN, strict=True)
+    found, exact = zip(q, k, v, *how, out, lse, strict=True)
+    cuda.attention(*found)
+    generic.attention(*exact)
+    numbers.close(*out, 4)
+    emulator.library.cache_clear()
+
+
+def test_attention_with_larger_heads(device: Any, cuda: Any) -> None:
+    test_attention((1, 1, 40, 33, 40), True, PLAIN, Numbers(device, "bfloat16"), cuda)
+
+
+def test_heads_that_are_too_large_take_the_long_way(numbers: Numbers, cuda: Any) -> None:
+    from hpcml.kernels.cuda.attention import takes
+
+    assert takes(64, numbers.dtype)
+    assert takes(128, numbers.dtype) == (numbers.dtype.name != "float64")
+    assert not takes(129, numbers.dtype)
+
+
+@few
+def test_attention_in_two_parts(numbers: Numbers, cuda: Any) -> None:
+    out, other = numbers.normal(2, 3, 9, 5), numbers.normal(2, 3, 9, 5, scale=2)
+    lse, total = (numbers.normal(2, 3, 9, sums=True, scale=s) for s in (1, 2))
+    found, exact = zip(out, lse, other, total, strict=True)
+    cuda.join_attention(*found)
+    generic.join_attention(*exact)
+    numbers.close(*out, 2)
+    numbers.close(*lse, 2)
