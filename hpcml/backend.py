@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,9 @@ import numpy as np
 from hpcml.errors import UserError
 
 Array = Any  # numpy.ndarray or cupy.ndarray: CuPy is optional, so there is no common static type
+
+at_import: list[Callable[[ModuleType], None]] = []
+"""What is done to CuPy once it is imported."""
 
 PRECISIONS = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -41,6 +45,8 @@ def device_module(kind: str) -> ModuleType:
             f'device.kind="cuda" needs CuPy ({error}): '
             'install hpcml[cuda13] or set device.kind="cpu"'
         ) from None
+    for prepare in at_import:
+        prepare(cupy)
     return cupy  # type: ignore[no-any-return]
 
 
@@ -82,6 +88,13 @@ def to_kind(array: Array, kind: str) -> Array:
     if kind == "cuda":
         return device_module(kind).asarray(array)
     return array if isinstance(array, np.ndarray) else array.get()
+
+
+def numbers(arrays: Sequence[Array]) -> list[float]:
+    """The values of arrays of one element; those of a GPU with one wait for it."""
+    if not arrays or kind(arrays[0]) == "cpu":
+        return [array.item() for array in arrays]
+    return [float(value) for value in xp(arrays[0]).stack(arrays).get()]
 
 
 def put(values: Array, out: Array) -> None:

@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -59,16 +60,20 @@ class Account:
         if self.limit and self.total + nbytes > self.limit:
             gc.collect()  # arrays in cycles of references are nobody's any more
             if self.total + nbytes > self.limit:
-                raise self._refusal(category, nbytes)
+                remedy = "hold less, or set a higher limit"
+                raise self.refusal(category, nbytes, self.limit, "the memory limit of", remedy)
 
-    def _refusal(self, category: str, nbytes: int) -> MemoryLimitError:
+    def refusal(
+        self, category: str, nbytes: int, limit: int, what: str, remedy: str
+    ) -> MemoryLimitError:
+        """The error for `nbytes` of `category` that exceed `what` there is, `limit` bytes."""
         rows = {**self.live, "in use": self.total, f"asked for ({category})": nbytes,
-                "limit": self.limit}  # fmt: skip
+                "limit": limit}  # fmt: skip
         return MemoryLimitError(
-            f"{nbytes:,} bytes of {category} exceed the memory limit of {self.limit:,}, of which "
-            f"{self.total:,} are in use: hold less, or set a higher limit\n"
+            f"{nbytes:,} bytes of {category} exceed {what} {limit:,}, of which {self.total:,} are "
+            f"in use: {remedy}\n"
             f"{table({name: (f'{size:,}',) for name, size in rows.items()}, ('bytes',))}",
-            live=self.live, category=category, request=nbytes, limit=self.limit,
+            live=self.live, category=category, request=nbytes, limit=limit,
         )  # fmt: skip
 
 
@@ -148,16 +153,20 @@ def empty(
 ) -> Array:
     """Return an uninitialised C-contiguous array, counted in `category` until its last view dies.
 
-    On "cuda" its memory is of CuPy's pool. Raises MemoryLimitError.
+    On "cuda" it is CuPy's, which counts through `count_device`. Raises MemoryLimitError.
     """
     dtype = np.dtype(dtype)
-    nbytes = math.prod(shape) * dtype.itemsize
     local = _local
     account, category = local.account, category or local.category
+    if device != "cpu":
+        before, local.category = local.category, category
+        try:
+            return backend.device_module(device).empty(shape, dtype)
+        finally:
+            local.category = before
+    nbytes = math.prod(shape) * dtype.itemsize
     if account.limit:
         account.require(category, nbytes)
-    if device != "cpu":
-        return _on_device(backend.device_module(device), shape, dtype, account, category, nbytes)
     offset = 0
     if nbytes >= _ALIGN_FROM:
         block = _Block(nbytes + ALIGNMENT, np.uint8)
@@ -183,17 +192,31 @@ class _DeviceBlock:
         self.account.total -= self.counted
 
 
-def _on_device(
-    module: Any, shape: tuple[int, ...], dtype: np.dtype[Any], account: Account, category: str,
-    nbytes: int,
-) -> Array:  # fmt: skip
-    if not nbytes:
-        return module.empty(shape, dtype)
-    cuda = module.cuda
-    held = cuda.alloc(nbytes)
-    block = _DeviceBlock(held, account, category, nbytes)
-    owned = cuda.UnownedMemory(held.ptr, nbytes, block, held.device_id)
-    return module.ndarray(shape, dtype, memptr=cuda.MemoryPointer(owned, 0))
+def count_device(module: ModuleType) -> None:
+    """Let the account of each thread count what CuPy allocates for it, from CuPy's pool.
+
+    That is every array, those that an operation of CuPy's needs on its way too. What `category`
+    says at the time is what it counts as.
+    """
+    cuda, pool = module.cuda, module.get_default_memory_pool()
+
+    def allocate(nbytes: int) -> Any:
+        account, category = _local.account, _local.category
+        account.require(category, nbytes)
+        try:
+            held = pool.malloc(nbytes)
+        except cuda.memory.OutOfMemoryError:
+            most = account.total + cuda.runtime.memGetInfo()[0]
+            what, remedy = "what the GPU has for this rank,", "hold less, or use more GPUs"
+            raise account.refusal(category, nbytes, most, what, remedy) from None
+        block = _DeviceBlock(held, account, category, nbytes)
+        owned = cuda.UnownedMemory(held.ptr, nbytes, block, held.device_id)
+        return cuda.MemoryPointer(owned, 0)
+
+    cuda.set_allocator(allocate)
+
+
+backend.at_import.append(count_device)
 
 
 def empty_like(

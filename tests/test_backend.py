@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +18,7 @@ import threadpoolctl
 
 from hpcml import backend
 from hpcml.errors import UserError
+from tests.device import standin
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,17 +57,12 @@ def test_an_unknown_device_is_an_error_with_a_remedy() -> None:
         backend.device_module("tpu")
 
 
-def test_cupy_serves_its_own_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Array:
-        pass
-
-    cupy = SimpleNamespace(ndarray=Array)
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    backend.device_module.cache_clear()
-    assert backend.xp(Array()) is cupy
-    assert backend.is_array(Array())
-    monkeypatch.undo()
-    backend.device_module.cache_clear()
+def test_cupy_serves_its_own_arrays() -> None:
+    with standin.installed() as cupy:
+        array = cupy.ones(3)
+        assert backend.xp(array) is cupy
+        assert backend.is_array(array) and backend.kind(array) == "cuda"
+        assert backend.numbers([array[0], array[1:2].sum()]) == [1, 1]
 
 
 def test_what_is_an_array() -> None:

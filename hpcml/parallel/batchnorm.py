@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.backend import Array
+from hpcml.backend import Array, put, to_kind, xp
 from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
 from hpcml.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, Module
@@ -41,20 +41,21 @@ class Together:
         """Those of all ranks' elements, in place, by Chan et al. 1979; how many elements."""
         if not self.turn.counts:
             count = 0
-        mine = np.concatenate([np.array([count]), mean, variance]).astype(np.float64)
+        own = to_kind(xp(mean).concatenate([mean, variance]), "cpu")
+        mine = np.concatenate([np.array([count]), own]).astype(np.float64)
         every = self.axis.allgather(mine).reshape(self.axis.size, -1)
         counts, means, variances = every[:, :1], *np.split(every[:, 1:], 2, axis=1)
         total = int(counts.sum())
         weights = counts / max(total, 1)
         joined = (weights * means).sum(axis=0)
-        mean[...] = joined
-        variance[...] = (weights * (variances + (means - joined) ** 2)).sum(axis=0)
+        put(joined, mean)
+        put((weights * (variances + (means - joined) ** 2)).sum(axis=0), variance)
         return total
 
     def total(self, sums: Array) -> Array:
         """The sum over the ranks; zeros for samples that did not count: no statistic is of them."""
         found: Any = self.axis.allreduce(sums)
-        return found if self.turn.counts else np.zeros_like(found)
+        return found if self.turn.counts else xp(found).zeros_like(found)
 
 
 def turn_of(mesh: Mesh, wanted: bool, mode: str) -> Turn | None:

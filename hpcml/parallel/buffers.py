@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from hpcml.autograd import Tensor
-from hpcml.backend import Array, put, to_kind
+from hpcml.backend import Array, xp
 from hpcml.comm import Axis
 from hpcml.nn import Module
 
@@ -49,7 +49,7 @@ class Buffers:
             self._rows, self._samples = [], 0
         self._first = len(self._rows) if self.ordered else 0
         while len(self._rows) < (self._first + rounds if self.ordered else 1):
-            self._rows.append(np.zeros_like(self._read()))
+            self._rows.append(_nothing(self._read()))
 
     @contextmanager
     def microbatch(self, number: int, samples: int) -> Iterator[None]:
@@ -72,7 +72,7 @@ class Buffers:
         if not self._homes:
             return
         before = self._read()
-        total = np.zeros_like(before)
+        total = _nothing(before)
         for row in self._rows:
             if axis is None:
                 total += row
@@ -96,14 +96,18 @@ class Buffers:
             self._write(own)
 
     def _read(self) -> Array:
-        """All values side by side, in float64."""
-        flat = [to_kind(one.data, "cpu").astype(np.float64).reshape(-1) for _, one in self.named]
-        return np.concatenate(flat) if flat else np.zeros(0)
+        """All values side by side, in float64, on the device where they are."""
+        flat = [one.data.astype(np.float64).reshape(-1) for _, one in self.named]
+        return xp(flat[0]).concatenate(flat) if flat else np.zeros(0)
 
     def _write(self, values: Array) -> None:
         start = 0
         for _, one in self.named:
             stop = start + one.data.size
             new = values[start:stop].reshape(one.data.shape)
-            put(np.rint(new) if one.data.dtype.kind in "biu" else new, one.data)
+            one.data[...] = xp(new).rint(new) if one.data.dtype.kind in "biu" else new
             start = stop
+
+
+def _nothing(like: Array) -> Array:
+    return xp(like).zeros_like(like)

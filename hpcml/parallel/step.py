@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcml import rng
+from hpcml import backend, rng
 from hpcml.autograd import Tensor
 from hpcml.backend import Array
 from hpcml.comm import Mesh
@@ -182,8 +182,9 @@ class Step:
                 with span(Kind.BACKWARD, 0, part.number):
                     loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
             self.zero.after_backward()
-        for part, value in made:  # not before: it waits for a GPU
-            losses[part.number] = value.item() * part.weight
+        values = backend.numbers([value for _, value in made])  # not before: it waits for a GPU
+        for (part, _), value in zip(made, values, strict=True):
+            losses[part.number] = value * part.weight
         return losses
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:

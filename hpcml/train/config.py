@@ -153,18 +153,11 @@ def _check_together(config: Config) -> None:
             f'optim.kind="{optim.kind}" takes no lr, which schedule and warmup set: '
             "give it a parameter lr with a default, or accept optim.lr"
         )
-    if config.device.kind == "cuda":
-        if importlib.util.find_spec("cupy") is None:
-            raise UserError(
-                'device.kind="cuda" needs CuPy, which is not installed: '
-                'install hpcml[cuda13] or hpcml[cuda12], or set device.kind="cpu"'
-            )
-        for name in ("sp_d", "sp_h", "sp_w"):
-            if getattr(config.mesh, name) > 1:
-                raise UserError(
-                    f'mesh.{name}={getattr(config.mesh, name)} with device.kind="cuda": images are '
-                    f'divided on the CPU only: set mesh.{name}=1 or device.kind="cpu"'
-                )
+    if config.device.kind == "cuda" and importlib.util.find_spec("cupy") is None:
+        raise UserError(
+            'device.kind="cuda" needs CuPy, which is not installed: '
+            'install hpcml[cuda13] or hpcml[cuda12], or set device.kind="cpu"'
+        )
 
 
 def _owners(key_name: str) -> list[str]:

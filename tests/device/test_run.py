@@ -53,9 +53,3 @@ def test_ranks_of_a_node_take_its_gpus_in_turn(standing_in: Any) -> None:
     standing_in.cuda.runtime.getDeviceCount = lambda: 2
     assert [backend.use_device("cuda", rank) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert backend.use_device("cpu", 3) == "cpu"
-
-
-def test_divided_images_are_refused(device: Any, tmp_path: Path, capsys: Any) -> None:
-    job = write_job(tmp_path)
-    assert main(["train", str(job), "device.kind=cuda", "mesh.sp_h=2"]) == 2
-    assert 'mesh.sp_h=2 with device.kind="cuda"' in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ def test_ranks_that_divide_the_context(device: Any) -> None:
 
 
 def test_a_step_waits_for_the_device_as_often_as_it_must(standing_in: Any) -> None:
-    """For the losses of its microbatches, after all work was started, and for the norm."""
+    """Once for the losses of its microbatches, after all work was started, once for the norm."""
     made = model(dropout=0.1)
     made.to(np.float32).to("cuda")
     step = hpcml.parallelize(
@@ -110,7 +110,7 @@ def test_a_step_waits_for_the_device_as_often_as_it_must(standing_in: Any) -> No
     step(tokens())
     before = standin.syncs()
     step(tokens())
-    assert standin.syncs() - before == 2 + 1
+    assert standin.syncs() - before == 2
 
 
 def test_memory_of_a_device_is_counted_and_limited(device: Any) -> None:
@@ -131,8 +131,32 @@ def test_memory_of_a_device_is_counted_and_limited(device: Any) -> None:
         memory.set_limit(0)
 
 
+def test_what_operations_of_cupy_need_on_their_way_is_counted(device: Any) -> None:
+    account = memory.account()
+    with memory.category("buffers"):
+        x = memory.zeros((1000,), np.float32, device="cuda")
+        account.reset_peak()
+        before = account.total
+        y = (x + 1) * 2
+    assert account.live["buffers"] >= 8000 and account.total - before == 4000
+    assert account.peak_total - before == 8000  # x + 1, while y is made
+    del x, y
+
+
+def test_a_gpu_without_room_is_told_with_where_all_of_it_went(
+    standing_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = memory.empty((100,), np.float32, "params", "cuda")
+    monkeypatch.setattr(standing_in.get_default_memory_pool(), "room", 1000)
+    with pytest.raises(MemoryLimitError, match="4,000 bytes of optim exceed what the GPU") as found:
+        memory.empty((1000,), np.float32, "optim", "cuda")
+    assert found.value.live["params"] >= held.nbytes and "where did all" in str(found.value)
+
+
 class Images(nn.Module):
     """A little of everything that models of images are made of."""
+
+    spatial: ClassVar = {"layers.5": "gather"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,17 +170,27 @@ class Images(nn.Module):
         return self.layers(x)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("bfloat16", 3e-2)])
-def test_images(dtype: str, tolerance: float, device: Any) -> None:
+def of_images(kind: str, dtype: str, ranks: int = 1, **how: Any) -> list[float]:
+    """Losses of some steps with images."""
     random = np.random.default_rng(2)
     batch = random.standard_normal((3, 3, 10, 10)), random.integers(0, 5, 3)
-    losses = {}
-    for kind in ("cpu", "cuda"):
-        hpcml.manual_seed(3)
+
+    def program() -> list[float]:
         made = Images().to(backend.dtype(dtype)).to(kind)
         step = hpcml.parallelize(
             made, loss=nn.CrossEntropyLoss(), optimizer=hpcml.optim.SGD, lr=0.1, momentum=0.9,
-            mesh=hpcml.Mesh(dp=1), seed=4,
+            mesh=hpcml.Mesh(**how or {"dp": 1}), seed=4,
         )  # fmt: skip
-        losses[kind] = [step(batch) for _ in range(3)]
-    np.testing.assert_allclose(losses["cuda"], losses["cpu"], rtol=tolerance)
+        return [step(batch) for _ in range(3)]
+
+    return hpcml.run(program, ranks=ranks)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("bfloat16", 3e-2)])
+def test_images(dtype: str, tolerance: float, device: Any) -> None:
+    np.testing.assert_allclose(of_images("cuda", dtype), of_images("cpu", dtype), rtol=tolerance)
+
+
+def test_ranks_that_divide_the_images(device: Any) -> None:
+    found = of_images("cuda", "float64", 2, sp_h=2)
+    np.testing.assert_allclose(found, of_images("cpu", "float64"), rtol=1e-10)

@@ -9,6 +9,7 @@ import numpy as np
 
 from hpcml import collectives
 from hpcml.autograd import Tensor
+from hpcml.autograd.operators import array_of
 from hpcml.errors import UserError
 from hpcml.nn import CrossEntropyLoss, Module, MSELoss
 from hpcml.nn import functional as F
@@ -61,7 +62,7 @@ class SpatialLoss(Module):
 
     def _joined(self, target: Any) -> Any:
         """All of a target (N, *S) or (N, C, *S)."""
-        array = np.asarray(target.data if isinstance(target, Tensor) else target)
+        array = array_of(target)
         missing = array.ndim == len(self.grid.whole) + 1
         whole = self.grid.joined(self, Tensor(array[:, None] if missing else array)).data
         return Tensor(whole[:, 0] if missing else whole)
@@ -93,7 +94,7 @@ def _require_tensor(input: Any) -> None:
 
 
 def _cross_entropy(loss: CrossEntropyLoss, grid: Grid, input: Tensor, target: Any) -> Tensor:
-    numbers = np.asarray(target.data if isinstance(target, Tensor) else target)
+    numbers = array_of(target)
     own = int((numbers != loss.ignore_index).sum())
     count = int(grid.axis.allreduce(np.array([own]))[0])
     total = F.cross_entropy(input, numbers, ignore_index=loss.ignore_index, reduction="sum")

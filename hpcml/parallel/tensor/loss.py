@@ -8,6 +8,7 @@ import numpy as np
 
 from hpcml import collectives, kernels
 from hpcml.autograd import Context, Tensor, primitive
+from hpcml.autograd.operators import array_of
 from hpcml.autograd.ops.arrays import contiguous
 from hpcml.autograd.record import sums
 from hpcml.backend import Array, xp
@@ -17,7 +18,7 @@ from hpcml.nn import Module
 from hpcml.nn.part import Range
 from hpcml.parallel.tensor.parts import block
 from hpcml.parallel.tensor.positions import Positions, pick
-from hpcml.parallel.tensor.vocab import array_of, check_range
+from hpcml.parallel.tensor.vocab import check_range
 
 
 class VocabParallelCrossEntropyLoss(Module):

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from hpcml.autograd import Tensor
-from hpcml.backend import Array, is_array, xp
+from hpcml.autograd.operators import array_of
+from hpcml.backend import Array, xp
 from hpcml.comm import Axis
 from hpcml.nn import Embedding, Module
 from hpcml.nn import functional as F
@@ -66,12 +67,6 @@ def places(tokens: Array, mine: Range) -> tuple[Array, Array]:
     """Which tokens lie in a range, and their places there; 0 for the others."""
     inside = (tokens >= mine[0]) & (tokens < mine[1])
     return inside, xp(tokens).where(inside, tokens - mine[0], 0).astype(np.int64)
-
-
-def array_of(x: Any) -> Array:
-    """The array of a tensor, an array or nested lists."""
-    x = x.data if isinstance(x, Tensor) else x
-    return x if is_array(x) else np.asarray(x)
 
 
 def check_range(what: str, numbers: Array, count: int) -> None:

@@ -21,13 +21,13 @@ from tests.device import emulator
 from tests.device.standin.array import ndarray
 from tests.device.standin.cublas import Cublas
 from tests.device.standin.device import (
-    BaseMemory,
     Device,
     Event,
     MemoryPointer,
-    Pool,
+    OutOfMemoryError,
     Stream,
     UnownedMemory,
+    allocator,
     syncs,
     used,
 )
@@ -56,12 +56,12 @@ def module() -> types.ModuleType:
     stream = Stream()
     made.cuda = types.SimpleNamespace(
         runtime=runtime, Device=Device, Stream=Stream, Event=Event, MemoryPointer=MemoryPointer,
-        UnownedMemory=UnownedMemory, alloc=lambda n: MemoryPointer(BaseMemory(n), 0),
+        UnownedMemory=UnownedMemory, set_allocator=allocator.set,
         get_current_stream=lambda: stream,
         device=types.SimpleNamespace(get_cublas_handle=lambda: 1),
     )  # fmt: skip
-    pool = Pool()
-    made.get_default_memory_pool = lambda: pool
+    made.cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
+    made.get_default_memory_pool = lambda: allocator.pool
     return made  # type: ignore[no-any-return]
 
 

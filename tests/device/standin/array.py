@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.device.standin.device import BaseMemory, Device, MemoryPointer, counter
+from tests.device.standin.device import Device, MemoryPointer, allocator, counter
 
 
 class Flags:
@@ -51,7 +51,7 @@ class ndarray:
         dtype = np.dtype(dtype)
         count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if memptr is None:
-            memptr = MemoryPointer(BaseMemory(count), 0)
+            memptr = allocator.allocate(count)
         self.root = memptr.mem
         raw = (ctypes.c_ubyte * count).from_address(memptr.ptr) if count else bytearray(0)
         self.memory = np.frombuffer(raw, dtype).reshape(shape)
