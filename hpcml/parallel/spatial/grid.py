@@ -118,7 +118,7 @@ class Grid:
                 raise UserError(
                     f"{where}: {what} of {sizes} cannot be cut along its {word} among {axis.size} "
                     f"ranks: set mesh.{name}={max(n, 1)} or fewer, take larger images, or let the "
-                    "divided region end before (spatial in the model)"
+                    "divided region end before (spatial in the model, or spatial.end)"
                 )
 
     # --- a pass ---------------------------------------------------------------------------------
