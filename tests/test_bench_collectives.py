@@ -161,7 +161,7 @@ def test_a_mistake_is_one_line(
 def test_without_mpiexec_a_job_cannot_be_started(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hpcml.cli.doctor.mpi.find_mpiexec", lambda: "")
+    monkeypatch.setattr("hpcml.comm.child.find_mpiexec", lambda: "")
     assert main(["bench", "halo"]) == 2
     assert "no mpiexec in PATH" in capsys.readouterr().err
 

@@ -24,14 +24,13 @@ import numpy as np
 
 from hpcml import memory
 from hpcml.backend import dtype as as_dtype
-from hpcml.backend import is_half
+from hpcml.backend import is_half, to_kind
 from hpcml.bench.mpi_peer import MpiPeer
 from hpcml.bench.rounds import Call, alternate, geometric_mean, memory_bandwidth, ratio
 from hpcml.comm import Axis, Mesh
 from hpcml.comm.algorithms import OPERATIONS, Situation
 from hpcml.comm.algorithms.choosing import fitting
 from hpcml.comm.choice import Measurement, fit, save
-from hpcml.comm.staging import stage
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -102,7 +101,7 @@ class Case:
             expected = np.ones(1)
         else:
             expected = np.arange(1.0, p + 1)
-        found = stage(self.out).host.reshape(expected.size, -1).astype(np.float64)
+        found = to_kind(self.out, "cpu").reshape(expected.size, -1).astype(np.float64)
         if not np.allclose(found, expected[:, None], rtol=1e-2):
             raise RuntimeError(f"{self.operation} by {name}: wrong at {self.payload} bytes")
 

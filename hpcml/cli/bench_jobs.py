@@ -59,7 +59,7 @@ def job(
 
 def _launcher() -> tuple[str, dict[str, str]]:
     """The mpiexec to use, and what it needs in the environment."""
-    from hpcml.cli.doctor.mpi import PERMISSIVE, find_mpiexec
+    from hpcml.comm.child import PERMISSIVE, find_mpiexec
 
     mpiexec = find_mpiexec()
     if not mpiexec:

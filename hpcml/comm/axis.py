@@ -14,7 +14,7 @@ from hpcml import memory
 from hpcml.comm.blocking import Blocking
 from hpcml.comm.buffers import check_dtype, check_out, contiguous
 from hpcml.comm.request import Done, Message, Request, worker_of
-from hpcml.comm.staging import stage
+from hpcml.comm.staging import as_array, beside, on_device
 from hpcml.comm.tags import Tag
 from hpcml.comm.transport import Array
 
@@ -23,9 +23,9 @@ class Axis(Blocking):
     """The ranks along one axis (or a product of axes), and the operations among them.
 
     All ranks of the axis call the same operation in the same order, with arrays of equal shape and
-    type. Arrays are NumPy, CuPy (staged through the host) or anything with `__dlpack__`, of
-    float16, bfloat16, float32, float64 or an integer type; bool is moved but not reduced. 16-bit
-    floats are added in float32, in the order of the ranks, and rounded once.
+    type. Arrays are NumPy, CuPy or anything with `__dlpack__`, of float16, bfloat16, float32,
+    float64 or an integer type, on all ranks on the host or on all on a GPU; bool is moved but not
+    reduced. 16-bit floats are added in float32, in the order of the ranks, and rounded once.
 
     `out` receives the result and is returned; it must be C-contiguous and of the result's shape and
     type. `out is x` works in place where the shapes agree. Without `out` the result is a new array,
@@ -37,7 +37,8 @@ class Axis(Blocking):
 
     A form with the prefix `i` returns a `Request` at once; `wait()` gives the result. Its arrays
     must not be touched until then. Collectives so started happen in their order, in a thread beside
-    the caller; `overlaps` tells whether that is likely to gain anything.
+    the caller; `overlaps` tells whether that is likely to gain anything. (Of a GPU's array without
+    `out` the collective is over when the request is returned.)
 
     Raises `ValueError` for types that cannot be communicated, shapes that do not fit and an unfit
     `out`, before anything is sent; `TypeError` for what is no array.
@@ -130,7 +131,7 @@ class Axis(Blocking):
         if dest == self.rank:
             self.send(x, dest, tag)
             return Done(None)
-        source = contiguous(stage(x).host)
+        source = contiguous(as_array(x))
         check_dtype(source.dtype)
         pending = self._link.isend(source.reshape(-1), dest, tag)
         self.ledger.record(self.name, "send", source.nbytes, *self._link.take_counts())
@@ -141,16 +142,11 @@ class Axis(Blocking):
         self._check_message("source", source, tag)
         if source == self.rank:
             return Done(self.recv(out, source, tag))
-        place = stage(out, read=False)
-        check_dtype(place.host.dtype)
-        check_out(place.host, place.host.shape, place.host.dtype)
-        pending = self._link.irecv(place.host.reshape(-1), source, tag)
-
-        def finish() -> Any:
-            place.commit()
-            return out
-
-        return Message(pending, finish, lambda: self._waiting("recv", place.host, source))
+        place = as_array(out, read=False)
+        check_dtype(place.dtype)
+        check_out(place, place.shape, place.dtype)
+        pending = self._link.irecv(place.reshape(-1), source, tag)
+        return Message(pending, lambda: out, lambda: self._waiting("recv", place, source))
 
     @contextmanager
     def _waiting(self, operation: str, x: Array, peer: int) -> Iterator[None]:
@@ -161,7 +157,9 @@ class Axis(Blocking):
             self._leave(operation, x.nbytes)
 
     def _start(self, operation: str, *arguments: Any, **options: Any) -> Request:
-        if self.size == 1:
+        x, out = (arguments[0], arguments[-1]) if arguments else (None, None)
+        # A new array of a GPU belongs to the stream that asks for it: not to the thread's.
+        if self.size == 1 or (on_device(x) and out is None):
             return Done(getattr(self, operation)(*arguments, **options))
         if self._background is None or self._worker is None:
             twin = self.transport.background(self.name)
@@ -170,7 +168,7 @@ class Axis(Blocking):
             )
             self._worker = worker_of(twin, f"hpcml-{self.name}")
         call = getattr(self._background, operation)
-        return self._worker.submit(lambda: call(*arguments, **options))
+        return self._worker.submit(beside(x, lambda: call(*arguments, **options)))
 
 
 def _nothing() -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from hpcml import backend
 from hpcml.comm.algorithms import span
 from hpcml.comm.buffers import (
     blocks_of,
@@ -21,7 +22,7 @@ from hpcml.comm.buffers import (
     unchanged,
 )
 from hpcml.comm.reduction import reduction
-from hpcml.comm.staging import on_device, stage
+from hpcml.comm.staging import as_array
 from hpcml.comm.stream import Stream
 from hpcml.comm.tags import LAST_MESSAGE, Tag
 from hpcml.comm.transport import Array
@@ -33,18 +34,6 @@ _NOTHING = np.dtype(np.uint8)
 
 class Blocking(Stream):
     """The blocking operations of one stream; see `Axis` for their use."""
-
-    def _alone(self, x: Any, out: Any, accumulate: bool = False, op: str = "sum") -> bool:
-        """Whether x and `out` are arrays of a GPU and nobody else has any: then it is done here."""
-        if self.size > 1 or not (on_device(x) and on_device(out)):
-            return False
-        if x.shape != out.shape or x.dtype != out.dtype or (accumulate and op != "sum"):
-            return False
-        if accumulate:
-            out += x
-        elif out is not x:
-            out[...] = x
-        return True
 
     def allreduce(
         self,
@@ -65,9 +54,7 @@ class Blocking(Stream):
             return out
         if accumulate and (out is None or out is x):
             raise ValueError("accumulate=True adds to `out`: pass one that is not x")
-        if self._alone(x, out, accumulate, op):
-            return out
-        arrays = operands(x, out, unchanged, op, adds=accumulate)
+        arrays = operands(x, out, unchanged, op)
         source, target = arrays.flat()
         call = self._combine("allreduce", source, target, op, accumulate, algorithm)
         self._known.keep(key, x, out, arrays, call)
@@ -95,11 +82,9 @@ class Blocking(Stream):
             return out
         if accumulate and out is None:
             raise ValueError("accumulate=True adds to `out`: pass one")
-        if self._alone(x, out, accumulate, op):
-            return out
         rule = blocks_of("reduce_scatter", self.size, counts, self.rank)
         home = self._home(counts, whole=True)
-        arrays = operands(x, out, rule, op, home=home, keep_source=True, adds=accumulate)
+        arrays = operands(x, out, rule, op, home=home, keep_source=True)
         source, target = arrays.flat()
         cut = elements(arrays.source.shape, self.size, counts)
         call = self._combine(
@@ -138,8 +123,6 @@ class Blocking(Stream):
         plain = algorithm is None and counts is None
         key = ("allgather", id(x), id(out), "", False) if plain else None
         if key and self._again(key, x, out):
-            return out
-        if self._alone(x, out):
             return out
         rule = stacked("allgather", self.size, counts, self.rank)
         arrays = operands(x, out, rule, home=self._home(counts))
@@ -205,12 +188,10 @@ class Blocking(Stream):
         Every rank passes an array of the same shape and type, whose values count on the root alone.
         """
         self._check_rank("root", root)
-        if self._alone(x, out):
-            return out
         arrays = operands(x, out, unchanged)
         source, target = arrays.flat()
         if self.rank == root and target is not source:
-            np.copyto(target, source)
+            target[...] = source
         self._run("broadcast", target, target.nbytes, algorithm, target, root)
         return arrays.finish()
 
@@ -253,7 +234,7 @@ class Blocking(Stream):
         A message to oneself is kept until the `recv` that follows.
         """
         self._check_message("dest", dest, tag)
-        source = contiguous(stage(x).host)
+        source = contiguous(as_array(x))
         check_dtype(source.dtype)
         if dest == self.rank:
             self._to_self[tag].append(source.copy())
@@ -268,18 +249,17 @@ class Blocking(Stream):
     def recv(self, out: Any, source: int, tag: int = Tag.MESSAGE) -> Any:
         """Receive into `out` the array of the same shape and type that rank `source` sends."""
         self._check_message("source", source, tag)
-        place = stage(out, read=False)
-        check_dtype(place.host.dtype)
-        check_out(place.host, place.host.shape, place.host.dtype)
+        place = as_array(out, read=False)
+        check_dtype(place.dtype)
+        check_out(place, place.shape, place.dtype)
         if source == self.rank:
-            np.copyto(place.host, self._from_self(place.host, tag))
+            backend.put(self._from_self(place, tag), place)
         else:
-            self._enter("recv", place.host.size, place.host.dtype, source)
+            self._enter("recv", place.size, place.dtype, source)
             try:
-                self._link.recv(place.host.reshape(-1), source, tag)
+                self._link.recv(place.reshape(-1), source, tag)
             finally:
-                self._leave("recv", place.host.nbytes)
-        place.commit()
+                self._leave("recv", place.nbytes)
         return out
 
     def barrier(self) -> None:

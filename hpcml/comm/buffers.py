@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.backend import is_half
+from hpcml.backend import is_half, xp
 from hpcml.comm.reduction import OPS
-from hpcml.comm.staging import Staged, stage
+from hpcml.comm.staging import as_array, on_device, room
 from hpcml.comm.transport import Array
 
 Shape = tuple[int, ...]
@@ -48,7 +48,7 @@ def check_dtype(dtype: np.dtype[Any], op: str | None = None) -> None:
 
 @dataclass(slots=True)
 class Operands:
-    """Input and output of one collective call: checked, contiguous, on the host."""
+    """Input and output of one collective call: checked, contiguous, both on one device."""
 
     source: Array
     """What this rank contributes; the same object as `target` for an operation in place."""
@@ -56,10 +56,6 @@ class Operands:
     """Where the result goes; None on ranks that get none."""
     result: Any
     """What the caller gets, once `finish` has completed it."""
-    place: Staged | None = None
-    """The caller's own array where `target` stands in for it."""
-    like: Staged | None = None
-    """The input where a new result is to be of its kind."""
     copy_to: Array | None = None
     """Where `target` is copied in the end, if it stands in for a part of the input."""
 
@@ -73,9 +69,7 @@ class Operands:
         """Deliver the result: returns what the caller gets."""
         if self.copy_to is not None:
             self.copy_to[...] = self.target
-        if self.place is not None:
-            self.place.commit()
-        return self.result if self.like is None else self.like.like(self.result)
+        return self.result
 
 
 def operands(
@@ -87,43 +81,59 @@ def operands(
     receives: bool = True,
     home: Callable[[Shape], int] | None = None,
     keep_source: bool = False,
-    adds: bool = False,
 ) -> Operands:
-    """Check and stage the input and the output of a collective call.
+    """Check the input and the output of a collective call, and make them fit.
 
     `shape` maps the shape of the input to that of the result, and may refuse it. A non-contiguous
     input is copied, and so is one that overlaps `out`, unless the two coincide or one is the block
     of the other that begins at row `home`. A non-contiguous `out` is refused. `receives=False` on
     ranks that get no result, where `out` is ignored. `keep_source`: where input and `out` overlap,
-    the result is copied instead of the input, which may lie in memory that ranks share. `adds`: the
-    result is combined with what `out` has.
+    the result is copied instead of the input, which may lie in memory that ranks share.
     """
-    staged = None if type(x) is np.ndarray else stage(x)
-    host = x if staged is None else staged.host
-    source = contiguous(host)
+    given = x if type(x) is np.ndarray else as_array(x)
+    source = contiguous(given)
     check_dtype(source.dtype, op)
     expected = shape(source.shape)
     if not receives:
         return Operands(source, None, None)
     if out is None:
-        fresh = np.empty(expected, source.dtype)
-        return Operands(source, fresh, fresh, like=staged)
-    place = None if type(out) is np.ndarray else stage(out, read=adds)
+        fresh = (xp(source) if on_device(source) else np).empty(expected, source.dtype)
+        return Operands(source, fresh, fresh)
     if out is x and not isinstance(x, np.generic):
-        place = staged
-    target = out if place is None else place.host
+        target = given
+    else:
+        target = out if type(out) is np.ndarray else as_array(out, read=False)
     check_out(target, expected, source.dtype)
-    if source is not target and source.size and np.may_share_memory(source, target):
+    if type(source) is not type(target) and on_device(source) != on_device(target):
+        raise ValueError(f"x is {_place(source)}, but out is {_place(target)}: pass both on one")
+    if source is not target and source.size and _overlap(source, target):
         apart = _disentangled(source, target, home(source.shape) if home else None)
         if keep_source and apart is not source and apart is not target:
-            return Operands(source, target.copy(), out, place, copy_to=target)
+            return Operands(source, _copy(target), out, copy_to=target)
         source = apart
-    return Operands(source, target, out, place)
+    return Operands(source, target, out)
+
+
+def _overlap(source: Array, target: Array) -> bool:
+    module = xp(source) if on_device(source) else np
+    return bool(module.may_share_memory(source, target))
+
+
+def _place(x: Array) -> str:
+    return "on a GPU" if on_device(x) else "on the host"
 
 
 def contiguous(x: Array) -> Array:
     """The array itself if it is C-contiguous and aligned, else a copy that is."""
-    return x if x.flags.carray or (x.flags.c_contiguous and x.flags.aligned) else x.copy(order="C")
+    if type(x) is np.ndarray and x.flags.carray:
+        return x
+    return x if x.flags.c_contiguous and (on_device(x) or x.flags.aligned) else _copy(x)
+
+
+def _copy(x: Array) -> Array:
+    made = room(x, x.size).reshape(x.shape)
+    made[...] = x
+    return made
 
 
 def check_out(out: Array, shape: Shape, dtype: np.dtype[Any]) -> None:
@@ -132,11 +142,15 @@ def check_out(out: Array, shape: Shape, dtype: np.dtype[Any]) -> None:
         raise ValueError(f"out has shape {out.shape}, but the result has {shape}")
     if out.dtype != dtype:
         raise ValueError(f"out has dtype {out.dtype.name}, but the input has {dtype.name}")
+    if type(out) is np.ndarray and out.flags.carray:
+        return
     if not out.flags.c_contiguous:
         raise ValueError(
             f"out of shape {out.shape} and strides {out.strides} is not C-contiguous: "
             "receive into a contiguous array, then assign"
         )
+    if on_device(out):  # which has no other flags
+        return
     if not out.flags.aligned:
         raise ValueError(f"out of shape {out.shape} begins within an element: pass another array")
     if not out.flags.writeable:
@@ -151,11 +165,12 @@ def _disentangled(source: Array, target: Array, home: int | None) -> Array:
     row = source.itemsize * math.prod(source.shape[1:])
     # The smaller of the two is the block, and where it begins must be after the other's start.
     into = offset if source.nbytes <= target.nbytes else -offset
-    return source if home is not None and into == home * row else source.copy()
+    return source if home is not None and into == home * row else _copy(source)
 
 
 def _address(x: Array) -> int:
-    return int(x.__array_interface__["data"][0])
+    memory: Any = x
+    return int(memory.data.ptr if on_device(x) else x.__array_interface__["data"][0])
 
 
 def blocks_of(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hpcml import memory
-from hpcml.backend import is_half, xp
+from hpcml.backend import is_half, kind, xp
 from hpcml.comm.axis import Axis
 from hpcml.comm.buffers import check_dtype
 from hpcml.comm.halo_plan import Cut, Plan, Slices
@@ -24,7 +24,7 @@ from hpcml.comm.link import Link
 from hpcml.comm.mesh import Mesh
 from hpcml.comm.request import Request
 from hpcml.comm.shards import new
-from hpcml.comm.staging import stage
+from hpcml.comm.staging import as_array, on_device
 from hpcml.comm.tags import Tag
 from hpcml.comm.transport import Array, Pending
 
@@ -50,7 +50,7 @@ class Halo:
     the rank's block of the padded convolution of the whole, and all ranks run the same code.
 
     Several exchanges may be under way if all ranks start them in the same order. Buffers are kept
-    for the next one. Arrays are those that an `Axis` takes; of CuPy arrays only ghosts are staged.
+    for the next one. Arrays are those that an `Axis` takes.
 
     Layout: S -> S with ghosts; adjoint: ghosts' gradients go back to their owners and are added.
     Ledger: operation "halo" on the product of the axes; bytes are ghosts received from other ranks.
@@ -77,7 +77,7 @@ class Halo:
         ranks = ranks.reshape([len(line.blocks) for line in lines])
         self.plan = Plan(lines, ranks, self.axis.rank)
         self._link = Link(self.axis.transport)
-        self._free: dict[tuple[int, np.dtype[Any]], list[Array]] = {}
+        self._free: dict[tuple[int, np.dtype[Any], str], list[Array]] = {}
 
     def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the result for a block of this shape."""
@@ -89,7 +89,7 @@ class Halo:
 
     def start(self, x: Any, out: Any = None) -> Request:
         """Start an exchange; `wait()` gives the block `x`, unchanged till then, with its ghosts."""
-        x = _array(x)
+        x = _checked(x)
         out = _out(out, self.padded(x.shape), x)
         plan, ndim = self.plan, x.ndim
         request = _Exchange(self, x, plan.sends, out, plan.receives, accumulate=False)
@@ -112,7 +112,7 @@ class Halo:
         fixed order: this rank's own, then by rank. 16-bit floats are added in float32 and rounded
         once. Gradients of the zeros beyond the global array are dropped.
         """
-        g = _array(g)
+        g = _checked(g)
         plan, ndim = self.plan, g.ndim
         shape = self._resized(g.shape, plan.padded, plan.block, "the block with its ghosts")
         out = _out(out, shape, g)
@@ -147,9 +147,9 @@ class Halo:
             resized[dim] = size
         return tuple(resized)
 
-    def _borrow(self, count: int, dtype: np.dtype[Any]) -> Array:
-        free = self._free.setdefault((count, dtype), [])
-        return free.pop() if free else memory.empty((count,), dtype, "buffers")
+    def _borrow(self, count: int, like: Array) -> Array:
+        free = self._free.setdefault((count, like.dtype, kind(like)), [])
+        return free.pop() if free else memory.empty((count,), like.dtype, "buffers", kind(like))
 
 
 class _Exchange(Request):
@@ -176,6 +176,8 @@ class _Exchange(Request):
 
     def _begin(self, source: Any, outgoing: Boxes, incoming: Boxes) -> None:
         halo, axis, link, ndim = self._halo, self._halo.axis, self._halo._link, source.ndim
+        if on_device(source):
+            link.settle()
         # Blocks differ between ranks; what agrees is the cells that lie side by side in other dims.
         cut = {dim % ndim for dim in halo.dims}
         across = prod(n for dim, n in enumerate(source.shape) if dim not in cut)
@@ -189,14 +191,14 @@ class _Exchange(Request):
             # Receives before sends: no rank waits for another, whatever the network buffers.
             for peer, boxes in incoming.items():
                 parts = [self._target[halo._index(box, ndim)] for box in boxes]
-                flat = self._message(parts, source.dtype, pack=self._accumulate)
+                flat = self._message(parts, source, pack=self._accumulate)
                 self._arriving.append((link.irecv(flat, peer, Tag.HALO), flat, parts))
                 received += flat.nbytes
             for peer, boxes in outgoing.items():
                 parts = [source[halo._index(box, ndim)] for box in boxes]
-                flat = self._message(parts, source.dtype)
+                flat = self._message(parts, source)
                 for part, place in _places(parts, flat):
-                    place[...] = stage(part).host
+                    place[...] = part
                 self._leaving.append(link.isend(flat, peer, Tag.HALO))
         finally:
             axis.transport.board.leave()
@@ -226,14 +228,11 @@ class _Exchange(Request):
     def _messages(self) -> list[Pending]:
         return [*(message for message, _, _ in self._arriving), *self._leaving]
 
-    def _message(self, parts: list[Any], dtype: np.dtype[Any], pack: bool = False) -> Array:
+    def _message(self, parts: list[Array], like: Array, pack: bool = False) -> Array:
         """The cells of a message where they lie, if they lie in order there, else a buffer."""
-        first = parts[0]
-        lies = len(parts) == 1 and isinstance(first, np.ndarray) and first.flags.c_contiguous
-        if lies and not pack:
-            flat: Array = first.reshape(-1)
-            return flat
-        flat = self._halo._borrow(sum(part.size for part in parts), dtype)
+        if len(parts) == 1 and parts[0].flags.c_contiguous and not pack:
+            return parts[0].reshape(-1)
+        flat = self._halo._borrow(sum(part.size for part in parts), like)
         self._borrowed.append(flat)
         return flat
 
@@ -244,13 +243,13 @@ class _Exchange(Request):
         for _, flat, parts in self._arriving:
             for part, values in _places(parts, flat):
                 if self._accumulate:
-                    part += xp(part).asarray(values)
+                    part += values
                 else:
-                    part[...] = xp(part).asarray(values)
+                    part[...] = values
         if self._result is not self._target:
             self._result[...] = self._target
         for flat in self._borrowed:
-            self._halo._free[flat.size, flat.dtype].append(flat)
+            self._halo._free[flat.size, flat.dtype, kind(flat)].append(flat)
         self._arriving, self._leaving, self._borrowed = [], [], []
 
 
@@ -260,7 +259,7 @@ def _places(parts: list[Any], flat: Array) -> Iterator[tuple[Any, Array]]:
     for part in parts:
         place = flat[start : start + part.size].reshape(part.shape)
         start += part.size
-        if not (isinstance(part, np.ndarray) and np.may_share_memory(part, place)):
+        if not xp(part).may_share_memory(part, place):
             yield part, place
 
 
@@ -277,11 +276,11 @@ def _ordered(mesh: Mesh, names: tuple[str, ...]) -> tuple[str, ...]:
     return (*known, *(name for name in names if name not in known))
 
 
-def _array(x: Any) -> Any:
+def _checked(x: Any) -> Array:
     """The array itself, or that of an object with DLPack."""
-    staged = stage(x, read=False)
-    check_dtype(staged.host.dtype)
-    return staged.host if staged.device is None else staged.device
+    array = as_array(x, read=False)
+    check_dtype(array.dtype)
+    return array
 
 
 def _out(out: Any, shape: tuple[int, ...], like: Any) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from hpcml.comm import direct, staging
+from hpcml.comm.pieces import Several, pieces
+from hpcml.comm.staging import on_device
 from hpcml.comm.tags import Tag
 from hpcml.comm.transport import Array, Pending, Transport, Vendor
 
@@ -40,21 +41,42 @@ class Link:
         self.sent = 0
         self.sent_off_node = 0
         self._parts: dict[tuple[int, ...], Link] = {}
+        self._gpu = direct.asked()
+        self._direct: bool | None = None
+
+    @property
+    def direct(self) -> bool:
+        """Whether messages of a GPU's arrays are given to the carrier as they are.
+
+        Else they go by way of the host. As far as this rank knows: see `settle`.
+        """
+        if self._direct is None:
+            return direct.likely(self._gpu, self.transport.processes)
+        return self._direct
+
+    def settle(self) -> None:
+        """Agree on `direct`, if that has not been done. Collective."""
+        if self._direct is None and self.size > 1:
+            self._direct = direct.settle(self, self._gpu)
 
     def isend(self, buffer: Array, dest: int, tag: int = Tag.COLLECTIVE) -> Pending:
         """Start to send to another rank; the buffer stays unchanged until `wait`."""
         self.count(buffer.nbytes, dest)
-        pieces = _pieces(buffer)
-        if len(pieces) == 1:
-            return self.transport.isend(pieces[0], dest, tag)
-        return _Several([self.transport.isend(piece, dest, tag) for piece in pieces])
+        if on_device(buffer):
+            return staging.isend(self.transport, buffer, dest, tag, self.direct)
+        parts = pieces(buffer, LIMIT)
+        if len(parts) == 1:
+            return self.transport.isend(parts[0], dest, tag)
+        return Several([self.transport.isend(part, dest, tag) for part in parts])
 
     def irecv(self, buffer: Array, source: int, tag: int = Tag.COLLECTIVE) -> Pending:
         """Start to receive from another rank as many bytes as the buffer has."""
-        pieces = _pieces(buffer)
-        if len(pieces) == 1:
-            return self.transport.irecv(pieces[0], source, tag)
-        return _Several([self.transport.irecv(piece, source, tag) for piece in pieces])
+        if on_device(buffer):
+            return staging.irecv(self.transport, buffer, source, tag, self.direct)
+        parts = pieces(buffer, LIMIT)
+        if len(parts) == 1:
+            return self.transport.irecv(parts[0], source, tag)
+        return Several([self.transport.irecv(part, source, tag) for part in parts])
 
     def send(self, buffer: Array, dest: int, tag: int = Tag.COLLECTIVE) -> None:
         """Send to another rank; the buffer may be used again on return."""
@@ -125,32 +147,5 @@ class _Part(Link):
         self.whole.count(nbytes, self.ranks[dest])
 
 
-class _Several:
-    """Several messages as one."""
-
-    def __init__(self, messages: list[Pending]) -> None:
-        self.messages = messages
-
-    def wait(self) -> None:
-        """Wait for all of them."""
-        for message in self.messages:
-            message.wait()
-
-    def test(self) -> bool:
-        """Whether all of them are done."""
-        done = [message.test() for message in self.messages]  # of each, for it makes progress
-        return all(done)
-
-
 def _none() -> None:
     return None
-
-
-def _pieces(buffer: Array) -> list[Array]:
-    """The buffer as bytes, cut where it is longer than a message may be."""
-    if not buffer.size:
-        return []
-    raw = buffer.reshape(-1).view(np.uint8)
-    if raw.size <= LIMIT:
-        return [raw]
-    return [raw[start : start + LIMIT] for start in range(0, raw.size, LIMIT)]

@@ -14,9 +14,11 @@ from typing import Protocol
 
 import numpy as np
 
+from hpcml.backend import put
 from hpcml.comm.alone import Alone
 from hpcml.comm.board import Board
 from hpcml.comm.positions import ThreadBoard
+from hpcml.comm.staging import on_device
 from hpcml.comm.transport import Array, Node, Pending, Transport, Vendor, wrong_length
 
 Stream = tuple[int, int]
@@ -99,6 +101,7 @@ class Parcel:
         """Let the sender use its buffer again, unless it waits."""
         if self.sender is None:
             self.data = self.data.copy()
+            _settled(self.data)
 
     def deliver(self) -> None:
         """Put the message into the inbox."""
@@ -107,7 +110,8 @@ class Parcel:
     def meet(self, receiver: Message) -> None:
         """Give the message to the one that asked for it."""
         if self.data.size == receiver.buffer.size:
-            receiver.buffer[...] = self.data
+            put(self.data, receiver.buffer)
+            _settled(receiver.buffer)
         else:
             receiver.error = wrong_length(self.data.size, receiver.buffer.size, *self.stream)
         receiver.event.set()
@@ -244,6 +248,12 @@ class ThreadTransport:
     def abort(self, code: int) -> None:
         """End the job: `hpcml.run` raises."""
         self.job.abort(self.members[self.rank], code)
+
+
+def _settled(copied: Array) -> None:
+    """The copy is made: a GPU's is only started, on a stream that is not the other rank's."""
+    if on_device(copied):
+        copied.device.synchronize()  # type: ignore[attr-defined]
 
 
 def _raw(buffer: Array) -> Array:

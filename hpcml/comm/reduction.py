@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcml.backend import is_half, xp
+from hpcml.comm.staging import on_device, room
 from hpcml.comm.transport import Array
 from hpcml.kernels import narrow, widen
 
@@ -21,6 +22,8 @@ OPS = ("sum", "prod", "min", "max")
 _UFUNCS = {"sum": "add", "prod": "multiply", "min": "minimum", "max": "maximum"}
 _BLOCK = 1 << 14
 """Elements combined at once, so that partial results stay in the cache."""
+_DEVICE_BLOCK = 1 << 22
+"""The same on a GPU, where each step starts a kernel: what bounds the memory that this takes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +61,10 @@ class Reduction:
             if len(rows) == 2:
                 ufunc(rows[0], rows[1], out=out)
                 return
-            total = xp(out).empty(min(_BLOCK, out.size), out.dtype)
-            for start in range(0, out.size, _BLOCK):
-                part = slice(start, min(start + _BLOCK, out.size))
+            block = _block(out)
+            total = room(out, min(block, out.size))
+            for start in range(0, out.size, block):
+                part = slice(start, min(start + block, out.size))
                 here = total[: part.stop - start]
                 ufunc(rows[0][part], rows[1][part], out=here)
                 for row in rows[2:]:
@@ -69,10 +73,11 @@ class Reduction:
 
     def _fold_halves(self, rows: Sequence[Array], out: Array) -> None:
         ufunc = getattr(xp(out), _UFUNCS[self.op])
-        total, x = (xp(out).empty(min(_BLOCK, out.size), np.float32) for _ in range(2))
-        words = xp(out).empty(total.size, out.dtype)  # `out` may be a row that is still to be read
-        for start in range(0, out.size, _BLOCK):
-            part = slice(start, min(start + _BLOCK, out.size))
+        block = _block(out)
+        total, x = (room(out, min(block, out.size), np.float32) for _ in range(2))
+        words = room(out, total.size)  # `out` may be a row that is still to be read
+        for start in range(0, out.size, block):
+            part = slice(start, min(start + block, out.size))
             here, other, word = (array[: part.stop - start] for array in (total, x, words))
             widen(rows[0][part], here)
             for row in rows[1:]:
@@ -82,6 +87,10 @@ class Reduction:
                     narrow(here, word)
                     widen(word, here)
             narrow(here, out[part])
+
+
+def _block(out: Array) -> int:
+    return _DEVICE_BLOCK if on_device(out) else _BLOCK
 
 
 def _quiet() -> np.errstate:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcml.backend import is_array
 from hpcml.comm.ambient import here
 from hpcml.comm.board import Group
 from hpcml.comm.positions import place_of
@@ -66,7 +67,7 @@ class Sanitizer:
         `arguments` are those of the algorithm: the root, the operator and the counts among them
         must agree, and the blocks of an all-to-all have the length that both ends expect.
         """
-        options = [_spelled(given) for given in arguments if not isinstance(given, np.ndarray)]
+        options = [_spelled(given) for given in arguments if not is_array(given)]
         pairs = [(0, 0)] * self._transport.size
         if operation == "alltoall":  # differs by rank: what must fit are the two ends of a block
             sends, receives = arguments[2:4]

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from hpcml import memory
-from hpcml.backend import Array, xp
+from hpcml.backend import Array, kind
 from hpcml.comm.axis import Axis
 
 
@@ -112,7 +110,5 @@ class Shards:
 
 
 def new(shape: tuple[int, ...], dtype: Any, like: Array, category: str | None = None) -> Array:
-    """An uninitialised array on the device of `like`, counted in `category` on the host."""
-    if isinstance(like, np.ndarray):
-        return memory.empty(shape, dtype, category)
-    return xp(like).empty(shape, dtype)
+    """An uninitialised array on the device of `like`, counted in `category`."""
+    return memory.empty(shape, dtype, category, kind(like))

@@ -20,6 +20,7 @@ from hpcml.comm.link import Link
 from hpcml.comm.reduction import reduction
 from hpcml.comm.request import Worker
 from hpcml.comm.sanitizer import Sanitizer
+from hpcml.comm.staging import on_device, room
 from hpcml.comm.timeline import Call, clock
 from hpcml.comm.transport import Array, Transport
 
@@ -81,6 +82,12 @@ class Stream:
         """Whether all ranks of several can share memory: on one node, with room. Collective."""
         return self._link.scratch() is not None
 
+    @property
+    def takes_gpu_memory(self) -> bool:
+        """Whether MPI is given memory of GPUs as it is: see `hpcml.comm.direct`. Collective."""
+        self._link.settle()
+        return self._link.direct
+
     def _combine(
         self,
         operation: str,
@@ -97,9 +104,9 @@ class Stream:
         payload = source.nbytes
         arguments = source, target, *cut, how
         if accumulate and self.size > 1 and self._plan(operation, arguments, algorithm) is None:
-            chosen = self._chooser.pick(operation, payload, source.dtype, even, algorithm)
+            chosen = self._chooser.pick(operation, payload, source, even, algorithm)
             if not chosen.ordered:
-                result = np.empty_like(target)
+                result = room(target, target.size)
                 self._combine(operation, source, result, op, False, algorithm, *cut, even=even)
                 how.into(target, result)
                 return None
@@ -118,7 +125,7 @@ class Stream:
         self._agree(operation, buffer, payload, algorithm, arguments)
         way: Plan | Algorithm | None = self._plan(operation, arguments, algorithm)
         if way is None and self.size > 1:
-            way = self._chooser.pick(operation, payload, buffer.dtype, even, algorithm)
+            way = self._chooser.pick(operation, payload, buffer, even, algorithm)
         self._carry_out(operation, buffer, payload, way, arguments)
         return Settled(way, payload, arguments[2:])
 
@@ -172,7 +179,8 @@ class Stream:
         board.enter(operation, self._group, call, buffer.size, buffer.dtype)
         try:
             inside = any(self._windows.window_of(given) for given in arguments[:2])
-            how = algorithm or ("shared memory" if inside else "")
+            where = "shared memory" if inside else "GPU messages" if on_device(buffer) else ""
+            how = algorithm or where
             self._sanitizer.agree(operation, call, payload, buffer.dtype, how, arguments)
         finally:
             board.leave()

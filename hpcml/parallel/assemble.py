@@ -137,6 +137,8 @@ def parallelize(
         )
     if launch.read().size > 1:
         agree(mesh.world, partial(threads.share, mesh, keep=True))
+    if any(parameter.device != "cpu" for parameter in model.parameters()):
+        _ = mesh.world.takes_gpu_memory  # found out once, for all axes
     seed = rng.seed() if seed is None else seed
     turn = turn_of(mesh, sync_batchnorm, mode)
     model.name_parts()

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.backend import Array
+from hpcml.backend import Array, to_kind
 from hpcml.comm import Axis
-from hpcml.comm.staging import stage
 
 _DIGEST = 16
 
@@ -35,7 +34,7 @@ def check_replicas(parameters: Iterable[tuple[str, Array]], axis: Axis) -> None:
     names, digests = [], bytearray()
     for name, parameter in parameters:
         names.append(name)
-        values = np.ascontiguousarray(stage(parameter).host)
+        values = np.ascontiguousarray(to_kind(parameter, "cpu"))
         digests += hashlib.blake2b(
             values.reshape(-1).view(np.uint8).data, digest_size=_DIGEST
         ).digest()

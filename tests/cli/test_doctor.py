@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from hpcml.cli import doctor
-from hpcml.cli.doctor import cells, child, gpu, host, mpi, report
-from hpcml.cli.doctor.child import Outcome
+from hpcml.cli.doctor import cells, gpu, host, mpi, report
 from hpcml.cli.doctor.report import Row
+from hpcml.comm import child, direct
+from hpcml.comm.child import Outcome, find_mpiexec
 
 NAMES = {
     "python", "numpy", "numba", "blas", "cores", "shared memory", "mpi library", "mpiexec", "srun",
-    "cupy", "gpus", "devices of ranks", "mpi on gpu memory",
+    "cupy", "gpus", "devices of ranks", "gpu messages",
 }  # fmt: skip
 JOB = {
     "mpi4py", "mpi job", "thread level", "ranks per node", "core masks", "blas threads",
@@ -61,12 +62,10 @@ def test_the_report_is_whole_and_its_process_has_no_mpi() -> None:
         assert {call["status"] for call in found["calls"]} == {"ok"}
 
 
-@pytest.mark.skipif(not mpi.find_mpiexec(), reason="no mpiexec")
+@pytest.mark.skipif(not find_mpiexec(), reason="no mpiexec")
 def test_a_job_of_doctors_gives_one_report() -> None:
     """Under a launcher the probes run as jobs of their own, and one rank speaks."""
-    done = outside(
-        [mpi.find_mpiexec(), "-n", "2", sys.executable, "-m", "hpcml", "doctor", "--json"]
-    )
+    done = outside([find_mpiexec(), "-n", "2", sys.executable, "-m", "hpcml", "doctor", "--json"])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {row["name"]: row["status"] for row in found["checks"]}.get("mpi job") != "fail"
@@ -274,12 +273,42 @@ def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.chosen([rank | {"device": 1} for rank in RANKS]).value == "rank 0: 1, rank 1: 1"
 
 
-def test_mpi_on_gpu_memory() -> None:
-    assert gpu.device_buffers(None).value == "no GPU"
-    assert gpu.device_buffers(Outcome({"send": True, "allreduce": True})).status == "ok"
-    assert gpu.device_buffers(Outcome({"send": True, "allreduce": False})).status == "warn"
-    row = gpu.device_buffers(Outcome(failure="killed by SIGSEGV"))
-    assert row.status == "absent" and row.value == "killed by SIGSEGV" and row.remedy
+def test_gpu_messages_go_as_a_trial_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(direct.VARIABLE, raising=False)
+    right, died = Outcome({"devices": [0, 0]}), Outcome(failure="killed by SIGSEGV")
+    assert gpu.messages(None) == Row("gpu messages", "absent", "no GPU")
+    row = gpu.messages(right)
+    assert (row.status, gpu.way(right)) == ("ok", "device") and "as they are" in row.value
+    row = gpu.messages(died)
+    assert (row.status, gpu.way(died), gpu.way(None)) == ("warn", "staged", "staged")
+    assert "pinned host memory (MPI on GPU memory: killed by SIGSEGV)" in row.value
+    assert "hpcml[cuda13]" in row.remedy
+    command = "LD_LIBRARY_PATH=/site/libucx/lib"
+    assert gpu.messages(died, right, command).remedy.startswith(f"start with {command} mpiexec")
+    assert gpu.messages(died, died, command).remedy.startswith("no help")
+    monkeypatch.setenv(direct.VARIABLE, "staged")
+    assert gpu.way(right) == "staged" and "HPCML_GPU_MPI=staged" in gpu.messages(right).value
+    monkeypatch.setenv(direct.VARIABLE, "device")
+    assert gpu.messages(died).status == "fail"
+
+
+def test_the_ucx_of_a_wheel_is_tried_and_its_command_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "libucx" / "lib"
+    folder.mkdir(parents=True)
+    (tmp_path / "libucx" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/before")
+    tried: list[Any] = []
+    monkeypatch.setattr(direct, "probe", lambda env: tried.append(env) or Outcome({"devices": []}))
+    failed = Outcome(failure="exit code 1")
+    helped, command = doctor._with_a_wheels_ucx(failed, Outcome({"library": "MPICH 5"}))
+    assert command == f"LD_LIBRARY_PATH={folder}:/before" and helped.found
+    assert tried == [direct.recipe()]
+    assert "OMPI_MCA_pml=ucx" in doctor._with_a_wheels_ucx(failed, Outcome({"x": "Open MPI 5"}))[1]
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{folder}")
+    assert doctor._with_a_wheels_ucx(failed, Outcome()) == (None, "")
 
 
 def test_the_way_of_each_operator_on_a_gpu() -> None:

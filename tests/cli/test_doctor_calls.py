@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from hpcml.cli.doctor import child, communication, mpi
+from hpcml.cli.doctor import communication
 from hpcml.cli.doctor.cells import COLLECTIVES, DTYPES, EXTRAS, Cell, plan
-from hpcml.cli.doctor.child import Ended
 from hpcml.cli.doctor.communication import Result
+from hpcml.comm import child
 from hpcml.comm.algorithms import OPERATIONS
+from hpcml.comm.child import PERMISSIVE, Ended, find_mpiexec
 
 # The doctor's job with calls that misbehave on one rank.
 TROUBLE = """
@@ -37,14 +38,14 @@ trial.main()
 """
 
 
-@pytest.mark.skipif(not mpi.find_mpiexec(), reason="no mpiexec")
+@pytest.mark.skipif(not find_mpiexec(), reason="no mpiexec")
 def test_a_call_that_crashes_or_hangs_is_a_finding_and_the_rest_is_tried() -> None:
     jobs = []
 
     def start(left: Sequence[Cell]) -> Ended:
         jobs.append(list(left))
         program = [sys.executable, "-c", TROUBLE, json.dumps(left)]
-        return child.start([mpi.find_mpiexec(), "-n", "2", *program], 60, mpi.PERMISSIVE)
+        return child.start([find_mpiexec(), "-n", "2", *program], 60, PERMISSIVE)
 
     operations = ("allreduce", "reduce", "gather", "broadcast", "scatter", "alltoall")
     results = communication.survey(start, [Cell(name, "float32") for name in operations])

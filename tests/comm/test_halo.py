@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcml import memory
+from hpcml.backend import to_kind
 from hpcml.comm import Cut, Halo, Mesh, run
 from hpcml.comm.faults import Delay, Reorder, Synchronous
 from hpcml.comm.halo_plan import Line, Plan, even
@@ -139,24 +140,28 @@ def cases(draw: Any, ranks: int, widest: int = 4) -> Case:
     return Case(tuple(lines), order, draw(sizes), draw(sizes), whole)
 
 
-def check(case: Case, comm: Any = None) -> None:
-    """On each rank: values, the adjoint, several exchanges under way, and what was counted."""
+def check(case: Case, comm: Any = None, module: Any = np) -> None:
+    """On each rank: values, the adjoint, several exchanges under way, and what was counted.
+
+    Arrays are those of `module`, NumPy or CuPy.
+    """
     mesh = case.mesh(comm)
     halo, places = case.halo(mesh), case.places(mesh)
     array, other = case.values(case.shape), case.values(case.shape, 99)
-    x, expected = case.block(array, places), case.block(array, places, ghosts=True)
+    x = module.asarray(case.block(array, places))
+    expected = case.block(array, places, ghosts=True)
     before = mesh.ledger.snapshot()
     result = halo.exchange(x)
     assert_same(result, expected)
-    assert result.flags.c_contiguous and not np.may_share_memory(result, x)
+    assert result.flags.c_contiguous and not module.may_share_memory(result, x)
     assert halo.padded(x.shape) == result.shape
-    assert_same(result[halo.inside(x.ndim)], x)
+    assert_same(result[halo.inside(x.ndim)], case.block(array, places))
     assert_counted(case, mesh, halo, before, places)
 
     gradients, total = case.gradients()
-    first = halo.start(case.block(other, places))
-    back = halo.start_adjoint(gradients[places])
-    out = np.full(expected.shape, np.nan)
+    first = halo.start(module.asarray(case.block(other, places)))
+    back = halo.start_adjoint(module.asarray(gradients[places]))
+    out = module.full(expected.shape, np.nan)
     again = case.halo(mesh, from_the_back=True).exchange(x, out=out)
     assert again is out
     assert_same(out, expected)
@@ -185,7 +190,8 @@ def assert_counted(
     assert (operation[1].bytes, operation[1].bytes_sent) == (8 * received, 8 * sent)
 
 
-def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+def assert_same(found: Any, expected: np.ndarray) -> None:
+    found = to_kind(found, "cpu")
     assert found.dtype == expected.dtype and found.shape == expected.shape
     assert np.array_equal(found, expected)
 

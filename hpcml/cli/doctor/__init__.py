@@ -11,9 +11,11 @@ import sys
 from functools import partial
 
 from hpcml.cli.doctor import cells, communication, gpu, host, mpi, report
-from hpcml.cli.doctor.child import probe
 from hpcml.cli.doctor.communication import Results
+from hpcml.cli.doctor.mpi import probe
 from hpcml.cli.doctor.report import Row
+from hpcml.comm import direct
+from hpcml.comm.child import Outcome, find_mpiexec
 
 
 def run(args: list[str]) -> int:
@@ -49,7 +51,7 @@ def examine() -> tuple[list[Row], Results]:
         host.shared_memory(),
     ]
     library = probe("library")
-    mpiexec = mpi.find_mpiexec()
+    mpiexec = find_mpiexec()
     rows += mpi.library(library) + mpi.launchers(mpiexec)
     ranks = []
     can_start = False
@@ -62,14 +64,22 @@ def examine() -> tuple[list[Row], Results]:
     devices = probe("cupy") if gpu.installed() else None
     rows += [*gpu.cupy(devices), gpu.chosen(ranks)]
     some = bool(devices is not None and devices.found.get("devices"))
-    rows.append(
-        gpu.device_buffers(mpi.start(mpiexec, "device_buffers") if some and can_start else None)
-    )
+    tried = direct.probe() if some and can_start else None
+    rows.append(gpu.messages(tried, *_with_a_wheels_ucx(tried, library)))
     rows += gpu.operators() if some else []
     results: Results = {}
     if can_start:
         for device in (False, True)[: 1 + some]:
-            start = partial(mpi.try_cells, mpiexec)
+            start = partial(mpi.try_cells, mpiexec, gpu.way(tried))
             results |= communication.survey(start, cells.plan(device))
         rows += communication.rows(results)
     return rows, results
+
+
+def _with_a_wheels_ucx(tried: Outcome | None, library: Outcome) -> tuple[Outcome | None, str]:
+    """What came of trying GPU messages with the UCX of a wheel, and how one does that."""
+    recipe = direct.recipe()
+    if tried is None or tried.found or not recipe:
+        return None, ""
+    names = [name for name in recipe if "OMPI" not in name or "Open MPI" in str(library.found)]
+    return direct.probe(recipe), " ".join(f"{name}={recipe[name]}" for name in names)

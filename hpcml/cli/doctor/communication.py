@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcml.cli.doctor.cells import COLLECTIVES, DTYPES, EXTRAS, Cell
-from hpcml.cli.doctor.child import Ended
 from hpcml.cli.doctor.report import Row
+from hpcml.comm.child import Ended
 
 CRASHES = 5
 """Jobs that may crash before the rest is left untried."""

@@ -6,12 +6,17 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from hpcml.cli.doctor.child import Outcome
 from hpcml.cli.doctor.host import size
-from hpcml.cli.doctor.report import Row
+from hpcml.cli.doctor.report import Row, Status
+from hpcml.comm import direct
+from hpcml.comm.child import Outcome
 from hpcml.kernels.cuda.paths import PATHS
 
 INSTALL = "pip install 'hpcml[cuda13]' (or cuda12 for an older driver)"
+UCX = (
+    "an MPI that takes GPU memory avoids the copies: that of the site, or for MPI from a wheel "
+    "pip install 'hpcml[cuda13]', whose UCX is built with CUDA, then hpcml doctor again"
+)
 
 
 def driver_devices(folder: str = "/proc/driver/nvidia/gpus") -> str:
@@ -67,14 +72,41 @@ def chosen(ranks: list[dict[str, Any]]) -> Row:
     return Row("devices of ranks", "ok", value)
 
 
-def device_buffers(outcome: Outcome | None) -> Row:
-    """Return whether MPI takes memory of the GPU; `None`: there is none to try."""
-    name = "mpi on gpu memory"
+def messages(outcome: Outcome | None, helped: Outcome | None = None, command: str = "") -> Row:
+    """Return which way messages of a GPU's arrays take, and why; `None`: there is no GPU.
+
+    helped: what came of the trial in the environment that `command` sets, if there is one.
+    """
+    name = "gpu messages"
     if outcome is None:
         return Row(name, "absent", "no GPU")
-    if outcome.found.get("send") and outcome.found.get("allreduce"):
-        return Row(name, "ok", "send and all-reduce work")
-    remedy = "buffers go through the host: slower, but right; a CUDA-aware MPI avoids that"
-    if outcome.found.get("send"):
-        return Row(name, "warn", "send works, all-reduce gives wrong sums", remedy)
-    return Row(name, "absent", outcome.failure or "send gives wrong values", remedy)
+    at_once = way(outcome) == "device"
+    value = "given to MPI as they are" if at_once else "by way of pinned host memory"
+    tried = f"MPI on GPU memory: {_tried(outcome)}"
+    asked = direct.asked()
+    because = f"{direct.VARIABLE}={asked}; " if asked != "auto" else ""
+    if outcome.found:
+        return Row(name, "ok", f"{value} ({because}{tried})")
+    if helped is not None and helped.found:
+        remedy = f"start with {command} mpiexec ...: then MPI takes them ({_tried(helped)})"
+    elif helped is not None:
+        remedy = f"no help: with {command} MPI on GPU memory fails too ({_tried(helped)})"
+    else:
+        remedy = UCX
+    status: Status = "fail" if at_once else "warn"
+    return Row(name, status, f"{value} ({because}{tried})", remedy)
+
+
+def way(outcome: Outcome | None) -> str:
+    """Return which way messages of a GPU's arrays take: "device" or "staged"."""
+    asked = direct.asked()
+    if asked != "auto":
+        return asked
+    return "device" if outcome is not None and outcome.found else "staged"
+
+
+def _tried(outcome: Outcome) -> str:
+    if not outcome.found:
+        return outcome.failure
+    first, second = outcome.found["devices"]
+    return f"tried between devices {first} and {second}, right"

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.cli.doctor.child import Outcome
 from hpcml.cli.doctor.report import Row
+from hpcml.comm.child import Outcome
 
 SHM_LOW = 1 << 28
 """Below this many bytes of shared memory a middling model's gradients do not fit."""

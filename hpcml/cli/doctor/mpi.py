@@ -7,27 +7,19 @@ import os
 import re
 import shutil
 import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcml.cli.doctor import child
 from hpcml.cli.doctor.cells import Cell
-from hpcml.cli.doctor.child import Ended, Outcome
 from hpcml.cli.doctor.host import spans
 from hpcml.cli.doctor.report import Row
+from hpcml.comm import child, direct
+from hpcml.comm.child import PERMISSIVE, Ended, Outcome
 
 INSTALL = "pip install 'hpcml[mpich]', or load your site's MPI and build mpi4py against it"
 RANKS = 2
-
-PERMISSIVE = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
-"""For Open MPI, which refuses root and more ranks than cores by default."""
 
 
 def library(outcome: Outcome, environ: Mapping[str, str] = os.environ) -> list[Row]:
@@ -71,12 +63,6 @@ def site_mpi(environ: Mapping[str, str]) -> str:
     return ""
 
 
-def find_mpiexec() -> str:
-    """Return the mpiexec of this Python environment, else the one in PATH, else nothing."""
-    own = Path(sysconfig.get_path("scripts"), "mpiexec")
-    return str(own) if own.exists() else shutil.which("mpiexec") or ""
-
-
 def launchers(path: str) -> list[Row]:
     """Return the launchers there are; warn if PATH has another mpiexec than this environment."""
     if path:
@@ -94,16 +80,23 @@ def launchers(path: str) -> list[Row]:
     return [first, Row("srun", "ok", srun) if srun else Row("srun", "absent", "no Slurm here")]
 
 
+def probe(name: str, *launcher: str) -> Outcome:
+    """Run a probe of `hpcml.cli.doctor.probe`, under a launcher's command line if one is given."""
+    command = [*launcher, sys.executable, "-m", "hpcml.cli.doctor.probe", name]
+    return child.run(command, env=PERMISSIVE)
+
+
 def start(mpiexec: str, name: str) -> Outcome:
     """Run a probe with two ranks."""
-    return child.probe(name, mpiexec, "-n", str(RANKS), env=PERMISSIVE)
+    return probe(name, mpiexec, "-n", str(RANKS))
 
 
-def try_cells(mpiexec: str, cells: Sequence[Cell]) -> Ended:
-    """Run a job of two ranks that tries these calls."""
+def try_cells(mpiexec: str, way: str, cells: Sequence[Cell]) -> Ended:
+    """Run a job of two ranks that tries these calls; `way`: that of messages of GPUs."""
     program = [sys.executable, "-m", "hpcml.cli.doctor.trial", json.dumps(cells)]
     command = [mpiexec, "-n", str(RANKS), *program]
-    return child.start(command, 2 * child.LIMIT, PERMISSIVE | {"OMP_NUM_THREADS": "1"})
+    extra = {"OMP_NUM_THREADS": "1", direct.VARIABLE: way}
+    return child.start(command, 2 * child.LIMIT, PERMISSIVE | extra)
 
 
 def job(outcome: Outcome) -> list[Row]:

@@ -109,24 +109,6 @@ def cupy() -> Found:
     return {"version": module.__version__, "devices": devices}
 
 
-def device_buffers() -> Found:
-    """Find whether MPI sends and reduces memory of the GPU. Collective, of two ranks."""
-    module = importlib.import_module("cupy")
-    mpi = importlib.import_module("mpi4py.MPI")
-    world = mpi.COMM_WORLD
-    module.cuda.Device(_device_of(world.rank)).use()
-    mine, other = module.full(1 << 16, world.rank + 1.0), module.zeros(1 << 16)
-    module.cuda.get_current_stream().synchronize()
-    world.Sendrecv(mine, 1 - world.rank, recvbuf=other, source=1 - world.rank)
-    sent = bool((other == 2.0 - world.rank).all())
-    world.Allreduce(mine, other)
-    reduced = bool((other == 3.0).all())
-    every = world.gather((sent, reduced))
-    if every is None:
-        return {}
-    return {"send": all(s for s, _ in every), "allreduce": all(r for _, r in every)}
-
-
 def native_sum(dtype: str) -> str:
     """Say what comes of adding 16-bit floats by the MPI library itself. Collective."""
     from hpcml import backend
@@ -159,7 +141,7 @@ def _loaded(name: str) -> str:
 
 
 PROBES: dict[str, Callable[[], Found]] = {
-    probe.__name__: probe for probe in (library, numba, blas, ranks, cupy, device_buffers)
+    probe.__name__: probe for probe in (library, numba, blas, ranks, cupy)
 }
 
 if __name__ == "__main__":

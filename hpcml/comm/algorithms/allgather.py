@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from hpcml.comm.algorithms.blocks import Cores, is_power, rounds, spans, starts
 from hpcml.comm.algorithms.registry import Machine, algorithm
 from hpcml.comm.link import Link
+from hpcml.comm.staging import room
 from hpcml.comm.transport import Array
 
 
@@ -71,7 +70,7 @@ def bruck(link: Link, x: Array, out: Array, counts: Sequence[int]) -> None:
     """
     size, rank = link.size, link.rank
     edges = starts([counts[(rank + offset) % size] for offset in range(size)])
-    found = np.empty_like(x, shape=edges[-1])
+    found = room(x, edges[-1])
     found[: x.size] = x
     have = 1
     while have < size:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from hpcml.comm.algorithms import allgather, reduce_scatter
 from hpcml.comm.algorithms.blocks import Cores, is_power, rounds, shares, spans
 from hpcml.comm.algorithms.registry import Machine, algorithm
 from hpcml.comm.link import Link
 from hpcml.comm.reduction import Reduction
+from hpcml.comm.staging import room
 from hpcml.comm.transport import Array
 
 
@@ -42,7 +41,7 @@ def recursive_doubling(link: Link, x: Array, out: Array, reduction: Reduction) -
         link.recv(out, cores.front)
         return
     total = x
-    coming = np.empty_like(x, shape=x.size)
+    coming = room(x, x.size)
     if cores.behind is not None:
         link.recv(coming, cores.behind)
         reduction.fold([x, coming], out)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from hpcml.comm.algorithms.blocks import rounds, spans
 from hpcml.comm.algorithms.registry import Machine, Situation, algorithm
 from hpcml.comm.link import Link
+from hpcml.comm.staging import room
 from hpcml.comm.transport import Array
 
 
@@ -47,14 +46,14 @@ def bruck(link: Link, x: Array, out: Array, sends: Sequence[int], receives: Sequ
     Rabenseifner, Gropp 2005, section 4.6). Equal blocks only. Scratch memory of 2n.
     """
     size, rank, places = link.size, link.rank, spans(sends)
-    way = np.empty_like(x, shape=x.size)  # block i is the one that has i ranks to go
+    way = room(x, x.size)  # block i is the one that has i ranks to go
     for offset in range(size):
         way[places[offset]] = x[places[(rank + offset) % size]]
     step = 1
     while step < size:
         moving = [places[offset] for offset in range(size) if offset & step]
-        room = np.empty_like(x, shape=2 * len(moving) * sends[0])
-        leaving, coming = room[: room.size // 2], room[room.size // 2 :]
+        both = room(x, 2 * len(moving) * sends[0])
+        leaving, coming = both[: both.size // 2], both[both.size // 2 :]
         for place, block in zip(places, moving, strict=False):
             leaving[place] = way[block]
         link.exchange(leaving, (rank + step) % size, coming, (rank - step) % size)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from hpcml.backend import is_half
 from hpcml.comm.algorithms.registry import Algorithm, Machine, Situation, algorithms, find
 from hpcml.comm.link import Link
+from hpcml.comm.staging import on_device
+from hpcml.comm.transport import Array
 
 Rows = Sequence[tuple[float, str]]
 """(up to bytes, algorithm), ascending: the first row that is not exceeded counts."""
@@ -23,23 +22,26 @@ NODE = Machine(alpha=3e-6, beta=1.5e-10, gamma=5e-11)
 """Messages through the memory of a node."""
 NETWORK = Machine(alpha=3e-5, beta=8e-9, gamma=5e-11)
 """Messages over a network."""
+GPU = Machine(alpha=3e-5, beta=1e-10, gamma=1e-12)
+"""Messages of memory of GPUs within a node: not measured yet."""
 
 
 def choose(operation: str, nbytes: int, situation: Situation, table: Table) -> Algorithm:
     """The algorithm for a payload of `nbytes` (as the ledger counts it) in this situation.
 
     That of the table, if it can serve the call. Where the table has nothing for this number of
-    ranks, the least by cost: the formulas know how costs grow with the ranks, which no row for
-    another number does (recursive doubling is the best all-reduce of two ranks at any size, and the
-    worst of sixteen).
+    ranks, or the arrays are of a GPU, the least by cost: the formulas know how costs grow with the
+    ranks, which no row for another number does (recursive doubling is the best all-reduce of two
+    ranks at any size, and the worst of sixteen).
     """
     fit = fitting(operation, situation)
     assert fit, f"no algorithm for {operation} in {situation}"
-    rows = table.get(situation.place, {}).get(situation.size, {}).get(operation, ())
-    name = next((name for limit, name in rows if nbytes <= limit), None)
-    if name in fit:
-        return fit[name]
-    machine = NODE
+    if not situation.device:
+        rows = table.get(situation.place, {}).get(situation.size, {}).get(operation, ())
+        name = next((name for limit, name in rows if nbytes <= limit), None)
+        if name in fit:
+            return fit[name]
+    machine = GPU if situation.device else NODE
     if situation.spread:
         machine = replace(NETWORK, per_node=situation.per_node)
     return min(fit.values(), key=lambda known: known.cost(nbytes, situation.size, machine))
@@ -81,43 +83,48 @@ class Chooser:
         self._chosen: dict[tuple[object, ...], Algorithm] = {}
 
     def pick(
-        self, operation: str, nbytes: int, dtype: np.dtype[Any], even: bool, name: str | None
+        self, operation: str, nbytes: int, like: Array, even: bool, name: str | None
     ) -> Algorithm:
-        """The algorithm for a payload of `nbytes` of this type: the same on all ranks.
+        """The algorithm for a payload of `nbytes` of this type and device: the same on all ranks.
 
         `even`: all ranks know that all counts are equal. Of an all-to-all that is not, each rank
         knows its own counts alone, so that is taken to be a long one. Raises `ValueError` if the
         one that is named cannot do it.
         """
         agreed = even or operation != "alltoall"
-        key = operation, nbytes if agreed else None, dtype, even, name
+        dtype, device = like.dtype, on_device(like)
+        key = operation, nbytes if agreed else None, dtype, device, even, name
         chosen = self._chosen.get(key)
         if chosen is None:
             if len(self._chosen) >= _REMEMBERED:
                 self._chosen.clear()
-            chosen = self._fresh(operation, nbytes if agreed else None, dtype, even, name)
+            chosen = self._fresh(operation, nbytes if agreed else None, like, even, name)
             self._chosen[key] = chosen
         return chosen
 
     def _fresh(
-        self, operation: str, nbytes: int | None, dtype: np.dtype[Any], even: bool, name: str | None
+        self, operation: str, nbytes: int | None, like: Array, even: bool, name: str | None
     ) -> Algorithm:
         """As `pick`; `nbytes` is None where ranks do not know each other's."""
         if name is not None:  # the caller may know
-            count = (nbytes or 0) // dtype.itemsize
-            return named(operation, name, self._situation(operation, count, is_half(dtype), even))
-        count = sys.maxsize if nbytes is None else nbytes // dtype.itemsize
-        situation = self._situation(operation, count, is_half(dtype), even)
+            count = (nbytes or 0) // like.itemsize
+            return named(operation, name, self._situation(operation, count, like, even))
+        count = sys.maxsize if nbytes is None else nbytes // like.itemsize
+        situation = self._situation(operation, count, like, even)
         size = _LONG if nbytes is None else nbytes
         return choose(operation, size, situation, self._link.table)
 
-    def _situation(self, operation: str, count: int, half: bool, even: bool) -> Situation:
+    def _situation(self, operation: str, count: int, like: Array, even: bool) -> Situation:
+        half, on_host = is_half(like.dtype), not on_device(like)
+        if not on_host:
+            self._link.settle()
         vendor = self._link.vendor
         return Situation(
             nodes=self._link.nodes,
             native=not half,
             ordered=operation in _REDUCTIONS and (self._deterministic or half),
             even=even,
-            vendor=vendor is not None and count <= vendor.limit,
-            shared=self._link.scratch() is not None,
+            vendor=on_host and vendor is not None and count <= vendor.limit,
+            shared=on_host and self._link.scratch() is not None,
+            device=not on_host,
         )

@@ -7,6 +7,7 @@ from hpcml.comm.algorithms.choosing import NODE, choose
 from hpcml.comm.algorithms.registry import Algorithm, Machine, Situation, algorithm
 from hpcml.comm.link import Link
 from hpcml.comm.reduction import Reduction
+from hpcml.comm.staging import on_device
 from hpcml.comm.transport import Array
 
 
@@ -58,5 +59,5 @@ def hierarchical(link: Link, x: Array, out: Array, reduction: Reduction) -> None
 
 
 def _chosen(part: Link, operation: str, payload: Array, even: bool = True) -> Algorithm:
-    situation = Situation(nodes=part.nodes, even=even)
+    situation = Situation(nodes=part.nodes, even=even, device=on_device(payload))
     return choose(operation, payload.nbytes, situation, part.table)

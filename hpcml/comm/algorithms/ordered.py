@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from hpcml.comm.algorithms import allgather, rooted
 from hpcml.comm.algorithms import reduce_scatter as unordered
 from hpcml.comm.algorithms.blocks import shares, spans
 from hpcml.comm.algorithms.registry import Machine, algorithm
 from hpcml.comm.link import Link
 from hpcml.comm.reduction import Reduction
+from hpcml.comm.staging import room
 from hpcml.comm.transport import Array
 
 
@@ -46,7 +45,7 @@ def reduce_scatter(
     waiting = []
     for step in range(1, link.size):
         source, dest = (link.rank - step) % link.size, (link.rank + step) % link.size
-        rows[source] = np.empty_like(x, shape=counts[link.rank])
+        rows[source] = room(x, counts[link.rank])
         waiting.append(link.irecv(rows[source], source))
         waiting.append(link.isend(x[places[dest]], dest))
     for message in waiting:
@@ -74,7 +73,7 @@ def short_allreduce(link: Link, x: Array, out: Array, reduction: Reduction) -> N
     Gropp 2005, section 4.1). Scratch memory of 2 p n.
     """
     counts = [x.size] * link.size
-    rows = np.empty_like(x, shape=sum(counts))
+    rows = room(x, sum(counts))
     allgather.bruck(link, x, rows, counts)
     reduction.fold([rows[place] for place in spans(counts)], out)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from hpcml.comm.algorithms.blocks import Cores, is_power, rounds, spans, starts
 from hpcml.comm.algorithms.registry import Machine, algorithm
 from hpcml.comm.link import Link
 from hpcml.comm.reduction import Reduction
+from hpcml.comm.staging import room
 from hpcml.comm.transport import Array
 
 
@@ -44,7 +43,7 @@ def recursive_halving(
         return
     part = x
     if cores.behind is not None:
-        part = np.empty_like(x, shape=x.size)
+        part = room(x, x.size)
         link.recv(part, cores.behind)
         reduction.into(part, x)
     low, high = 0, cores.count  # the cores whose blocks `part` holds
@@ -57,7 +56,7 @@ def recursive_halving(
         else:
             keep, give, peer = part[cut:], part[:cut], cores.rank(cores.index - half)
             low += half
-        coming = np.empty_like(x, shape=keep.size)
+        coming = room(x, keep.size)
         link.exchange(give, peer, coming, peer)
         reduction.into(coming, keep)
         part = coming
@@ -75,7 +74,7 @@ def pairwise(link: Link, x: Array, out: Array, counts: Sequence[int], reduction:
     """
     places = spans(counts)
     total = x[places[link.rank]]
-    coming = np.empty_like(x, shape=total.size)
+    coming = room(x, total.size)
     for step in range(1, link.size):
         source, dest = (link.rank - step) % link.size, (link.rank + step) % link.size
         link.exchange(x[places[dest]], dest, coming, source)
@@ -96,7 +95,7 @@ def ring(link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Red
     leaving = x[places[before]]
     for step in range(2, link.size + 1):
         block = (link.rank - step) % link.size
-        coming = np.empty_like(x, shape=counts[block])
+        coming = room(x, counts[block])
         link.exchange(leaving, after, coming, before)
         last = step == link.size
         reduction.fold([coming, x[places[block]]], out if last else coming)

@@ -65,6 +65,8 @@ class Situation:
     """The carrier has collectives of its own, and they take so many elements."""
     shared: bool = False
     """All ranks share memory (`Link.scratch`)."""
+    device: bool = False
+    """The arrays are of GPUs: reductions are kernels, and only messages go between ranks."""
 
     @property
     def size(self) -> int:
@@ -88,6 +90,7 @@ class Situation:
 
     def __str__(self) -> str:
         facts = [f"{self.size} ranks on {len(set(self.nodes))} nodes"]
+        facts += ["arrays of a GPU"] if self.device else []
         facts += [] if self.native else ["a 16-bit float"]
         facts += ["in the order of the ranks"] if self.ordered else []
         facts += [] if self.even else ["uneven counts"]

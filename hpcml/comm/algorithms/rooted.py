@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from hpcml.comm.algorithms import reduce_scatter
 from hpcml.comm.algorithms.blocks import branches, rounds, shares, spans, starts
 from hpcml.comm.algorithms.registry import Machine, algorithm
 from hpcml.comm.link import Link
 from hpcml.comm.reduction import Reduction
+from hpcml.comm.staging import room
 from hpcml.comm.transport import Array
 
 
@@ -45,8 +44,8 @@ def binomial_reduce(
             link.send(total, holder)
         elif link.rank == holder:
             if coming is None:
-                coming = np.empty_like(x, shape=x.size)
-                out = np.empty_like(x, shape=x.size) if out is None else out
+                coming = room(x, x.size)
+                out = room(x, x.size) if out is None else out
             assert out is not None
             link.recv(coming, other)
             reduction.fold([total, coming] if holder < low else [coming, total], out)
@@ -75,7 +74,7 @@ def by_blocks(
 ) -> None:
     """Reduce by this reduce-scatter and a gather of the blocks."""
     counts = shares(x.size, link.size)
-    own = np.empty_like(x, shape=counts[link.rank])
+    own = room(x, counts[link.rank])
     if out is not None:
         own = out[spans(counts)[link.rank]]
     scatter(link, x, own, counts, reduction)
@@ -95,7 +94,7 @@ def binomial_gather(
     first, last = _held(way, link)
     held = x if out is None and last - first == 1 else out
     if held is None:
-        held = np.empty_like(x, shape=edges[last] - edges[first])
+        held = room(x, edges[last] - edges[first])
     if held is not x:
         held[edges[link.rank] - edges[first] :][: x.size] = x
     for holder, other, low, high in reversed(way):
@@ -118,7 +117,7 @@ def binomial_scatter(
     first, last = _held(way, link)
     held = out if x is None and last - first == 1 else x
     if held is None:
-        held = np.empty_like(out, shape=edges[last] - edges[first])
+        held = room(out, edges[last] - edges[first])
     for holder, other, low, high in way:
         if link.rank == holder:
             link.send(held[edges[low] - edges[first] : edges[high] - edges[first]], other)

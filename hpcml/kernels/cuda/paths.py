@@ -30,7 +30,5 @@ PATHS = {
     "images": Path("own kernels", "batch norm, pooling, resizing: channels last"),
     "optimizers": Path("own kernels", "16-bit gradients onto float32 masters in one pass"),
     "other operators": Path("CuPy", "sums, softmax, arithmetic of elements"),
-    "collectives": Path(
-        "through the host", "MPI on memory of the GPU is probed here but not used yet"
-    ),
+    "collectives": Path("own algorithms", "sums on the GPU; how messages go: see gpu messages"),
 }

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from hpcml.backend import to_kind
 from hpcml.comm import Axis
 from hpcml.comm.algorithms import OPERATIONS, Situation, algorithms
 
@@ -102,22 +103,27 @@ def random_case(operation: str, size: int, random: Random) -> Case:
     )
 
 
-def check(axis: Axis, name: str, case: Case) -> None:
-    """The result against NumPy, and nothing else changed; or one error on every rank."""
+def check(axis: Axis, name: str, case: Case, module: Any = np) -> None:
+    """The result against NumPy, and nothing else changed; or one error on every rank.
+
+    Arrays are those of `module`, NumPy or CuPy.
+    """
     inputs = [_input(case, rank) for rank in range(axis.size)]
     mine = inputs[axis.rank]
-    if not serves(axis, name, case):
+    if not serves(axis, name, case, module is not np):
         with pytest.raises(ValueError, match=f"algorithm='{name}' cannot do this {case.operation}"):
-            call(axis, name, case, mine.copy())
+            call(axis, name, case, module.asarray(mine.copy()))
         return
-    x, out, rooms = _arrays(axis.rank, case, mine)
-    rows = inputs if out is None or not case.accumulates else [out.copy(), *inputs]
+    x, out, rooms = _arrays(axis.rank, case, mine, module)
+    held = [] if out is None or not case.accumulates else [to_kind(out, "cpu").copy()]
+    rows = [*held, *inputs]
     result = call(axis, name, case, x, out)
     expected = _expected(case, axis.rank, rows, inputs)
     assert (result is None) == (expected is None)
+    x = to_kind(x, "cpu")
     if result is not None:
         assert out is None or result is out
-        assert_same(result, expected)
+        assert_same(to_kind(result, "cpu"), expected)
         if case.in_place and case.operation in CUT:
             x[_own(case, axis.rank)] = mine[_own(case, axis.rank)]
         elif case.in_place:
@@ -127,7 +133,7 @@ def check(axis: Axis, name: str, case: Case) -> None:
         assert {*room[:_MARGIN].tolist(), *room[-_MARGIN:].tolist()} == {77}
 
 
-def serves(axis: Axis, name: str, case: Case) -> bool:
+def serves(axis: Axis, name: str, case: Case, device: bool = False) -> bool:
     """Whether the algorithm can do this call, by what it was registered with."""
     if axis.size == 1:
         return True
@@ -135,9 +141,9 @@ def serves(axis: Axis, name: str, case: Case) -> bool:
     half = case.dtype in HALVES
     strict = case.operation in REDUCTIONS and (half or axis.deterministic)
     nodes = tuple(node.index for node in axis.transport.nodes())
-    vendor = axis.transport.vendor is not None
-    shared = axis.shares_memory
-    situation = Situation(nodes, not half, strict, case.even, vendor, shared)
+    vendor = axis.transport.vendor is not None and not device
+    shared = axis.shares_memory and not device
+    situation = Situation(nodes, not half, strict, case.even, vendor, shared, device)
     return known.applies(situation) and (known.ordered or not strict)
 
 
@@ -201,16 +207,16 @@ def _input(case: Case, rank: int) -> np.ndarray:
     return values.astype(case.dtype)
 
 
-def _arrays(rank: int, case: Case, mine: np.ndarray) -> tuple[np.ndarray, Any, list[np.ndarray]]:
+def _arrays(rank: int, case: Case, mine: np.ndarray, module: Any) -> tuple[Any, Any, list[Any]]:
     """Input, output and the arrays with margins in which they lie."""
     if case.in_place and case.operation in JOINED:
-        room = _room(sum(case.counts), case.dtype)
+        room = _room(sum(case.counts), case.dtype, module)
         out = room[_MARGIN:-_MARGIN]
-        out[_own(case, rank)] = mine
+        out[_own(case, rank)] = module.asarray(mine)
         return out[_own(case, rank)], out, [room]
-    room = _room(mine.size, case.dtype)
+    room = _room(mine.size, case.dtype, module)
     x = room[_MARGIN:-_MARGIN]
-    x[...] = mine
+    x[...] = module.asarray(mine)
     if case.in_place:
         return x, x[_own(case, rank)] if case.operation in CUT else x, [room]
     if case.seed % 2:
@@ -218,13 +224,13 @@ def _arrays(rank: int, case: Case, mine: np.ndarray) -> tuple[np.ndarray, Any, l
     count = {True: case.counts[rank], False: sum(case.counts)}[case.operation in CUT]
     if case.operation == "alltoall":
         count = sum(exchanged(case, rank)[1])
-    other = _room(count, case.dtype)
+    other = _room(count, case.dtype, module)
     other[_MARGIN:-_MARGIN] = 2
     return x, other[_MARGIN:-_MARGIN], [room, other]
 
 
-def _room(count: int, dtype: np.dtype[Any]) -> np.ndarray:
-    return np.full(count + 2 * _MARGIN, 77, dtype)
+def _room(count: int, dtype: np.dtype[Any], module: Any) -> Any:
+    return module.full(count + 2 * _MARGIN, 77, dtype)
 
 
 def _own(case: Case, rank: int) -> slice:

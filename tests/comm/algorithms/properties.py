@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from hpcml.backend import to_kind
 from hpcml.comm import Axis
 from tests.comm.algorithms.conformance import UFUNCS, Case, assert_same, call, sequential, serves
 
@@ -66,11 +67,11 @@ def _same(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def check_order(axis: Axis, name: str, case: Case) -> None:
+def check_order(axis: Axis, name: str, case: Case, module: Any = np) -> None:
     """An ordered algorithm gives the bits of the fold in the order of the ranks.
 
     16-bit floats are added in float32 and rounded once; in deterministic mode at every addition.
-    Where it accumulates, what the result held comes first.
+    Where it accumulates, what the result held comes first. Arrays are those of `module`.
     """
     rows = [_rounded(rank, sum(case.counts), case.dtype) for rank in range(axis.size)]
     start = sum(case.counts[: axis.rank])
@@ -79,9 +80,9 @@ def check_order(axis: Axis, name: str, case: Case) -> None:
     out = _rounded(99, sum(case.counts), case.dtype)[cut].copy()
     parts = [row[cut] for row in rows]
     expected = sequential([out, *parts] if case.accumulates else parts, "sum", axis.deterministic)
-    result = call(axis, name, case, rows[axis.rank], out)
+    result = call(axis, name, case, module.asarray(rows[axis.rank]), module.asarray(out))
     if case.operation != "reduce" or axis.rank == case.root:
-        assert_same(result, expected)
+        assert_same(to_kind(result, "cpu"), expected)
 
 
 def check_same_bits(axis: Axis, name: str, count: int) -> None:

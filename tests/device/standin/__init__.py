@@ -22,16 +22,14 @@ from tests.device.standin.array import ndarray
 from tests.device.standin.cublas import Cublas
 from tests.device.standin.device import (
     Device,
-    Event,
     MemoryPointer,
     OutOfMemoryError,
-    Stream,
     UnownedMemory,
     allocator,
-    syncs,
     used,
 )
 from tests.device.standin.functions import FUNCTIONS
+from tests.device.standin.streams import Event, Stream, alloc_pinned_memory, current, syncs
 
 __all__ = ["installed", "module", "syncs", "used"]
 
@@ -53,11 +51,10 @@ def module() -> types.ModuleType:
         CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16F=2, CUDA_R_16BF=14,
         getDeviceCount=lambda: 1, getDevice=lambda: 0, memGetInfo=lambda: (1 << 34, 1 << 34),
     )  # fmt: skip
-    stream = Stream()
     made.cuda = types.SimpleNamespace(
         runtime=runtime, Device=Device, Stream=Stream, Event=Event, MemoryPointer=MemoryPointer,
         UnownedMemory=UnownedMemory, set_allocator=allocator.set,
-        get_current_stream=lambda: stream,
+        get_current_stream=current, alloc_pinned_memory=alloc_pinned_memory,
         device=types.SimpleNamespace(get_cublas_handle=lambda: 1),
     )  # fmt: skip
     made.cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)

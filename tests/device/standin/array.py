@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.device.standin.device import Device, MemoryPointer, allocator, counter
+from tests.device.standin import streams
+from tests.device.standin.device import Device, MemoryPointer, allocator
 
 
 class Flags:
@@ -87,6 +88,11 @@ class ndarray:
     device = property(lambda self: Device(0))
     T = property(lambda self: self._view(self.memory.T))
 
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        """For MPI, which takes it: the memory is the host's."""
+        return self.memory.__array_interface__ | {"version": 3}
+
     def __len__(self) -> int:
         return len(self.memory)
 
@@ -100,7 +106,7 @@ class ndarray:
 
     def get(self, *_: Any, **__: Any) -> np.ndarray[Any, Any]:
         """A copy on the host."""
-        counter.wait()
+        streams.noted("syncs")
         return self.memory.copy()
 
     def set(self, values: np.ndarray[Any, Any]) -> None:
@@ -111,7 +117,7 @@ class ndarray:
 
     def item(self, *args: Any) -> Any:
         """An element."""
-        counter.wait()
+        streams.noted("syncs")
         return self.memory.item(*args)
 
     def tolist(self) -> Any:
@@ -128,7 +134,7 @@ class ndarray:
         return float(self.item())
 
     def __index__(self) -> int:
-        counter.wait()
+        streams.noted("syncs")
         return self.memory.__index__()
 
     def __iter__(self) -> Iterator[Any]:

@@ -1,33 +1,16 @@
-"""The stand-in's device: memory between guards, streams, and how often the host waits."""
+"""The stand-in's device: memory between guards."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from tests.device.standin import streams
+
 _GUARD = 64
 _ALIGN = 256
-
-
-class _Counter:
-    def __init__(self) -> None:
-        self.syncs = 0
-        self.lock = threading.Lock()
-
-    def wait(self) -> None:
-        with self.lock:
-            self.syncs += 1
-
-
-counter = _Counter()
-
-
-def syncs() -> int:
-    """How often the host has waited for the device."""
-    return counter.syncs
 
 
 class BaseMemory:
@@ -62,6 +45,14 @@ class MemoryPointer:
     def __init__(self, mem: Any, offset: int) -> None:
         self.mem, self.ptr, self.device_id = mem, mem.ptr + offset, mem.device_id
 
+    def copy_to_host_async(self, mem: Any, size: int, stream: Any = None) -> None:
+        """Start to copy to pinned memory."""
+        streams.copy("to host", mem.value, self.ptr, size)
+
+    def copy_from_host_async(self, mem: Any, size: int, stream: Any = None) -> None:
+        """Start to copy from pinned memory."""
+        streams.copy("from host", self.ptr, mem.value, size)
+
 
 class Device:
     """The only device."""
@@ -75,7 +66,8 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait."""
-        counter.wait()
+        streams.noted("syncs")
+        streams.noted("whole device")
 
     def __enter__(self) -> Device:
         return self
@@ -85,46 +77,6 @@ class Device:
 
 
 used: list[int] = []
-
-
-class Stream:
-    """A stream; everything has happened already."""
-
-    null: Any = None
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.ptr = 0
-
-    def synchronize(self) -> None:
-        """Wait."""
-        counter.wait()
-
-    def wait_event(self, event: Any) -> None:
-        """Let what follows wait, not the host."""
-
-    def record(self, event: Any = None) -> Any:
-        """An event after what was started."""
-        return event or Event()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class Event:
-    """A place in a stream."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def record(self, stream: Any = None) -> None:
-        """Put it there."""
-
-    def synchronize(self) -> None:
-        """Wait."""
-        counter.wait()
 
 
 class OutOfMemoryError(MemoryError):

@@ -1,13 +1,14 @@
-"""Probes run in processes of their own: whatever they do, they come back as a finding."""
+"""Trials in processes of their own: whatever they do, they come back as a finding."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
-import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,20 +17,28 @@ from typing import Any
 from hpcml.comm import launch
 
 LIMIT = 60.0
-"""Seconds a probe may take. A first import on a cold network file system takes tens of them."""
+"""Seconds a trial may take. A first import on a cold network file system takes tens of them."""
+
+PERMISSIVE = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+"""For Open MPI, which refuses root and more ranks than cores by default."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a probe found, or why it found nothing."""
+    """What a trial found, or why it found nothing."""
 
     found: dict[str, Any] = field(default_factory=dict)
     failure: str = ""
 
 
-def probe(name: str, *launcher: str, env: Mapping[str, str] | None = None) -> Outcome:
-    """Run a probe of `hpcml.cli.doctor.probe`, under a launcher's command line if one is given."""
-    return run([*launcher, sys.executable, "-m", "hpcml.cli.doctor.probe", name], env=env)
+def find_mpiexec() -> str:
+    """Return the mpiexec of this Python environment, else the one in PATH, else nothing."""
+    own = Path(sysconfig.get_path("scripts"), "mpiexec")
+    return str(own) if own.exists() else shutil.which("mpiexec") or ""
 
 
 def run(
@@ -62,7 +71,7 @@ class Ended:
 def start(command: Sequence[str], limit: float, env: Mapping[str, str] | None = None) -> Ended:
     """Run a command for at most `limit` seconds, with its children."""
     environment = launch.without_launcher() | dict(env or {})
-    paths = [str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     try:
         process = subprocess.Popen(
