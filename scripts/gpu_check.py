@@ -31,15 +31,17 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "machine": Part([*MEASURED, "machine"], 40, "what is installed"),
-    "kernels": Part([*PYTEST, *(f"tests/device/test_{name}.py" for name in KERNELS)], 120,
+    "machine": Part([*MEASURED, "machine"], 30, "what is installed"),
+    "kernels": Part([*PYTEST, *(f"tests/device/test_{name}.py" for name in KERNELS)], 110,
                     "every kernel against its specification in float64, all types"),
-    "ranks": Part([*PYTEST, "tests/device/test_training.py"], 100,
-                  "training with dp, ZeRO 0-3, tp, pp, cp beside the CPU; ranks are threads"),
-    "processes": Part([*MEASURED, "processes"], 100,
+    "ranks": Part([*PYTEST, "tests/device/test_training.py", "tests/device/test_messages.py"], 90,
+                  "training with dp, ZeRO 0-3, tp, pp, cp beside the CPU; collectives, halos and "
+                  "adjoints, direct and staged; ranks are threads"),
+    "processes": Part([*MEASURED, "processes"], 95,
                       "hpcml train under mpiexec with 2 and 4 ranks on the GPU beside one"),
-    "collectives": Part([*MEASURED, "collectives"], 50,
-                        "bandwidth of collectives between 2 processes, through the host"),
+    "collectives": Part([sys.executable, str(HERE / "gpu_messages.py")], 95,
+                        "collectives between 2 and 4 processes, direct and staged: values of all "
+                        "types, bandwidth"),
     "gpt2": Part([*MEASURED, "gpt2"], 110,
                  "a training step of GPT-2 124M, bf16, block 1024, beside PyTorch"),
     "resnet50": Part([*MEASURED, "resnet50"], 60, "a training step of ResNet-50 beside PyTorch"),

@@ -90,36 +90,6 @@ kind = "cuda"
     return {"rows": rows, "ok": all(row["agrees"] for row in rows)}
 
 
-BANDWIDTH = """
-import json, time
-import cupy
-import hpcml
-from hpcml import backend
-mesh = hpcml.Mesh()
-axis = mesh["dp"]
-backend.use_device("cuda", mesh.node.local_rank)
-rows = []
-for exponent in (16, 20, 24, 27):
-    x = cupy.ones(2**exponent // 2, backend.dtype("bf16"))
-    for name, call in (("all_reduce", lambda: axis.allreduce(x, out=x)),
-                       ("broadcast", lambda: axis.broadcast(x, out=x))):
-        call()
-        start = time.perf_counter()
-        for _ in range(3):
-            call()
-        seconds = (time.perf_counter() - start) / 3
-        rows.append({"operation": name, "bytes": x.nbytes, "way": "staged",
-                     "GB/s": round(x.nbytes / seconds / 1e9, 3)})
-if mesh.rank == 0:
-    print(json.dumps(rows))
-"""
-
-
-def collectives() -> dict[str, Any]:
-    """Payload per second of collectives of device arrays between 2 processes."""
-    return {"rows": json.loads(_launched(2, "-c", BANDWIDTH).splitlines()[-1])}
-
-
 def _timed(step: Callable[[], Any], wait: Callable[[], Any]) -> float:
     """The median of seconds of a step."""
     for _ in range(WARM):
@@ -281,9 +251,7 @@ def resnet50(batch: int = 64, pixels: int = 224) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = {f.__name__: f for f in (machine, processes, collectives, gpt2, resnet50)}[
-        sys.argv[1]
-    ]()
+    found = {f.__name__: f for f in (machine, processes, gpt2, resnet50)}[sys.argv[1]]()
     good = found.pop("ok", True)
     print(json.dumps(found))
     sys.exit(not good)
