@@ -32,8 +32,7 @@ def test_every_way(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     if ranks == 3:
         assert rows["tp"]["sent"] < rows["tp, naive"]["sent"]
         assert rows["tp"]["held"] < rows["dp"]["held"] == rows["cp"]["held"]
-        memory = [rows[name]["activations"] for name in ("tp", "tp, sequence")]
-        assert memory[0] > memory[1]
+        assert rows["tp, naive"]["activations"] > 2 * rows["tp"]["activations"] > 0
 
 
 def test_it_needs_ranks() -> None:

@@ -223,7 +223,7 @@ class FlatStorage:
         same to the last bit.
         """
         count, start = sum(bucket.grains for bucket in self.trained), 0
-        sums = memory.zeros((count,), np.float64, "buffers", self.device)
+        sums = backend.device_module(self.device).zeros(count, np.float64)
         for bucket in self.trained:
             mine, (grad, _) = self.sharding.owned("optim", bucket), self.sums(bucket)
             first = mine.start // bucket.grain

@@ -187,11 +187,14 @@ def test_nothing_is_held_for_a_moment_where_ranks_hold_all(
 
 @cases("overlap", [False, True])
 def test_a_tied_embedding_that_is_the_largest_unit(mesh: Mesh, overlap: bool) -> None:
-    """The bucket of its gradient is the one that is held beside."""
+    """The bucket of its gradient is the one that is held beside.
+
+    In backward the last norm, of the unit before, makes its result again for the head.
+    """
     found = made(mesh, 3, vocab=4096, width=64, overlap=overlap)
     embedding, blocks = found.units()
     assert embedding == found.bucket > blocks > embedding / 2
-    assert 2 * embedding + blocks <= found.buffers() <= (5 if overlap else 3) * embedding
+    assert 2 * embedding + blocks <= found.buffers() <= (5 if overlap else 4) * embedding
 
 
 @cases("overlap", [False, True])
