@@ -72,7 +72,9 @@ def test_every_use_and_every_kernel_is_counted() -> None:
     for (name, part), span in found.spans.items():
         assert 0 <= span.work <= span.nanoseconds
         if name in ("linear", "layer_norm", "gelu", "packed_attention"):
-            assert span.works == span.calls  # one kernel each
+            # One kernel each, and what linear layers had from GELU and layer norm is made again.
+            again = layers + norms if (name, part) == ("linear", "adjoint 0") else 0
+            assert span.works == span.calls + again
         elif part == "alone" and span.calls:
             assert span.works == span.calls and span.work == span.nanoseconds
     inside = sum(span.nanoseconds for span in found.spans.values())

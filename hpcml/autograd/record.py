@@ -20,6 +20,7 @@ Both see 16-bit floats in float32: `autograd.halves` widens and rounds around th
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -261,6 +262,7 @@ class Primitive:
     """A differentiable operation; call it with tensors, arrays or numbers, get a tensor."""
 
     tensor: ClassVar[type[Tensor]]  # the class of inputs and results, which imports this module
+    made: ClassVar[weakref.WeakSet[Primitive]] = weakref.WeakSet()  # all there are
 
     def __init__(self, forward: Callable[..., Array]) -> None:
         self.forward = forward
@@ -276,6 +278,7 @@ class Primitive:
         self.remake: Callable[[Context], Array] | None = None
         """Makes the result again from what was saved: those who need it in backward keep none."""
         self.__doc__ = forward.__doc__
+        self.made.add(self)
 
     def adjoint(self, function: Callable[[Context, Array], Array]) -> Any:
         """Register the adjoint of the next input: (context, gradient of the output) -> gradient."""

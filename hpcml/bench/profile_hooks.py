@@ -7,7 +7,6 @@ for the primitive it happens in, or stands for itself.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -147,7 +146,7 @@ class Profile:
                 put(module, name, self.work(function, name))
             for name, function in array_functions():
                 put(np, name, _with_methods(self.work(function, f"np.{name}", LARGE), function))
-            for primitive in [x for x in gc.get_objects() if type(x) is Primitive]:
+            for primitive in list(Primitive.made):
                 name = primitive.name
                 put(primitive, "forward", self.primitive(primitive.forward, name, "forward"))
                 adjoints = [
