@@ -12,6 +12,7 @@ from typing import Any
 from hpcml.autograd import Tensor
 from hpcml.autograd.ops import images
 from hpcml.backend import is_half
+from hpcml.errors import UserError
 from hpcml.nn import functional as F
 from hpcml.nn.images import check_filters, check_transposed, convolve, plan, transposed_sizes
 from hpcml.nn.part import Range
@@ -25,6 +26,7 @@ def convolution(module: Any, grid: Grid) -> Forward:
     """Of `Conv1d` to `Conv3d`: all padding modes, strides, dilations and groups."""
 
     def make(sizes: Sizes) -> tuple[Local, Overlap | None]:
+        _check_padding(module, sizes)
         local = windows_of(module, grid, sizes)
         mode = module.padding_mode
         beside = grid.overlaps and mode == "zeros" and local.exchange.moves
@@ -69,6 +71,21 @@ def _overlap(module: Any, grid: Grid, sizes: Sizes, local: Local) -> Overlap | N
         read=tuple(first for first, _ in grid.mine(local.reads)),
         own=grid.mine(blocks), outputs=local.sizes, interior=grid.mine(inside),
     )  # fmt: skip
+
+
+def _check_padding(module: Any, sizes: Sizes) -> None:
+    """Raise UserError, on all ranks alike, if an image has less than its mode continues it by."""
+    mode = module.padding_mode
+    if mode not in ("reflect", "circular"):
+        return
+    how = plan(where(module), module.kernel_size, module.stride, module.padding, module.dilation)
+    for pair, n in zip(how["padding"], sizes, strict=True):
+        most = n - 1 if mode == "reflect" else n
+        if max(pair) > most:
+            raise UserError(
+                f"{where(module)}: padding {pair} beside {n} of images {sizes}: "
+                f'padding_mode="{mode}" takes 0 to {most}'
+            )
 
 
 def _mirrored(x: Tensor, pads: tuple[Range, ...], mode: str) -> tuple[Tensor, tuple[Range, ...]]:

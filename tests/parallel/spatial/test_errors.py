@@ -72,6 +72,15 @@ REFUSED: dict[str, tuple[Any, tuple[int, ...], dict[str, int], str]] = {
         lambda: Net(nn.MaxPool2d(4)), (2, 1, 9, 6), {"sp_h": 3},
         r"middle \(MaxPool2d\): outputs of \(2, 1\) cannot be cut along its height among 3 ranks",
     ),
+    # Ranks at the edge refused these alone, and the one between waited for them.
+    "mirrored by more than there is": (
+        lambda: Net(nn.Conv2d(2, 2, 11, padding=5, padding_mode="reflect")), (2, 1, 9, 5),
+        {"sp_w": 3}, r'middle \(Conv2d\): padding \(5, 5\) beside 5 of images \(9, 5\): .*0 to 4',
+    ),
+    "around by more than there is": (
+        lambda: Net(nn.Conv2d(2, 2, 13, padding=6, padding_mode="circular")), (2, 1, 9, 5),
+        {"sp_h": 2}, r'middle \(Conv2d\): padding \(6, 6\) beside 5 of images \(9, 5\): .*0 to 5',
+    ),
     "no depth": (
         lambda: Net(nn.ReLU()), (2, 1, 5, 6), {"sp_d": 2}, r"mesh.sp_d=2 cuts .* mesh.sp_d=1"
     ),
