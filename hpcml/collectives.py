@@ -29,7 +29,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hpcml.autograd.record import Context, Primitive, movement
+from hpcml.autograd.primitives import Primitive, movement
+from hpcml.autograd.record import Context
 from hpcml.autograd.tensor import Tensor
 from hpcml.backend import Array
 from hpcml.comm import Axis, Halo

@@ -10,7 +10,7 @@ import pytest
 
 from hpcml import kernels
 from hpcml.autograd import Tensor
-from hpcml.autograd.record import Primitive
+from hpcml.autograd.primitives import Primitive
 from hpcml.bench import profile, profile_hooks
 from hpcml.bench.profile_hooks import Profile
 from hpcml.bench.step import SIZES, Size, batch_of, our_step

@@ -3,7 +3,8 @@
 from hpcml.autograd.functions import cat, maximum, minimum, stack, where
 from hpcml.autograd.gradcheck import gradcheck
 from hpcml.autograd.mode import enable_grad, no_grad, saved_tensors_hooks
-from hpcml.autograd.record import Context, Primitive, movement, primitive
+from hpcml.autograd.primitives import Primitive, movement, primitive
+from hpcml.autograd.record import Context
 from hpcml.autograd.tensor import Handle, Tensor, from_dlpack
 
 __all__ = [

@@ -3,7 +3,7 @@
 CPUs have no fast 16-bit arithmetic, and sums need more than 16 bits anywhere (Micikevicius et al.
 2018, "Mixed precision training", section 3.3). So the inputs of a primitive are widened for as long
 as it runs and its result is rounded; adjoints likewise. Neither knows of 16-bit types. Primitives
-that only move elements (`record.movement`) get the 16-bit arrays themselves.
+that only move elements (`primitives.movement`) get the 16-bit arrays themselves.
 """
 
 from __future__ import annotations

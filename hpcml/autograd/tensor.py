@@ -10,7 +10,8 @@ import numpy as np
 from hpcml import backend
 from hpcml.autograd.halves import widened
 from hpcml.autograd.operators import Operators
-from hpcml.autograd.record import Context, Primitive, apart, empty
+from hpcml.autograd.primitives import Primitive
+from hpcml.autograd.record import Context, apart, empty
 from hpcml.backend import Array
 
 

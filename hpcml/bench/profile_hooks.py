@@ -17,7 +17,7 @@ import numpy as np
 
 from hpcml import kernels
 from hpcml.autograd import Tensor
-from hpcml.autograd.record import Primitive
+from hpcml.autograd.primitives import Primitive
 
 LARGE = 4096
 """Bytes from which on an array's elements take longer than the call of a NumPy function."""

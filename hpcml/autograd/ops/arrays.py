@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpcml.autograd.halves import widened
 from hpcml.backend import Array, in_order, order
 
 if TYPE_CHECKING:
@@ -90,3 +91,15 @@ def flat(x: Array, like: Array) -> Array:
     if not like.flags.c_contiguous:
         x = x.transpose(order(like))
     return contiguous(x).reshape(-1)
+
+
+def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """Sum `gradient` to `shape`, which broadcasts to its shape: the adjoint of broadcasting."""
+    if gradient.shape == shape:
+        return gradient
+    gradient = widened(gradient)
+    lead = gradient.ndim - len(shape)
+    axes = tuple(range(lead)) + tuple(
+        lead + i for i, n in enumerate(shape) if n == 1 and gradient.shape[lead + i] != 1
+    )
+    return gradient.sum(axis=axes, keepdims=True).reshape(shape)

@@ -10,7 +10,8 @@ import numpy as np
 from hpcml import kernels, rng
 from hpcml.autograd.ops.arrays import contiguous, floats, same_type
 from hpcml.autograd.ops.fused import threshold
-from hpcml.autograd.record import Context, empty, primitive, sums
+from hpcml.autograd.primitives import primitive
+from hpcml.autograd.record import Context, empty, sums
 from hpcml.backend import Array
 
 

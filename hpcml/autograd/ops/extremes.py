@@ -6,7 +6,8 @@ from typing import Any
 
 from hpcml.autograd.ops.pointwise import evaluate, times
 from hpcml.autograd.ops.shape import Axes, axes_of, kept
-from hpcml.autograd.record import Context, primitive
+from hpcml.autograd.primitives import primitive
+from hpcml.autograd.record import Context
 from hpcml.backend import Array, xp
 
 

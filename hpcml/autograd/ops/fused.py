@@ -15,7 +15,8 @@ from hpcml.autograd.ops.arrays import (
     integers,
     same_type,
 )
-from hpcml.autograd.record import Context, empty, movement, primitive, sums
+from hpcml.autograd.primitives import movement, primitive
+from hpcml.autograd.record import Context, empty, sums
 from hpcml.backend import Array, xp
 
 

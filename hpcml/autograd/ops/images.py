@@ -12,7 +12,8 @@ import numpy as np
 
 from hpcml import kernels
 from hpcml.autograd.ops.arrays import contiguous, same_type
-from hpcml.autograd.record import Context, empty, primitive
+from hpcml.autograd.primitives import primitive
+from hpcml.autograd.record import Context, empty
 from hpcml.backend import Array
 
 Sizes = tuple[int, ...]

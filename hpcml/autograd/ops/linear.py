@@ -10,7 +10,8 @@ import numpy as np
 from hpcml import kernels
 from hpcml.autograd.halves import HALVES, widened
 from hpcml.autograd.ops.arrays import contiguous, same_type
-from hpcml.autograd.record import Context, primitive
+from hpcml.autograd.primitives import primitive
+from hpcml.autograd.record import Context
 from hpcml.backend import Array, xp
 
 

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 from hpcml import kernels
 from hpcml.autograd.ops.arrays import contiguous, same_type
 from hpcml.autograd.ops.images import channels_first, channels_last
-from hpcml.autograd.record import Context, empty, primitive, sum_type
+from hpcml.autograd.primitives import primitive
+from hpcml.autograd.record import Context, empty, sum_type
 from hpcml.backend import Array, xp
 
 

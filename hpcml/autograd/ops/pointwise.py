@@ -7,7 +7,8 @@ from typing import Any
 from hpcml import kernels
 from hpcml.autograd.halves import HALVES, narrowed, widened
 from hpcml.autograd.ops.arrays import flat, promoted
-from hpcml.autograd.record import Context, movement, primitive
+from hpcml.autograd.primitives import movement, primitive
+from hpcml.autograd.record import Context
 from hpcml.backend import Array, xp
 
 

@@ -16,7 +16,8 @@ from hpcml.autograd.ops.images import (
     channels_first,
     channels_last,
 )
-from hpcml.autograd.record import Context, empty, primitive
+from hpcml.autograd.primitives import primitive
+from hpcml.autograd.record import Context, empty
 from hpcml.backend import Array, xp
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from hpcml.autograd.halves import widened
-from hpcml.autograd.record import Context, movement, primitive, unbroadcast
+from hpcml.autograd.ops.arrays import unbroadcast
+from hpcml.autograd.primitives import movement, primitive
+from hpcml.autograd.record import Context
 from hpcml.backend import Array, order, xp
 
 Axes = int | tuple[int, ...] | list[int] | None

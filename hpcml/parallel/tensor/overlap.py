@@ -28,7 +28,7 @@ from hpcml.autograd import Context, Tensor
 from hpcml.autograd.halves import narrowed, widened
 from hpcml.autograd.ops import linear as products
 from hpcml.autograd.ops.arrays import contiguous, same_type
-from hpcml.autograd.record import movement
+from hpcml.autograd.primitives import movement
 from hpcml.backend import Array
 from hpcml.comm import Axis
 from hpcml.comm.request import Request
