@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcml.autograd import Tensor
 from hpcml.autograd.operators import array_of
-from hpcml.autograd.ops import attention, fused, pointwise, shape
+from hpcml.autograd.ops import attention, fused, norm, pointwise, shape
 from hpcml.autograd.ops import linear as products
 from hpcml.errors import UserError
 from hpcml.nn.images import (
@@ -118,7 +118,7 @@ def layer_norm(
     sizes = tuple(normalized_shape)
     if tuple(input.shape[-len(sizes) :]) != sizes:
         raise ValueError(f"layer_norm({input.shape}): the last sizes must be {sizes}")
-    return fused.layer_norm(input, weight, bias, size=math.prod(sizes), eps=eps)
+    return norm.layer_norm(input, weight, bias, size=math.prod(sizes), eps=eps)
 
 
 def dropout(

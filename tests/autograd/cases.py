@@ -131,14 +131,14 @@ TABLE: dict[Primitive, list[Case]] = {
         keyed(fused.log_softmax, s, dim=d)
         for s, d in [((2, 3), -1), ((2, 3), 0), ((1,), 0), ((0, 3), 1), ((3, 0), 1), ((2, 3, 4), 1)]
     ],
-    fused.layer_norm: [
-        keyed(fused.layer_norm, (4, 5), (5,), (5,), size=5, eps=1e-5),
-        keyed(fused.layer_norm, (2, 3, 4), (3, 4), (3, 4), size=12, eps=1e-2),
-        keyed(fused.layer_norm, (5,), (5,), (5,), size=5, eps=1e-5),
-        keyed(fused.layer_norm, (0, 5), (5,), (5,), size=5, eps=1e-5),
-        (lambda x: fused.layer_norm(x, None, None, size=6, eps=1e-5), [normal(3, 6)]),
-        (lambda x, w: fused.layer_norm(x, w, None, size=6, eps=1e-5), [normal(3, 6), normal(6)]),
-        (lambda x, b: fused.layer_norm(x, None, b, size=6, eps=1e-5), [normal(3, 6), normal(6)]),
+    norm.layer_norm: [
+        keyed(norm.layer_norm, (4, 5), (5,), (5,), size=5, eps=1e-5),
+        keyed(norm.layer_norm, (2, 3, 4), (3, 4), (3, 4), size=12, eps=1e-2),
+        keyed(norm.layer_norm, (5,), (5,), (5,), size=5, eps=1e-5),
+        keyed(norm.layer_norm, (0, 5), (5,), (5,), size=5, eps=1e-5),
+        (lambda x: norm.layer_norm(x, None, None, size=6, eps=1e-5), [normal(3, 6)]),
+        (lambda x, w: norm.layer_norm(x, w, None, size=6, eps=1e-5), [normal(3, 6), normal(6)]),
+        (lambda x, b: norm.layer_norm(x, None, b, size=6, eps=1e-5), [normal(3, 6), normal(6)]),
     ],
     fused.cross_entropy: [
         (

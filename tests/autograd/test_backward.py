@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hpcml.autograd import Tensor, enable_grad, no_grad
-from hpcml.autograd.ops import fused, linear
+from hpcml.autograd.ops import fused, linear, norm
 from tests.autograd.support import Array, leaf, normal, noting
 
 
@@ -75,7 +75,7 @@ def test_gradients_lie_in_the_given_buffer(kind: str, operation: str) -> None:
     functions = {
         "product": lambda w: w * w,
         "embedding": lambda w: fused.embedding(w, np.array([0, 2, 2])),
-        "norm": lambda w: fused.layer_norm(Tensor(normal(2, 12)), w, w, size=12, eps=1e-5),
+        "norm": lambda w: norm.layer_norm(Tensor(normal(2, 12)), w, w, size=12, eps=1e-5),
         "index": lambda w: w[1:, 0] * w[0, 0],
         "sum": lambda w: w.sum(),
         "linear": lambda w: linear.linear(Tensor(normal(5, 4)), w, w[:, 0]),
@@ -103,9 +103,9 @@ def test_residual_path_equals_plain_path() -> None:
     def gradients(early: bool) -> list[Array]:
         x, y = leaf(normal(4, 6)), leaf(normal(4, 6, salt=3))
         hidden = x * y if early else x
-        norm = fused.layer_norm(hidden, Tensor(w), Tensor(b), size=6, eps=1e-5)
-        (hidden * 2 + norm.tanh() + hidden).backward(g)
-        (fused.layer_norm(x, None, None, size=6, eps=1e-5) * x).backward(g)
+        normed = norm.layer_norm(hidden, Tensor(w), Tensor(b), size=6, eps=1e-5)
+        (hidden * 2 + normed.tanh() + hidden).backward(g)
+        (norm.layer_norm(x, None, None, size=6, eps=1e-5) * x).backward(g)
         return [x.gradient, y.gradient]  # type: ignore[list-item]
 
     def expected(early: bool) -> list[Array]:
@@ -113,14 +113,14 @@ def test_residual_path_equals_plain_path() -> None:
         x, y = leaf(normal(4, 6)), leaf(normal(4, 6, salt=3))
         parts = [
             lambda h: h * 2,
-            lambda h: fused.layer_norm(h, Tensor(w), Tensor(b), size=6, eps=1e-5).tanh(),
+            lambda h: norm.layer_norm(h, Tensor(w), Tensor(b), size=6, eps=1e-5).tanh(),
             lambda h: h,
         ]
         for part in parts:
             (part(x * y if early else x) * 1).backward(g)
         fixed = x.detach()
-        (fused.layer_norm(x, None, None, size=6, eps=1e-5) * fixed).backward(g)
-        (fused.layer_norm(fixed, None, None, size=6, eps=1e-5) * x).backward(g)
+        (norm.layer_norm(x, None, None, size=6, eps=1e-5) * fixed).backward(g)
+        (norm.layer_norm(fixed, None, None, size=6, eps=1e-5) * x).backward(g)
         return [x.gradient, y.gradient]  # type: ignore[list-item]
 
     for early in (True, False):

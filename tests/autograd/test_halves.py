@@ -12,7 +12,7 @@ import pytest
 
 from hpcml import backend, memory
 from hpcml.autograd import Context, Primitive, Tensor, gradcheck, primitive, saved_tensors_hooks
-from hpcml.autograd.ops import attention, fused, linear, pointwise, shape
+from hpcml.autograd.ops import attention, fused, linear, norm, pointwise, shape
 from hpcml.nn import Parameter
 from tests.autograd.cases import TABLE
 from tests.autograd.support import Array, layouts, leaf, normal
@@ -117,7 +117,7 @@ def test_a_residual_branch_is_added_before_rounding(name: str) -> None:
     gradients = []
     for array in (x, wide(x)):
         y = leaf(array)
-        (y + fused.layer_norm(y, None, None, size=8, eps=1e-5)).backward(g.astype(array.dtype))
+        (y + norm.layer_norm(y, None, None, size=8, eps=1e-5)).backward(g.astype(array.dtype))
         gradients.append(wide(y.gradient))
     np.testing.assert_array_equal(gradients[0], round_(gradients[1], name))
 
@@ -262,7 +262,7 @@ def test_views_stay_views_and_a_table_is_never_widened(name: str) -> None:
 
 def test_gradcheck(name: str) -> None:
     def network(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return fused.layer_norm(linear.linear(x, w, b), None, None, size=4, eps=1e-5).tanh()
+        return norm.layer_norm(linear.linear(x, w, b), None, None, size=4, eps=1e-5).tanh()
 
     inputs = [leaf(half(normal(*s), name)) for s in ((5, 3), (4, 3), (4,))]
     before = [x.data for x in inputs]

@@ -13,7 +13,7 @@ import pytest
 from hpcml import backend, memory
 from hpcml.autograd import Tensor, no_grad, saved_tensors_hooks
 from hpcml.autograd.backward import backward
-from hpcml.autograd.ops import fused, linear
+from hpcml.autograd.ops import fused, linear, norm
 from hpcml.nn import Linear, Parameter
 from tests.autograd.support import Array, leaf, normal
 
@@ -26,7 +26,7 @@ def live() -> int:
 def network(x: Tensor, w: Tensor) -> Tensor:
     y = linear.linear(x, w, None)
     y = fused.gelu(y) * y.tanh() + fused.softmax(y) / 2
-    return fused.layer_norm(y, None, None, size=y.shape[-1], eps=1e-5).mean()
+    return norm.layer_norm(y, None, None, size=y.shape[-1], eps=1e-5).mean()
 
 
 def test_account_returns_to_its_start() -> None:
@@ -82,7 +82,7 @@ def made_again(kind: str, defer: bool = False) -> tuple[int, list[Array]]:
     dtype = backend.dtype(kind)
     x, w, v, scale = (leaf(normal(*s).astype(dtype)) for s in ((9, 8), (8, 8), (8, 8), (8,)))
     before = live()
-    h = fused.layer_norm(x, scale, scale, size=8, eps=1e-5)
+    h = norm.layer_norm(x, scale, scale, size=8, eps=1e-5)
     out = linear.linear(fused.gelu(linear.linear(h, w, None)), v, None)
     del h
     kept = live() - before - out.data.nbytes
@@ -98,7 +98,7 @@ def test_what_is_cheap_is_made_again_to_the_bit(
 ) -> None:
     """Results of GELU and layer norm are not kept for the layers that need them in backward."""
     less, gradients = made_again(kind, defer)
-    for one in (fused.gelu, fused.layer_norm):
+    for one in (fused.gelu, norm.layer_norm):
         monkeypatch.setattr(one, "remake", None)
     more, expected = made_again(kind, defer)
     assert more - less == 2 * 9 * 8 * backend.dtype(kind).itemsize

@@ -6,15 +6,7 @@ import numpy as np
 
 from hpcml import kernels, rng
 from hpcml.autograd.halves import HALVES, narrowed, widened
-from hpcml.autograd.ops.arrays import (
-    check_indices,
-    contiguous,
-    dense,
-    flat,
-    floats,
-    integers,
-    same_type,
-)
+from hpcml.autograd.ops.arrays import check_indices, contiguous, dense, flat, floats, integers
 from hpcml.autograd.primitives import movement, primitive
 from hpcml.autograd.record import Context, empty, sums
 from hpcml.backend import Array, xp
@@ -65,81 +57,6 @@ def log_softmax_x(ctx: Context, g: Array) -> Array:
     out = xp(y).exp(y, out=ctx.empty(y.shape, y))
     out *= g.sum(axis=ctx.attributes, keepdims=True)
     return xp(y).subtract(g, out, out=out)
-
-
-@primitive
-def layer_norm(
-    ctx: Context, x: Array, weight: Array | None, bias: Array | None, *, size: int, eps: float
-) -> Array:
-    """Normalise the last dimensions, `size` elements together, then scale and shift by element.
-
-    Ba, Kiros, Hinton 2016. x (..., size), weight, bias of `size` elements or None.
-    """
-    for name, array in (("weight", weight), ("bias", bias)):
-        if array is not None and array.size != size:
-            raise ValueError(f"{name} {array.shape} must have {size} elements")
-    same_type(ctx, "x", "weight", "bias")
-    x = floats(x)
-    rows = x.size // size if size else 0
-    mean, inverse = sums((2, rows), x)
-    ctx.attributes = rows, size, mean, inverse, mean.dtype.type(eps)
-    ctx.save(x, weight, bias)
-    return _layer_norm(ctx, x, weight, bias)
-
-
-def _layer_norm(ctx: Context, x: Array, weight: Array | None, bias: Array | None) -> Array:
-    rows, size, mean, inverse, eps = ctx.attributes
-    none = x.reshape(-1)[:0]
-    out = ctx.empty(x.shape, x)
-    kernels.of(x).layer_norm(
-        x.reshape(rows, size), none if weight is None else contiguous(weight).reshape(-1),
-        none if bias is None else contiguous(bias).reshape(-1), eps,
-        out.reshape(rows, size), mean, inverse,
-    )  # fmt: skip
-    return out
-
-
-@layer_norm.remade
-def layer_norm_again(ctx: Context) -> Array:
-    return _layer_norm(ctx, *ctx.saved)
-
-
-layer_norm.on_device = True
-
-
-@layer_norm.adjoint
-def layer_norm_x(ctx: Context, g: Array) -> Array:
-    x, weight, _ = ctx.saved
-    rows, size, mean, inverse, _ = ctx.attributes
-    pending = ctx.take_pending()
-    none = x.reshape(rows, size)[:0]
-    out = ctx.empty(x.shape, x)
-    kernels.of(x).layer_norm_backward(
-        contiguous(g).reshape(rows, size), x.reshape(rows, size),
-        none.reshape(-1) if weight is None else contiguous(weight).reshape(-1), mean, inverse,
-        none if pending is None else contiguous(pending).reshape(rows, size),
-        out.reshape(rows, size),
-    )  # fmt: skip
-    return out
-
-
-@layer_norm.adjoint
-def layer_norm_weight(ctx: Context, g: Array) -> Array:
-    x, weight, _ = ctx.saved
-    rows, size, mean, inverse, _ = ctx.attributes
-    out = ctx.empty(weight.shape, x)
-    kernels.of(x).layer_norm_weight_gradient(
-        contiguous(g).reshape(rows, size), x.reshape(rows, size), mean, inverse, out.reshape(-1)
-    )
-    return out
-
-
-@layer_norm.adjoint
-def layer_norm_bias(ctx: Context, g: Array) -> Array:
-    rows, size, *_ = ctx.attributes
-    out = ctx.empty(ctx.shapes[2], g)
-    kernels.of(g).column_sums(contiguous(g).reshape(rows, size), out.reshape(-1))
-    return out
 
 
 @primitive

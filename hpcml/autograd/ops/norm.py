@@ -1,11 +1,11 @@
-"""Batch normalisation (Ioffe and Szegedy 2015)."""
+"""Normalisation: of channels over a batch, and of the elements of each row."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
 from hpcml import kernels
-from hpcml.autograd.ops.arrays import contiguous, same_type
+from hpcml.autograd.ops.arrays import contiguous, floats, same_type
 from hpcml.autograd.ops.images import channels_first, channels_last
 from hpcml.autograd.primitives import primitive
 from hpcml.autograd.record import Context, empty, sum_type
@@ -36,10 +36,10 @@ def batch_norm(
 ) -> Array:  # fmt: skip
     """Normalise each channel of x (N, C, *S), then scale and shift it: weight, bias (C) or None.
 
-    running: estimates of mean and variance (C), or None. In training the statistics are those of x,
-    and the estimates, if any, go from r to (1 - momentum) r + momentum * statistic, of variances
-    the unbiased one; otherwise the estimates are the statistics. across: x is a part of what they
-    are taken of; gradients of weight and bias are then of that part.
+    Ioffe and Szegedy 2015. running: estimates of mean and variance (C), or None. In training the
+    statistics are those of x, and the estimates, if any, go from r to (1 - momentum) r + momentum *
+    statistic, of variances the unbiased one; otherwise the estimates are the statistics. across: x
+    is a part of what they are taken of; gradients of weight and bias are then of that part.
     """
     same_type(ctx, "x", "weight", "bias")
     rows = _rows(x)
@@ -123,4 +123,79 @@ def batch_norm_bias(ctx: Context, g: Array) -> Array:
     _, _, sums = _sums(ctx, g)
     out = ctx.empty(ctx.shapes[2], sums)
     out[...] = sums[0]
+    return out
+
+
+@primitive
+def layer_norm(
+    ctx: Context, x: Array, weight: Array | None, bias: Array | None, *, size: int, eps: float
+) -> Array:
+    """Normalise the last dimensions, `size` elements together, then scale and shift by element.
+
+    Ba, Kiros, Hinton 2016. x (..., size), weight, bias of `size` elements or None.
+    """
+    for name, array in (("weight", weight), ("bias", bias)):
+        if array is not None and array.size != size:
+            raise ValueError(f"{name} {array.shape} must have {size} elements")
+    same_type(ctx, "x", "weight", "bias")
+    x = floats(x)
+    rows = x.size // size if size else 0
+    mean, inverse = empty((2, rows), x, sum_type(x))
+    ctx.attributes = rows, size, mean, inverse, mean.dtype.type(eps)
+    ctx.save(x, weight, bias)
+    return _layer_norm(ctx, x, weight, bias)
+
+
+def _layer_norm(ctx: Context, x: Array, weight: Array | None, bias: Array | None) -> Array:
+    rows, size, mean, inverse, eps = ctx.attributes
+    none = x.reshape(-1)[:0]
+    out = ctx.empty(x.shape, x)
+    kernels.of(x).layer_norm(
+        x.reshape(rows, size), none if weight is None else contiguous(weight).reshape(-1),
+        none if bias is None else contiguous(bias).reshape(-1), eps,
+        out.reshape(rows, size), mean, inverse,
+    )  # fmt: skip
+    return out
+
+
+@layer_norm.remade
+def layer_norm_again(ctx: Context) -> Array:
+    return _layer_norm(ctx, *ctx.saved)
+
+
+layer_norm.on_device = True
+
+
+@layer_norm.adjoint
+def layer_norm_x(ctx: Context, g: Array) -> Array:
+    x, weight, _ = ctx.saved
+    rows, size, mean, inverse, _ = ctx.attributes
+    pending = ctx.take_pending()
+    none = x.reshape(rows, size)[:0]
+    out = ctx.empty(x.shape, x)
+    kernels.of(x).layer_norm_backward(
+        contiguous(g).reshape(rows, size), x.reshape(rows, size),
+        none.reshape(-1) if weight is None else contiguous(weight).reshape(-1), mean, inverse,
+        none if pending is None else contiguous(pending).reshape(rows, size),
+        out.reshape(rows, size),
+    )  # fmt: skip
+    return out
+
+
+@layer_norm.adjoint
+def layer_norm_weight(ctx: Context, g: Array) -> Array:
+    x, weight, _ = ctx.saved
+    rows, size, mean, inverse, _ = ctx.attributes
+    out = ctx.empty(weight.shape, x)
+    kernels.of(x).layer_norm_weight_gradient(
+        contiguous(g).reshape(rows, size), x.reshape(rows, size), mean, inverse, out.reshape(-1)
+    )
+    return out
+
+
+@layer_norm.adjoint
+def layer_norm_bias(ctx: Context, g: Array) -> Array:
+    rows, size, *_ = ctx.attributes
+    out = ctx.empty(ctx.shapes[2], g)
+    kernels.of(g).column_sums(contiguous(g).reshape(rows, size), out.reshape(-1))
     return out
