@@ -107,6 +107,7 @@ def account(profile: Profile, costs: Costs, call: float) -> dict[str, Any]:
             seconds = span.nanoseconds - span.calls * work_shown
         else:
             seconds = span.nanoseconds - span.calls * shown - span.works * work_whole
+            seconds -= span.others * (whole - shown)
         rows.append({"name": name, "part": part, "calls": span.calls, "works": span.works,
                      "seconds": seconds * 1e-9, "work": work * 1e-9})  # fmt: skip
     between = {}

@@ -1,8 +1,9 @@
 """Clocks around the parts of a training step, hung up from outside for one step and taken down.
 
-Two kinds of calls are clocked: uses of primitives and their adjoints, and *work*, which is what the
-compiled kernels do and what NumPy's functions do with arrays of `LARGE` bytes or more. Work counts
-for the primitive it happens in, or stands for itself.
+Two kinds of calls are clocked: uses of primitives, with their adjoints and what makes their results
+again, and *work*, which is what the compiled kernels do and what NumPy's functions do with arrays
+of `LARGE` bytes or more. Work counts for the primitive it happens in, or stands for itself. What an
+adjoint has another primitive make again counts for that one alone.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ _CALLS = 2000
 
 
 class Span:
-    """What was clocked under one name: calls, nanoseconds, and the work within."""
+    """What was clocked under one name: calls, nanoseconds, and the work within.
 
-    __slots__ = ("calls", "nanoseconds", "work", "works")
+    Calls of other primitives from within are counted (`others`), but not their time and work.
+    """
+
+    __slots__ = ("calls", "nanoseconds", "others", "work", "works")
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Forget all that was clocked."""
-        self.calls = self.nanoseconds = self.works = self.work = 0
+        self.calls = self.nanoseconds = self.others = self.works = self.work = 0
 
 
 class Profile:
@@ -71,7 +75,7 @@ class Profile:
     # --- the clocks -----------------------------------------------------------------------------
 
     def primitive(self, function: Callable[..., Any], name: str, part: str) -> Callable[..., Any]:
-        """`function`, a forward or an adjoint, with a clock around it."""
+        """`function`, a part of a primitive, with a clock around it."""
         span = self.span(name, part)
 
         def clocked(*args: Any, **attributes: Any) -> Any:
@@ -87,6 +91,9 @@ class Profile:
                 if outer is None:
                     self.clocked[self.phase] += passed
                     self.outermost[self.phase][0] += 1
+                else:
+                    outer.nanoseconds -= passed
+                    outer.others += 1
 
         return clocked
 
@@ -154,6 +161,8 @@ class Profile:
                     for number, adjoint in enumerate(primitive.adjoints)
                 ]
                 put(primitive, "adjoints", adjoints)
+                if primitive.remake is not None:
+                    put(primitive, "remake", self.primitive(primitive.remake, name, "again"))
             put(Tensor, "backward", self.backward(Tensor.backward))
             yield
 
