@@ -37,6 +37,11 @@ def count(size: int, microbatch: int, ranks: int) -> int:
     return -(-size // _samples(size, microbatch, ranks))
 
 
+def rounds(size: int, microbatch: int, ranks: int) -> int:
+    """The most microbatches that a rank has of such a batch."""
+    return -(-count(size, microbatch, ranks) // ranks)
+
+
 def microbatches(
     size: int, microbatch: int, axis: Axis, lockstep: bool = False
 ) -> Iterator[Microbatch]:
@@ -51,10 +56,10 @@ def microbatches(
     """
     total = count(size, microbatch, axis.size)
     mine = len(range(axis.rank, total, axis.size))
-    rounds = -(-total // axis.size) if lockstep else mine
-    for number in range(rounds):
+    times = rounds(size, microbatch, axis.size) if lockstep else mine
+    for number in range(times):
         j = number * axis.size + axis.rank
-        last = number + 1 == rounds
+        last = number + 1 == times
         if j < total:
             samples = part(j, size, microbatch, axis.size)
             yield Microbatch(j, samples, (samples.stop - samples.start) / size, last)

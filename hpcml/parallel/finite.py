@@ -21,6 +21,9 @@ from hpcml.nn import Module
 
 Named = Iterable[tuple[str, Array]]
 
+quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+"""A run that diverges says so once, by its loss; NumPy need not warn before."""
+
 
 @dataclass(frozen=True)
 class Finding:

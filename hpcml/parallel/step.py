@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,31 +15,28 @@ from hpcml.backend import Array
 from hpcml.comm import Mesh
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.nn import Module
-from hpcml.nn.evaluation import evaluating
 from hpcml.optim import clip_scale
 from hpcml.parallel import data
 from hpcml.parallel.background import Staleness
-from hpcml.parallel.batch import as_tensor, size_of
-from hpcml.parallel.buffers import Buffers
+from hpcml.parallel.batch import size_of
 from hpcml.parallel.division import Division
-from hpcml.parallel.finite import Finding, describe
+from hpcml.parallel.finite import Finding, describe, quiet
 from hpcml.parallel.limits import advised
 from hpcml.parallel.pipeline.actions import Kind
+from hpcml.parallel.placed import PlacedModel
 from hpcml.parallel.precision import LossScaler
-from hpcml.parallel.refusals import Refusals
-from hpcml.parallel.replicas import ReplicaError, check_replicas
-from hpcml.parallel.scores import Metric, Scores
+from hpcml.parallel.scores import Metric
 from hpcml.parallel.spatial.grid import NAMES
 from hpcml.parallel.zero import Zero
 
 LossFunction = Callable[..., Tensor]
 
-quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-"""A run that diverges says so once, by its loss; NumPy need not warn before."""
 
-
-class Step:
+class Step(PlacedModel):
     """One update of the parameters for each call; see `parallelize`.
+
+    The way of a batch: `compute` (its microbatches forward and backward), the loss of all ranks,
+    `complete` (the gradient of all ranks), clipping, the update.
 
     After a call `grad_norm` holds the norm of the whole gradient before clipping; with float16 it
     is infinite or not-a-number where the step was skipped because its gradient overflowed, and
@@ -50,8 +47,6 @@ class Step:
     """Of a pipeline, the first that this rank has."""
     current = -1
     """Of this rank's microbatches in a batch, the one in forward; -1 outside of training."""
-    apart = False
-    """Whether the ranks' parameters may differ between calls."""
     staleness: Staleness | None = None
     """How late gradients were, where they may be."""
 
@@ -59,31 +54,20 @@ class Step:
         self, model: Module, division: Division, mesh: Mesh, zero: Zero, *,
         microbatch: int, grad_clip: float, seed: int, metrics: Mapping[str, Metric] | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.mesh, self.zero = model, mesh, zero
-        self.division, self.loss = division, division.loss
-        self.optimizer, self.groups = zero.optimizer, zero.groups
-        self.microbatch, self.grad_clip, self.seed = microbatch, grad_clip, seed
-        self.axis = mesh["dp"]
-        self._owners = self.axis  # of the shares in a loss
+        super().__init__(model, division, mesh, zero, microbatch=microbatch, metrics=metrics)
+        self.optimizer, self.grad_clip, self.seed = zero.optimizer, grad_clip, seed
         self.samples = 0  # samples of all steps so far, over all ranks
         self.grad_norm = math.nan
-        self._dtype, self._device = zero.storage.dtype, zero.storage.device
+        self.scores: dict[str, float] = {}
         self.scaler = LossScaler() if self._dtype == np.float16 else None
         self._holding = False
         self._held = 0  # samples whose gradients wait for more
         self._unit = 0  # samples that the gradients are divided by
         self._compared = False  # whether ranks that divide the model have one loss
         self._weight = 1.0  # by which this rank's gradient counts
-        self._refusals = Refusals()
-        self.scores: dict[str, float] = {}
-        self._scores = Scores(division.metrics(metrics or {}))
-        self.buffers = Buffers(model, mesh.deterministic)
-        self.buffers.broadcast(self.groups.dp)
 
     def plan(self, size: int) -> None:
         """See that a step of `size` samples can be made; raises UserError if not."""
-
-    # --- training -------------------------------------------------------------------------------
 
     @quiet
     def __call__(self, batch: Any) -> float:
@@ -121,15 +105,80 @@ class Step:
         self.samples, self._held = first + size, held + size
         return losses
 
-    @property
-    def _lockstep(self) -> bool:
-        """Whether ranks need each other in forward or backward."""
-        return self.zero.lockstep or self.division.turn is not None
+    def _accumulate(self, batch: Any, size: int, first: int, *, fresh: bool) -> Array:
+        """Add the gradients of a batch; the share of each own microbatch in its mean loss.
 
-    @property
-    def steps(self) -> int:
-        """Batches of which the parameters have learned."""
-        return self.optimizer.steps
+        fresh: to none of batches before.
+        """
+        factor = self._begin(size, fresh=fresh)
+        made: list[tuple[data.Microbatch, Array]] = []
+        parts = data.microbatches(size, self.microbatch, self.axis, self._lockstep)
+        for self.current, part in enumerate(parts):
+            loss = self._learn(batch, first, part, factor)
+            if part.weight:
+                made.append((part, loss))
+        losses = np.zeros(data.count(size, self.microbatch, self.axis.size))
+        values = backend.numbers([value for _, value in made])  # not before: it waits for a GPU
+        for (part, _), value in zip(made, values, strict=True):
+            losses[part.number] = value * part.weight
+        return losses
+
+    def _begin(self, size: int, *, fresh: bool) -> float:
+        """A batch begins; by what the gradient of its mean loss counts."""
+        rounds = data.rounds(size, self.microbatch, self.axis.size)
+        if fresh:
+            self._unit = size
+            self.zero.begin(2 if self._holding else rounds)
+        self.buffers.begin(rounds, fresh=fresh)
+        return size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
+
+    def _learn(self, batch: Any, first: int, part: data.Microbatch, factor: float) -> Array:
+        """Forward and backward of a microbatch; its mean loss."""
+        span = self.mesh.ledger.span
+        if self.division.turn is not None:
+            self.division.turn.counts = part.weight > 0
+        with rng.samples(self.seed, first + part.samples.start):
+            counted = self.buffers.microbatch(self.current, part.counted)
+            with span(Kind.FORWARD, 0, part.number), counted:
+                loss = self._loss(self.division.fields(batch, part.samples))
+            self.scored(part.weight)
+            last = part.last and not self._holding
+            self.zero.before_backward(real=part.weight > 0, last=last)
+            with span(Kind.BACKWARD, 0, part.number):
+                loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
+        self.zero.after_backward()
+        return loss.data
+
+    def _conclude(self, batch: Any, first: int, losses: Array) -> float:
+        """Bring the ranks together and update; the loss, given this rank's shares in it."""
+        losses = self.total(losses)
+        self._compare(losses)
+        if not np.isfinite(losses).all():
+            self.grad_norm = math.nan
+            raise self._failure(batch, first, losses)
+        if not self._holding:
+            self._finish(batch, first, losses)
+        return math.fsum(losses)
+
+    def _finish(self, batch: Any, first: int, losses: Array) -> None:
+        """Reduce the gradients, and update unless they overflowed."""
+        factor = self.complete()
+        self.grad_norm = self.zero.norm() * factor
+        good = math.isfinite(self.grad_norm)
+        if not good and (self.scaler is None or self.scaler.exhausted):
+            raise self._failure(batch, first, losses)
+        if good:
+            self.zero.update(clip_scale(self.grad_norm, self.grad_clip) * factor)
+        if self.scaler is not None:
+            self.scaler.update(overflow=not good)
+
+    def complete(self) -> float:
+        """Complete the gradient over the ranks; the factor by which it counts. Collective."""
+        self.zero.finish()
+        factor = self._unit / self._held / (self.scaler.scale if self.scaler else 1.0)
+        self.buffers.complete(None if self.apart else self._owners, self._held)
+        self._held = 0
+        return factor
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Steps inside add to the gradient only; the next one outside updates from all of them.
@@ -152,51 +201,24 @@ class Step:
         finally:
             self._holding = False
 
-    def _accumulate(self, batch: Any, size: int, first: int, *, fresh: bool) -> Array:
-        """Add the gradients of a batch; the share of each own microbatch in its mean loss.
+    # --- what else a step knows -------------------------------------------------------------------
 
-        fresh: to none of batches before.
-        """
-        total = data.count(size, self.microbatch, self.axis.size)
-        rounds = -(-total // self.axis.size)
-        if fresh:
-            self._unit = size
-            self.zero.begin(2 if self._holding else rounds)
-        self.buffers.begin(rounds, fresh=fresh)
-        losses, span = np.zeros(total), self.mesh.ledger.span
-        factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
-        parts = data.microbatches(size, self.microbatch, self.axis, self._lockstep)
-        made: list[tuple[data.Microbatch, Array]] = []
-        for self.current, part in enumerate(parts):
-            last = part.last and not self._holding
-            if self.division.turn is not None:
-                self.division.turn.counts = part.weight > 0
-            with rng.samples(self.seed, first + part.samples.start):
-                counted = self.buffers.microbatch(self.current, part.counted)
-                with span(Kind.FORWARD, 0, part.number), counted:
-                    loss = self._loss(self.division.fields(batch, part.samples))
-                self.scored(part.weight)
-                if part.weight:
-                    made.append((part, loss.data))
-                self.zero.before_backward(real=part.weight > 0, last=last)
-                with span(Kind.BACKWARD, 0, part.number):
-                    loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
-            self.zero.after_backward()
-        values = backend.numbers([value for _, value in made])  # not before: it waits for a GPU
-        for (part, _), value in zip(made, values, strict=True):
-            losses[part.number] = value * part.weight
-        return losses
+    @property
+    def steps(self) -> int:
+        """Batches of which the parameters have learned."""
+        return self.optimizer.steps
 
-    def _conclude(self, batch: Any, first: int, losses: Array) -> float:
-        """Bring the ranks together and update; the loss, given this rank's shares in it."""
-        losses = self.total(losses)
-        self._compare(losses)
-        if not np.isfinite(losses).all():
-            self.grad_norm = math.nan
-            raise self._failure(batch, first, losses)
-        if not self._holding:
-            self._finish(batch, first, losses)
-        return math.fsum(losses)
+    @property
+    def _lockstep(self) -> bool:
+        """Whether ranks need each other in forward or backward."""
+        return self.zero.lockstep or self.division.turn is not None
+
+    @property
+    def _sum_scores(self) -> Callable[[Array], Array] | None:
+        """How metrics of a batch are added up over the ranks; None where they do not wait."""
+        return self.total
+
+    # --- errors -----------------------------------------------------------------------------------
 
     def _compare(self, losses: Array) -> None:
         """Once, see that ranks which divide the model have one loss: each has all of it."""
@@ -212,191 +234,6 @@ class Step:
                 "something that each has whole is made of what it has in part; hpcml check names "
                 "the layer"
             )
-
-    def complete(self) -> float:
-        """Complete the gradient over the ranks; the factor by which it counts. Collective."""
-        self.zero.finish()
-        factor = self._unit / self._held / (self.scaler.scale if self.scaler else 1.0)
-        self.buffers.complete(None if self.apart else self._owners, self._held)
-        self._held = 0
-        return factor
-
-    def _finish(self, batch: Any, first: int, losses: Array) -> None:
-        """Reduce the gradients, and update unless they overflowed."""
-        factor = self.complete()
-        self.grad_norm = self.zero.norm() * factor
-        good = math.isfinite(self.grad_norm)
-        if not good and (self.scaler is None or self.scaler.exhausted):
-            raise self._failure(batch, first, losses)
-        if good:
-            self.zero.update(clip_scale(self.grad_norm, self.grad_clip) * factor)
-        if self.scaler is not None:
-            self.scaler.update(overflow=not good)
-
-    def settle(self) -> None:
-        """Bring the ranks together after the last step, where they may be apart. Collective."""
-
-    # --- evaluation and results -----------------------------------------------------------------
-
-    @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Within, the parameters are those that training would end with here. Collective."""
-        self.settle()
-        yield
-
-    @property
-    def collective(self) -> bool:
-        """Whether it takes all ranks to know the parameters."""
-        if self.groups.tp.size > 1:
-            return True
-        return self.groups.dp.size > 1 and (self.apart or self.groups.sharding.stage > 0)
-
-    def predict(self, *inputs: Any) -> Array:
-        """Outputs of the model in evaluation, whole and the same on every rank. Collective.
-
-        inputs: arrays of all samples, as the model takes them.
-        """
-        with self._together(), self.division.whole_outputs(), evaluating(self.model):
-            given = self.division.inputs(inputs)
-            outputs = self._outputs([as_tensor(one, self._dtype, self._device) for one in given])
-            self.zero.end_pass()
-        return outputs
-
-    def _outputs(self, inputs: Sequence[Tensor]) -> Array:
-        made = self.model(*inputs)
-        if not isinstance(made, Tensor):
-            raise UserError(
-                f"predict() of a model that returns a {type(made).__name__}: it must be a tensor"
-            )
-        return made.numpy()
-
-    def evaluate(self, batches: Iterable[Any]) -> float:
-        """Return the mean loss over the samples of `batches`, divided among the ranks.
-
-        Raises NonFiniteError, on all ranks.
-        """
-        return self.measure(batches)["loss"]
-
-    @quiet
-    def measure(self, batches: Iterable[Any]) -> dict[str, float]:
-        """Like `evaluate`, with the metrics: means over all samples, "loss" among them."""
-        total, count = 0.0, 0
-        self._scores.begin()
-        alone = self._owners.size > 1 and not self.zero.gathers and self.mesh["pp"].size == 1
-        with self._together(), evaluating(self.model):
-            for batch in batches:
-                share = math.nan
-                with self._refusals.kept(alone=alone):
-                    share = self._measured(batch)
-                total += share
-                count += size_of(batch)
-        if count == 0:
-            raise UserError("evaluate() got no samples: give it at least one batch")
-        mean = float(self.total(np.array([total]))[0]) / count
-        if not math.isfinite(mean):
-            raise NonFiniteError(f"validation loss {mean}: lower the learning rate")
-        return {"loss": mean, **self._scores.means(self.total, count)}
-
-    def _measured(self, batch: Any) -> float:
-        """The sum of losses over this rank's samples of a batch."""
-        size, total = size_of(batch), 0.0
-        for part in data.microbatches(size, self.microbatch, self.axis, self.zero.gathers):
-            loss = self._loss(self.division.fields(batch, part.samples))
-            self.scored(part.counted)
-            if part.weight:
-                total += loss.item() * part.counted
-            self.zero.end_pass()
-        return total
-
-    @quiet
-    def try_batch(self, batch: Any) -> None:
-        """Evaluate the loss of a batch and forget it: raises what a step would raise."""
-        with evaluating(self.model):
-            self._loss(self.division.fields(batch, slice(0, size_of(batch))))
-        self.zero.end_pass()
-
-    def gathered(self) -> Iterator[tuple[str, Array]]:
-        """Each parameter once, by name, with its most exact values (float32 for 16-bit types).
-
-        No rank holds more than one bucket beyond what it holds anyway; values are valid until the
-        next are asked for. Collective: all ranks go through all of it.
-        """
-        with self.settled():
-            yield from self.zero.gathered()
-
-    def gathered_buffers(self) -> dict[str, Array]:
-        """The buffers of the model, such as running estimates, by name. Collective."""
-        with self._together():
-            return self.division.whole_buffers(self.model)
-
-    def gathered_gradients(self) -> Iterator[tuple[str, Array]]:
-        """Likewise the complete gradients of the parameters that are trained."""
-        return self.zero.gathered_gradients()
-
-    def check_replicas(self) -> None:
-        """Raise `ReplicaError` unless what several ranks hold is the same to the bit."""
-        groups = self.groups
-        axis = groups.dp if groups.sharding.whole("params") else groups.replica
-        found = ""
-        with self.settled():
-            for along, whole in ((axis, False), (groups.tp, True)):
-                try:
-                    check_replicas(self.zero.replicas(whole), along)
-                except ReplicaError as error:
-                    found = found or str(error)
-        reports = list(filter(None, self.mesh.world.allgather_object(found)))
-        if reports:
-            raise ReplicaError(reports[0])
-
-    def _loss(self, fields: Sequence[Any]) -> Tensor:
-        arrays = [as_tensor(field, self._dtype, self._device) for field in fields]
-        if self.loss is None:
-            return self.checked(self.model(*arrays))
-        return self.judged(self.model(*arrays[:-1]), arrays[-1])
-
-    def judged(self, outputs: Any, target: Tensor) -> Tensor:
-        """The loss of outputs; the metrics are noted."""
-        assert self.loss is not None
-        loss = self.checked(self.loss(outputs, target))
-        self._scores.see(outputs, target)
-        return loss
-
-    def checked(self, loss: Any) -> Tensor:
-        """A loss, if it is one."""
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"shape {loss.shape}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserError(
-                f"the loss must be a tensor of one element, the mean over samples, not {found}"
-            )
-        return loss
-
-    def scored(self, weight: float) -> None:
-        """Let the metrics of the microbatch that was judged last count."""
-        self._scores.count(weight)
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Within, parameters and buffers are those that training would end with. Collective."""
-        with self.settled():
-            if not self.apart:
-                yield
-                return
-            with self.buffers.averaged(self.axis):
-                yield
-
-    @property
-    def _sum_scores(self) -> Callable[[Array], Array] | None:
-        """How metrics of a batch are added up over the ranks; None where they do not wait."""
-        return self.total
-
-    def total(self, values: Array) -> Array:
-        """Sum over the ranks that have different shares, in place. Collective.
-
-        Where one of them has refused something, all raise that.
-        """
-        summed: Array = self._owners.allreduce(values, out=values)
-        self._refusals.tell(self._owners, summed)
-        return summed
 
     def _failure(self, batch: Any, first: int, losses: Array) -> NonFiniteError:
         """The error of a loss or gradient that is not finite, with where that began. Collective."""

@@ -26,6 +26,7 @@ from hpcml.autograd import Tensor
 from hpcml.backend import Array, xp
 from hpcml.errors import UserError
 from hpcml.parallel import data
+from hpcml.parallel.finite import quiet
 from hpcml.parallel.norm import own_squares, root
 from hpcml.parallel.pipeline.actions import Action, Kind
 from hpcml.parallel.pipeline.endless import Endless, Part
@@ -34,7 +35,6 @@ from hpcml.parallel.pipeline.runtime import Runtime, Values
 from hpcml.parallel.pipeline.stash import Stash
 from hpcml.parallel.pipeline.step import Microbatches, PipelineStep
 from hpcml.parallel.pipeline.transfers import Transfers
-from hpcml.parallel.step import quiet
 
 
 class AsynchronousStep(PipelineStep):

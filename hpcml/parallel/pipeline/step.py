@@ -58,10 +58,7 @@ class PipelineStep(Step):
         """See that the schedule fits batches of `size` samples; raises UserError if not."""
         if self.store is not None:
             self.store.open()
-        self._program(self._rounds(size))
-
-    def _rounds(self, size: int) -> int:
-        return -(-data.count(size, self.microbatch, self.axis.size) // self.axis.size)
+        self._program(data.rounds(size, self.microbatch, self.axis.size))
 
     def _lowered(self, microbatches: int) -> tuple[Action, ...]:
         """What this rank does in a step of so many microbatches."""
@@ -85,17 +82,13 @@ class PipelineStep(Step):
     # --- training -------------------------------------------------------------------------------
 
     def _accumulate(self, batch: Any, size: int, first: int, *, fresh: bool) -> Array:
-        rounds = self._rounds(size)
-        if fresh:
-            self._unit = size
-            self.zero.begin(2 if self._holding else rounds)
-        self.buffers.begin(rounds, fresh=fresh)
-        factor = size / self._unit * self._weight * (self.scaler.scale if self.scaler else 1.0)
+        factor = self._begin(size, fresh=fresh)
         # All ranks of a pipeline, and all pipelines, go through the same table.
         parts = list(data.microbatches(size, self.microbatch, self.axis, lockstep=True))
         total = data.count(size, self.microbatch, self.axis.size)
         work = Microbatches(self, batch, first, parts, factor, np.zeros(total))
-        Runtime(work, self._transfers, self.assembly.rank_of).run(self._program(rounds))
+        program = self._program(data.rounds(size, self.microbatch, self.axis.size))
+        Runtime(work, self._transfers, self.assembly.rank_of).run(program)
         self.current = -1
         return work.losses
 
@@ -111,13 +104,10 @@ class PipelineStep(Step):
     def _outputs(self, inputs: Sequence[Tensor]) -> Array:
         out = self._through(inputs, ("predict", *(one.shape for one in inputs)))
         root = self.assembly.rank_of[self._last]
-        if out is not None and not isinstance(out, Tensor):
-            raise UserError(
-                f"predict() of a model that returns a {type(out).__name__}: it must be a tensor"
-            )
-        kind = ((), "") if out is None else (out.shape, out.dtype.name)
+        mine = None if out is None else self.predicted(out)
+        kind = ((), "") if mine is None else (mine.shape, mine.dtype.name)
         shape, name = self.pipeline.broadcast_object(kind, root)
-        whole = np.empty(shape, dtype(name)) if out is None else np.ascontiguousarray(out.numpy())
+        whole = np.empty(shape, dtype(name)) if mine is None else np.ascontiguousarray(mine.numpy())
         return self.pipeline.broadcast(whole, root, out=whole)
 
     def _through(self, inputs: Sequence[Tensor], key: Any) -> Any:
