@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,8 @@ from numpy.typing import DTypeLike
 
 from hpcml import memory
 from hpcml.comm.blocking import Blocking
-from hpcml.comm.buffers import check_dtype, check_out, contiguous
-from hpcml.comm.request import Done, Message, Request, worker_of
-from hpcml.comm.staging import as_array, beside, on_device
-from hpcml.comm.tags import Tag
+from hpcml.comm.request import Done, Request, worker_of
+from hpcml.comm.staging import beside, on_device
 from hpcml.comm.transport import Array
 
 
@@ -125,37 +122,6 @@ class Axis(Blocking):
         """`barrier`, beside the caller."""
         return self._start("barrier")
 
-    def isend(self, x: Any, dest: int, tag: int = Tag.MESSAGE) -> Request:
-        """`send`, without waiting for the receiver."""
-        self._check_message("dest", dest, tag)
-        if dest == self.rank:
-            self.send(x, dest, tag)
-            return Done(None)
-        source = contiguous(as_array(x))
-        check_dtype(source.dtype)
-        pending = self._link.isend(source.reshape(-1), dest, tag)
-        self.ledger.record(self.name, "send", source.nbytes, *self._link.take_counts())
-        return Message(pending, _nothing, lambda: self._waiting("send", source, dest))
-
-    def irecv(self, out: Any, source: int, tag: int = Tag.MESSAGE) -> Request:
-        """`recv`, without waiting for the sender."""
-        self._check_message("source", source, tag)
-        if source == self.rank:
-            return Done(self.recv(out, source, tag))
-        place = as_array(out, read=False)
-        check_dtype(place.dtype)
-        check_out(place, place.shape, place.dtype)
-        pending = self._link.irecv(place.reshape(-1), source, tag)
-        return Message(pending, lambda: out, lambda: self._waiting("recv", place, source))
-
-    @contextmanager
-    def _waiting(self, operation: str, x: Array, peer: int) -> Iterator[None]:
-        self._enter(operation, x.size, x.dtype, peer)
-        try:
-            yield
-        finally:
-            self._leave(operation, x.nbytes)
-
     def _start(self, operation: str, *arguments: Any, **options: Any) -> Request:
         x, out = (arguments[0], arguments[-1]) if arguments else (None, None)
         # A new array of a GPU belongs to the stream that asks for it: not to the thread's.
@@ -169,7 +135,3 @@ class Axis(Blocking):
             self._worker = worker_of(twin, f"hpcml-{self.name}")
         call = getattr(self._background, operation)
         return self._worker.submit(beside(x, lambda: call(*arguments, **options)))
-
-
-def _nothing() -> None:
-    """What comes of a send."""

@@ -1,4 +1,4 @@
-"""The blocking operations among a group of ranks: their arguments checked and made fit."""
+"""The collective operations among a group of ranks: their arguments checked and made fit."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hpcml import backend
 from hpcml.comm.algorithms import span
 from hpcml.comm.buffers import (
     blocks_of,
     check_counts,
-    check_dtype,
-    check_out,
-    contiguous,
     elements,
     operands,
     stacked,
     unchanged,
 )
+from hpcml.comm.pairs import Pairs
 from hpcml.comm.reduction import reduction
-from hpcml.comm.staging import as_array
-from hpcml.comm.stream import Stream
-from hpcml.comm.tags import LAST_MESSAGE, Tag
 from hpcml.comm.transport import Array
 
 T = TypeVar("T")
@@ -32,8 +26,8 @@ T = TypeVar("T")
 _NOTHING = np.dtype(np.uint8)
 
 
-class Blocking(Stream):
-    """The blocking operations of one stream; see `Axis` for their use."""
+class Blocking(Pairs):
+    """The collective operations of one stream; see `Axis` for their use."""
 
     def allreduce(
         self,
@@ -228,40 +222,6 @@ class Blocking(Stream):
         self._run("alltoall", target, source.nbytes, algorithm, *arguments, even=sends is None)
         return arrays.finish()
 
-    def send(self, x: Any, dest: int, tag: int = Tag.MESSAGE) -> None:
-        """Send `x` to rank `dest`, which calls `recv`. May wait until it does.
-
-        A message to oneself is kept until the `recv` that follows.
-        """
-        self._check_message("dest", dest, tag)
-        source = contiguous(as_array(x))
-        check_dtype(source.dtype)
-        if dest == self.rank:
-            self._to_self[tag].append(source.copy())
-            return
-        self._enter("send", source.size, source.dtype, dest)
-        try:
-            self._link.send(source.reshape(-1), dest, tag)
-        finally:
-            self._leave("send", source.nbytes)
-        self._record("send", source.nbytes)
-
-    def recv(self, out: Any, source: int, tag: int = Tag.MESSAGE) -> Any:
-        """Receive into `out` the array of the same shape and type that rank `source` sends."""
-        self._check_message("source", source, tag)
-        place = as_array(out, read=False)
-        check_dtype(place.dtype)
-        check_out(place, place.shape, place.dtype)
-        if source == self.rank:
-            backend.put(self._from_self(place, tag), place)
-        else:
-            self._enter("recv", place.size, place.dtype, source)
-            try:
-                self._link.recv(place.reshape(-1), source, tag)
-            finally:
-                self._leave("recv", place.nbytes)
-        return out
-
     def barrier(self) -> None:
         """Return when all ranks of the axis have come here."""
         if self.size > 1:
@@ -302,21 +262,3 @@ class Blocking(Stream):
             return self.rank * (shape[0] // self.size if whole else shape[0])
 
         return row
-
-    def _from_self(self, place: Array, tag: int) -> Array:
-        if not self._to_self[tag]:
-            raise ValueError(
-                f"rank {self.rank} receives from itself (tag {tag}) what it never sent"
-            )
-        message = self._to_self[tag].popleft()
-        check_out(place, message.shape, message.dtype)
-        return message
-
-    def _check_rank(self, what: str, rank: int) -> None:
-        if not 0 <= rank < self.size:
-            raise ValueError(f"{what}={rank} is outside the axis {self.name}({self.size})")
-
-    def _check_message(self, what: str, rank: int, tag: int) -> None:
-        self._check_rank(what, rank)
-        if not 0 <= tag <= LAST_MESSAGE:
-            raise ValueError(f"tag={tag} is not one of 0 to {LAST_MESSAGE}")

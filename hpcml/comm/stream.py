@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,8 +73,6 @@ class Stream:
         self._windows = InPlace(self._link, self._group, deterministic)
         self._known = Known()
         self._link.scratch = self._windows.scratch
-        self._to_self: dict[int, deque[Array]] = defaultdict(deque)
-        """Messages of this rank to itself, by tag."""
 
     @property
     def shares_memory(self) -> bool:
