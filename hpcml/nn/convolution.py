@@ -7,14 +7,11 @@ from typing import ClassVar
 
 from hpcml.autograd import Tensor
 from hpcml.errors import UserError
-from hpcml.nn import functional as F
 from hpcml.nn.images import Size, convolve, convolve_transposed, sizes
-from hpcml.nn.module import Module
+from hpcml.nn.module import Module, where
 from hpcml.nn.parameter import Parameter, Uniform
 
-_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate",
-          "circular": "circular"}  # fmt: skip
-"""Padding modes, and what `F.pad` calls them."""
+_MODES = "zeros", "reflect", "replicate", "circular"
 
 
 class _Convolution(Module):
@@ -45,10 +42,6 @@ class _Convolution(Module):
         first = Uniform(1 / math.sqrt(math.prod(shape[1:])))
         self.weight = Parameter(shape=shape, init=first)
         self.bias = Parameter(shape=(filters,), init=first) if bias else None
-
-    def _where(self) -> str:
-        """What errors call this layer."""
-        return f"{self.name} ({type(self).__name__})" if self.name else type(self).__name__
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -84,26 +77,10 @@ class _Conv(_Convolution):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *S) -> (N, F, *S')."""
-        padding = self.padding
-        if self.padding_mode != "zeros" and padding != "valid":
-            input = F.pad(input, self._widths(), _MODES[self.padding_mode])
-            padding = 0
         return convolve(
-            self._where(), input, self.weight, self.bias, self.stride, padding, self.dilation,
-            self.groups, self.winograd,
+            where(self), input, self.weight, self.bias, self.stride, self.padding, self.dilation,
+            self.groups, self.winograd, self.padding_mode,
         )  # fmt: skip
-
-    def _widths(self) -> tuple[int, ...]:
-        """Padding as `F.pad` takes it."""
-        pairs = []
-        for dim in reversed(range(self.dims)):
-            if isinstance(self.padding, str):
-                total = (self.kernel_size[dim] - 1) * self.dilation[dim]
-                pairs.append((total // 2, total - total // 2))
-            else:
-                assert isinstance(self.padding, tuple)
-                pairs.append((self.padding[dim],) * 2)
-        return tuple(n for pair in pairs for n in pair)
 
 
 class Conv1d(_Conv):
@@ -166,7 +143,7 @@ class _ConvTranspose(_Convolution):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *S) -> (N, F, *S')."""
         return convolve_transposed(
-            self._where(), input, self.weight, self.bias, self.stride, self.padding,
+            where(self), input, self.weight, self.bias, self.stride, self.padding,
             self.output_padding, self.groups, self.dilation,
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ from hpcml.autograd.ops import linear as products
 from hpcml.errors import UserError
 from hpcml.nn.images import (
     batch_norm,
+    check_padding,
     conv1d,
     conv2d,
     conv3d,
@@ -280,13 +281,5 @@ def pad(
     if mode not in ("constant", "reflect", "replicate", "circular"):
         raise UserError(f'pad: mode="{mode}": use constant, reflect, replicate or circular')
     if mode != "constant":
-        for n, pair in zip(input.shape, widths, strict=True):
-            if pair == (0, 0):  # of a batch without samples nothing is asked
-                continue
-            most = {"reflect": n - 1, "circular": n}.get(mode, max(pair) if n else 0)
-            if max(pair) > most or min(pair) < 0:
-                raise UserError(
-                    f'pad: {pair} elements about {n} of {input.shape}: mode="{mode}" takes 0 to '
-                    f"{most}"
-                )
+        check_padding("pad", mode, input.shape, widths)
     return shape.pad(input, widths=tuple(widths), mode=mode, value=value or 0.0)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpcml.autograd import Tensor
-from hpcml.autograd.ops import images, norm
+from hpcml.autograd.ops import images, norm, shape
 from hpcml.autograd.ops.norm import Across
 from hpcml.errors import UserError
 
@@ -31,10 +31,13 @@ def sizes(where: str, what: str, value: Any, dims: int, least: int = 1) -> tuple
 
 
 def check_image(where: str, input: Tensor, dims: int) -> None:
-    """Raise UserError unless this is a batch of images of so many dimensions."""
+    """Raise UserError unless this is a batch of images of so many dimensions.
+
+    In words that are the same wherever ranks have parts of images: without their sizes.
+    """
     if input.ndim != dims + 2:
         shape = ", ".join(("N", "C", *"DHW"[3 - dims :]))
-        raise UserError(f"{where}: input {input.shape} must be ({shape})")
+        raise UserError(f"{where}: {input.ndim} dimensions came, and it takes ({shape})")
 
 
 def plan(
@@ -58,8 +61,24 @@ def plan(
     return {"stride": strides, "padding": pairs, "dilation": dilations}
 
 
-def window_sizes(where: str, shape: tuple[int, ...], kernel: tuple[int, ...], how: Any) -> Any:
-    """Sizes of the output of a filter or window; raises UserError where it does not fit."""
+def check_padding(where: str, mode: str, shape: tuple[int, ...], widths: Any) -> None:
+    """Raise UserError where there is less than its mode continues it by."""
+    for n, pair in zip(shape, widths, strict=True):
+        if pair == (0, 0):  # of a batch without samples nothing is asked
+            continue
+        most = {"reflect": n - 1, "circular": n}.get(mode, max(pair) if n else 0)
+        if max(pair) > most or min(pair) < 0:
+            raise UserError(
+                f'{where}: padding {pair} about {n} of {shape}: mode="{mode}" takes 0 to {most}'
+            )
+
+
+def window_sizes(
+    where: str, shape: tuple[int, ...], kernel: tuple[int, ...], how: Any, mode: str = "zeros"
+) -> Any:
+    """Sizes of the output of filters; raises UserError where these do not fit, or padding."""
+    if mode != "zeros":
+        check_padding(where, mode, shape, how["padding"])
     found = images.out_sizes(shape, kernel, **how)
     if min(found, default=1) < 1:
         raise UserError(
@@ -72,12 +91,19 @@ def window_sizes(where: str, shape: tuple[int, ...], kernel: tuple[int, ...], ho
 def convolve(
     where: str, input: Tensor, weight: Tensor, bias: Tensor | None,
     stride: Size, padding: Padding, dilation: Size, groups: int, winograd: bool = False,
+    mode: str = "zeros",
 ) -> Tensor:  # fmt: skip
-    """`conv1d` to `conv3d` for whom errors name: a function or a layer; see `nn.use_winograd`."""
+    """`conv1d` to `conv3d` for whom errors name: a function or a layer; see `nn.use_winograd`.
+
+    mode: of the padding.
+    """
     check_filters(where, input, weight, bias, groups)
     kernel = weight.shape[2:]
     how = plan(where, kernel, stride, padding, dilation)
-    window_sizes(where, input.shape[2:], kernel, how)
+    window_sizes(where, input.shape[2:], kernel, how, mode)
+    if mode != "zeros" and any(map(any, how["padding"])):
+        input = shape.pad(input, widths=((0, 0), (0, 0), *how["padding"]), mode=mode)
+        how["padding"] = ((0, 0),) * len(kernel)
     return images.convolution(input, weight, bias, **how, groups=groups, winograd=winograd)
 
 
@@ -89,8 +115,8 @@ def check_filters(
     filters, channels = weight.shape[:2]
     if groups < 1 or filters % groups or input.shape[1] != channels * groups:
         raise UserError(
-            f"{where}: input {input.shape}, weight {weight.shape}, groups={groups}: the input must "
-            f"have {channels} * groups channels, and groups divide {filters} filters"
+            f"{where}: {input.shape[1]} channels came, weight {weight.shape}, groups={groups}: it "
+            f"takes {channels} * groups channels, and groups divide {filters} filters"
         )
     _check_bias(where, bias, filters)
 
@@ -128,8 +154,8 @@ def check_transposed(
     channels, filters = weight.shape[:2]
     if groups < 1 or channels % groups or input.shape[1] != channels:
         raise UserError(
-            f"{where}: input {input.shape}, weight {weight.shape}, groups={groups}: the input must "
-            f"have {channels} channels, of which groups is a divisor"
+            f"{where}: {input.shape[1]} channels came, weight {weight.shape}, groups={groups}: it "
+            f"takes {channels} channels, of which groups is a divisor"
         )
     _check_bias(where, bias, filters * groups)
 

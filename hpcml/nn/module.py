@@ -11,6 +11,12 @@ from hpcml.nn.parameter import Parameter
 from hpcml.nn.state import State
 
 
+def where(module: Module) -> str:
+    """What errors call a module: its name in the model, and its kind."""
+    kind = type(module).__name__
+    return f"{module.name} ({kind})" if module.name else kind
+
+
 class Module(State):
     """Base class of layers and models: set parameters and modules as attributes, add `forward`."""
 

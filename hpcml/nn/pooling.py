@@ -12,8 +12,9 @@ from hpcml.autograd.ops.norm import Across
 from hpcml.errors import UserError
 from hpcml.nn import functional as F
 from hpcml.nn.images import Size
-from hpcml.nn.module import Module
+from hpcml.nn.module import Module, where
 from hpcml.nn.parameter import Constant, Parameter
+from hpcml.nn.pools import adaptive_pooled, average_pooled, max_pooled, resized
 
 
 class _MaxPool(Module):
@@ -34,10 +35,10 @@ class _MaxPool(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *S) -> (N, C, *S')."""
-        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[self.dims - 1]
-        return pool(  # type: ignore[no-any-return]
-            input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
-        )
+        return max_pooled(
+            where(self), self.dims, input, self.kernel_size, self.stride, self.padding,
+            self.dilation, self.ceil_mode,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -79,10 +80,9 @@ class _AvgPool(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *S) -> (N, C, *S')."""
-        pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[self.dims - 1]
-        return pool(  # type: ignore[no-any-return]
-            input, self.kernel_size, self.stride, self.padding, self.ceil_mode,
-            self.count_include_pad,
+        return average_pooled(
+            where(self), self.dims, input, self.kernel_size, self.stride, self.padding,
+            self.ceil_mode, self.count_include_pad,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -117,8 +117,7 @@ class _AdaptiveAvgPool(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *S) -> (N, C, *output_size)."""
-        pools = F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d
-        return pools[self.dims - 1](input, self.output_size)  # type: ignore[no-any-return]
+        return adaptive_pooled(where(self), self.dims, input, self.output_size)
 
     def extra_repr(self) -> str:
         """Size."""
@@ -159,7 +158,9 @@ class Upsample(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *S) -> (N, C, *S')."""
-        return F.interpolate(input, self.size, self.scale_factor, self.mode, self.align_corners)
+        return resized(
+            where(self), input, self.size, self.scale_factor, self.mode, self.align_corners
+        )
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -189,8 +190,9 @@ class PixelShuffle(Module):
         n, channels, *places = input.shape
         d, f = len(places), self.upscale_factor
         if channels % f**d:
-            where = f"{self.name} (PixelShuffle)" if self.name else "PixelShuffle"
-            raise UserError(f"{where}: {channels} channels are not {f}^{d} for each of the result")
+            raise UserError(
+                f"{where(self)}: {channels} channels are not {f}^{d} for each of the result"
+            )
         x = input.reshape(n, channels // f**d, *[f] * d, *places)
         x = x.permute(0, 1, *(axis for dim in range(d) for axis in (2 + d + dim, 2 + dim)))
         return x.reshape(n, channels // f**d, *(f * m for m in places))
@@ -232,17 +234,16 @@ class _BatchNorm(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Same shape; in training the running estimates move."""
-        where = f"{self.name} ({type(self).__name__})" if self.name else type(self).__name__
         if input.ndim not in self.ndims or input.shape[1] != self.num_features:
-            some = " or ".join(map(str, self.ndims))
-            raise UserError(
-                f"{where}: input {input.shape} must have {some} dimensions, the second of size "
-                f"{self.num_features}"
+            channels, some = sum(input.shape[1:2]), " or ".join(map(str, self.ndims))
+            raise UserError(  # without sizes, of which ranks may have parts
+                f"{where(self)}: {channels} channels in {input.ndim} dimensions came, and it takes "
+                f"{self.num_features} in {some}"
             )
         if self.training and self.across is None and input.numel() == self.num_features:
             raise UserError(
-                f"{where}: {input.shape} has one value a channel, which makes no statistics: train "
-                "with more samples at once, or larger images"
+                f"{where(self)}: {input.shape} has one value a channel, which makes no statistics: "
+                "train with more samples at once, or larger images"
             )
         momentum, tracked = self.momentum, self.num_batches_tracked
         if self.training and tracked is not None:

@@ -55,6 +55,20 @@ def max_windows(
     return found
 
 
+def max_pooled(
+    where: str, dims: int, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size,
+    dilation: Size, ceil_mode: bool,
+) -> Tensor:  # fmt: skip
+    """`max_pool1d` to `max_pool3d` for whom errors name: a function or a layer."""
+    check_image(where, input, dims)
+    found, size, strides, before, dilations = max_windows(
+        where, input.shape[2:], kernel_size, stride, padding, dilation, ceil_mode
+    )
+    return pooling.max_pool(
+        input, sizes=found, kernel=size, stride=strides, before=before, dilation=dilations
+    )
+
+
 def _max_pool(dims: int) -> Any:
     def max_pool(
         input: Tensor, kernel_size: Size, stride: Size | None = None, padding: Size = 0,
@@ -65,13 +79,8 @@ def _max_pool(dims: int) -> Any:
         stride: that of the window by default. ceil_mode: also windows that reach beyond the end.
         Raises UserError for sizes that do not fit.
         """
-        where = f"max_pool{dims}d"
-        check_image(where, input, dims)
-        found, size, strides, before, dilations = max_windows(
-            where, input.shape[2:], kernel_size, stride, padding, dilation, ceil_mode
-        )
-        return pooling.max_pool(
-            input, sizes=found, kernel=size, stride=strides, before=before, dilation=dilations
+        return max_pooled(
+            f"max_pool{dims}d", dims, input, kernel_size, stride, padding, dilation, ceil_mode
         )
 
     return called(max_pool, f"max_pool{dims}d")
@@ -104,6 +113,12 @@ def average_bands(
     return tuple(_means(*each, count_include_pad) for each in every)
 
 
+def average_pooled(where: str, dims: int, input: Tensor, *how: Any) -> Tensor:
+    """`avg_pool1d` to `avg_pool3d` for whom errors name."""
+    check_image(where, input, dims)
+    return pooling.resample(input, bands=average_bands(where, input.shape[2:], *how))
+
+
 def _avg_pool(dims: int) -> Any:
     def avg_pool(
         input: Tensor, kernel_size: Size, stride: Size | None = None, padding: Size = 0,
@@ -114,13 +129,10 @@ def _avg_pool(dims: int) -> Any:
         stride: that of the window by default. ceil_mode: also windows that reach beyond the end.
         count_include_pad: padding counts as zeros. Raises UserError for sizes that do not fit.
         """
-        where = f"avg_pool{dims}d"
-        check_image(where, input, dims)
-        shape = input.shape[2:]
-        bands = average_bands(
-            where, shape, kernel_size, stride, padding, ceil_mode, count_include_pad
-        )
-        return pooling.resample(input, bands=bands)
+        return average_pooled(
+            f"avg_pool{dims}d", dims, input, kernel_size, stride, padding, ceil_mode,
+            count_include_pad,
+        )  # fmt: skip
 
     return called(avg_pool, f"avg_pool{dims}d")
 
@@ -143,16 +155,19 @@ def adaptive_bands(where: str, shape: tuple[int, ...], output_size: Any) -> tupl
     return tuple(None if n == m else _parts(n, m) for n, m in zip(shape, found, strict=True))
 
 
+def adaptive_pooled(where: str, dims: int, input: Tensor, output_size: Any) -> Tensor:
+    """`adaptive_avg_pool1d` to `adaptive_avg_pool3d` for whom errors name."""
+    check_image(where, input, dims)
+    return pooling.resample(input, bands=adaptive_bands(where, input.shape[2:], output_size))
+
+
 def _adaptive_avg_pool(dims: int) -> Any:
     def adaptive_avg_pool(input: Tensor, output_size: Any) -> Tensor:
         """Means of as many parts as `output_size` says: (N, C, *S) -> (N, C, *output_size).
 
         A number for all dimensions, or one for each; None leaves a dimension as it is.
         """
-        where = f"adaptive_avg_pool{dims}d"
-        check_image(where, input, dims)
-        bands = adaptive_bands(where, input.shape[2:], output_size)
-        return pooling.resample(input, bands=bands)
+        return adaptive_pooled(f"adaptive_avg_pool{dims}d", dims, input, output_size)
 
     return called(adaptive_avg_pool, f"adaptive_avg_pool{dims}d")
 
@@ -194,16 +209,20 @@ def interpolate(
     `align_corners` says that the centres of the outermost elements stay where they are, instead of
     the edges. Raises UserError for what does not fit.
     """
-    bands = resize_bands(input.shape[2:], size, scale_factor, mode, align_corners)
-    return pooling.resample(input, bands=bands)
+    return resized("interpolate", input, size, scale_factor, mode, align_corners)
+
+
+def resized(where: str, input: Tensor, *how: Any) -> Tensor:
+    """`interpolate` for whom errors name."""
+    return pooling.resample(input, bands=resize_bands(where, input.shape[2:], *how))
 
 
 def resize_bands(
-    shape: tuple[int, ...], size: Size | None, scale_factor: float | tuple[float, ...] | None,
-    mode: str, align_corners: bool | None,
+    where: str, shape: tuple[int, ...], size: Size | None,
+    scale_factor: float | tuple[float, ...] | None, mode: str, align_corners: bool | None,
 ) -> tuple[Band, ...]:  # fmt: skip
     """Interpolation, as a matrix for each dimension; see `interpolate`."""
-    where, dims = "interpolate", len(shape)
+    dims = len(shape)
     if (size is None) == (scale_factor is None):
         raise UserError(f"{where}: give either size={size} or scale_factor={scale_factor}")
     if mode != "nearest" and _LINEAR.get(mode) != dims:

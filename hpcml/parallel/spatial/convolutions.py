@@ -12,11 +12,11 @@ from typing import Any
 from hpcml.autograd import Tensor
 from hpcml.autograd.ops import images
 from hpcml.backend import is_half
-from hpcml.errors import UserError
 from hpcml.nn import functional as F
 from hpcml.nn.images import check_filters, check_transposed, convolve, plan, transposed_sizes
+from hpcml.nn.module import where
 from hpcml.nn.part import Range
-from hpcml.parallel.spatial.grid import Grid, Sizes, where
+from hpcml.parallel.spatial.grid import Grid, Sizes
 from hpcml.parallel.spatial.layers import Forward
 from hpcml.parallel.spatial.overlap import Overlap, interior, overlapped_convolution
 from hpcml.parallel.spatial.windows import Local, planned, windows_along, windows_of
@@ -26,16 +26,15 @@ def convolution(module: Any, grid: Grid) -> Forward:
     """Of `Conv1d` to `Conv3d`: all padding modes, strides, dilations and groups."""
 
     def make(sizes: Sizes) -> tuple[Local, Overlap | None]:
-        _check_padding(module, sizes)
         local = windows_of(module, grid, sizes)
         mode = module.padding_mode
         beside = grid.overlaps and mode == "zeros" and local.exchange.moves
         return local, _overlap(module, grid, sizes, local) if beside else None
 
     def forward(input: Tensor) -> Tensor:
+        check_filters(where(module), input, module.weight, module.bias, module.groups)
         local, beside = planned(grid, module, input, make)
         if beside is not None and not is_half(input.dtype):
-            check_filters(where(module), input, module.weight, module.bias, module.groups)
             return overlapped_convolution(input, module.weight, module.bias, plan=beside)
         read = local.exchange(input)
         pads = local.pads
@@ -71,21 +70,6 @@ def _overlap(module: Any, grid: Grid, sizes: Sizes, local: Local) -> Overlap | N
         read=tuple(first for first, _ in grid.mine(local.reads)),
         own=grid.mine(blocks), outputs=local.sizes, interior=grid.mine(inside),
     )  # fmt: skip
-
-
-def _check_padding(module: Any, sizes: Sizes) -> None:
-    """Raise UserError, on all ranks alike, if an image has less than its mode continues it by."""
-    mode = module.padding_mode
-    if mode not in ("reflect", "circular"):
-        return
-    how = plan(where(module), module.kernel_size, module.stride, module.padding, module.dilation)
-    for pair, n in zip(how["padding"], sizes, strict=True):
-        most = n - 1 if mode == "reflect" else n
-        if max(pair) > most:
-            raise UserError(
-                f"{where(module)}: padding {pair} beside {n} of images {sizes}: "
-                f'padding_mode="{mode}" takes 0 to {most}'
-            )
 
 
 def _mirrored(x: Tensor, pads: tuple[Range, ...], mode: str) -> tuple[Tensor, tuple[Range, ...]]:

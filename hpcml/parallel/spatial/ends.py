@@ -12,8 +12,10 @@ from hpcml.autograd.ops import pooling
 from hpcml.autograd.ops.pooling import Band
 from hpcml.errors import UserError
 from hpcml.nn import AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d, Module
+from hpcml.nn.images import check_image
+from hpcml.nn.module import where
 from hpcml.parallel.spatial.cuts import SAMPLES_DIM
-from hpcml.parallel.spatial.grid import GATHERED, INSIDE, SAMPLES, Grid, Sizes, where
+from hpcml.parallel.spatial.grid import GATHERED, INSIDE, SAMPLES, Grid, Sizes
 from hpcml.parallel.spatial.guard import has_block
 
 STYLES = {"gather": GATHERED, "samples": SAMPLES}
@@ -42,6 +44,8 @@ def end(module: Any, grid: Grid, style: str) -> Callable[[Tensor], Any]:
                 f"after another layer with {grid.count}: all ends must have as many"
             )
         with watching(None):
+            if pools:
+                check_image(where(module), input, module.dims)
             sizes = grid.sizes(module, input)
             grid.count, grid.state = input.shape[0], STYLES[style]
             if pools:

@@ -20,6 +20,7 @@ from hpcml.autograd import Tensor
 from hpcml.comm import Axis, Mesh
 from hpcml.errors import UserError
 from hpcml.nn import Module
+from hpcml.nn.module import where
 from hpcml.nn.part import Range, blocks
 from hpcml.parallel.spatial.cuts import WORDS, Cut, Cuts
 from hpcml.parallel.spatial.exchange import Exchange
@@ -37,12 +38,6 @@ INSIDE, GATHERED, SAMPLES, OUTSIDE = "inside", "gathered", "samples", "outside"
 def ranks_of(mesh: Mesh) -> int:
     """How many ranks divide an image."""
     return mesh[NAMES].size
-
-
-def where(module: Module) -> str:
-    """What errors call a module."""
-    kind = type(module).__name__
-    return f"{module.name} ({kind})" if module.name else kind
 
 
 class Grid:
@@ -153,8 +148,8 @@ class Grid:
         own = tuple(end - first for first, end in self.mine(self.ranges(self.whole)))
         if not self.whole or x.shape[2:] != own:
             raise UserError(
-                f"a model that {self.axis.name} divides got {x.shape}: give it this rank's block "
-                f"(N, C, {', '.join(map(str, own))}), as `cut` makes it of images of {self.whole}"
+                f"a model that {self.axis.name} divides got something else: give it this rank's "
+                f"block (N, C, ...), as `cut` makes it of images of {self.whole}"
             )
         self.state, self.given = INSIDE, len(x.data)
         self._calls.clear()
@@ -179,7 +174,7 @@ class Grid:
         own = tuple(end - first for first, end in self.mine(self.ranges(found)))
         if own != x.shape[2:]:
             raise UserError(
-                f"{where(module)}: {x.shape[2:]} came where this rank has {own} of {found}: what "
+                f"{where(module)}: a block came that is none of {found}, which came before: what "
                 "comes in call after call must not depend on more than the sizes of the images"
             )
         return found

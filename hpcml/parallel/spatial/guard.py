@@ -7,8 +7,9 @@ from typing import Any
 from hpcml.autograd import Tensor
 from hpcml.errors import UserError
 from hpcml.nn import LayerNorm, Module
+from hpcml.nn.module import where
 from hpcml.parallel.spatial.cuts import of_space, shown
-from hpcml.parallel.spatial.grid import Grid, where
+from hpcml.parallel.spatial.grid import Grid
 
 
 def guard(model: Module, grid: Grid, kinds: tuple[type[Module], ...], known: set[int]) -> None:

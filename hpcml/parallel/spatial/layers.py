@@ -8,9 +8,10 @@ from typing import Any
 from hpcml.autograd import Tensor
 from hpcml.autograd.ops import fused, pooling
 from hpcml.autograd.ops.pooling import Band
+from hpcml.nn.module import where
 from hpcml.nn.pools import adaptive_bands, average_bands, max_windows, resize_bands
 from hpcml.parallel.spatial.geometry import Window, rows
-from hpcml.parallel.spatial.grid import Grid, Sizes, where
+from hpcml.parallel.spatial.grid import Grid, Sizes
 from hpcml.parallel.spatial.windows import Local, planned, windowed
 
 Forward = Callable[[Tensor], Tensor]
@@ -88,7 +89,8 @@ def upsample(module: Any, grid: Grid) -> Forward:
     return _resampled(
         module, grid,
         lambda sizes: resize_bands(
-            sizes, module.size, module.scale_factor, module.mode, module.align_corners
+            where(module), sizes, module.size, module.scale_factor, module.mode,
+            module.align_corners,
         ),
     )  # fmt: skip
 

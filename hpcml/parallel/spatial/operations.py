@@ -18,9 +18,10 @@ from hpcml.autograd.operators import array_of
 from hpcml.backend import Array, is_array
 from hpcml.errors import UserError
 from hpcml.nn import Module
+from hpcml.nn.module import where
 from hpcml.parallel.spatial.cuts import Cut, of_space, shown
 from hpcml.parallel.spatial.ends import too_late
-from hpcml.parallel.spatial.grid import Grid, where
+from hpcml.parallel.spatial.grid import Grid
 from hpcml.parallel.spatial.rules import BY_SIZES, RULES, NeedsWhole, Operand
 
 
@@ -71,9 +72,9 @@ class _Operations:
             if isinstance(one, Tensor) and cuts.of(one.data) is None:
                 if one.ndim != len(self.grid.whole) + 2:
                     raise UserError(
-                        f'{where(module)} is declared "pointwise" and makes {one.shape} of images '
-                        f"that {self.grid.axis.name} divides: that is not for each pixel: declare "
-                        f'where the region ends, spatial = {{"{module.name}": "gather"}}'
+                        f'{where(module)} is declared "pointwise" and makes {one.ndim} dimensions '
+                        f"of images that {self.grid.axis.name} divides: these are not of pixels: "
+                        f'declare where the region ends, spatial = {{"{module.name}": "gather"}}'
                     )
                 cuts.note(one.data, self.grid.space)
 

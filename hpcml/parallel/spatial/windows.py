@@ -10,10 +10,11 @@ from hpcml.autograd import Tensor
 from hpcml.autograd.ops.pooling import Band
 from hpcml.errors import UserError
 from hpcml.nn.images import check_image, plan, window_sizes
+from hpcml.nn.module import where
 from hpcml.nn.part import Range
 from hpcml.parallel.spatial.exchange import Exchange
 from hpcml.parallel.spatial.geometry import Window, mirrored, within
-from hpcml.parallel.spatial.grid import Grid, Reads, Sizes, where
+from hpcml.parallel.spatial.grid import Grid, Reads, Sizes
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Local:
 
 def planned(grid: Grid, module: Any, x: Tensor, make: Callable[[Sizes], Any]) -> Any:
     """What `make` works out for the sizes of the whole of which x is a block; kept."""
-    check_image(where(module), x, len(grid.whole))
+    check_image(where(module), x, getattr(module, "dims", len(grid.whole)))
     sizes = grid.sizes(module, x)
     return grid.plan((id(module), sizes), lambda: make(sizes))
 
@@ -75,7 +76,7 @@ def windows_of(module: Any, grid: Grid, sizes: Sizes) -> Local:
     """What a rank does for its block of a convolution of images of these sizes."""
     kernel, place = module.kernel_size, where(module)
     how = plan(place, kernel, module.stride, module.padding, module.dilation)
-    found = window_sizes(place, sizes, kernel, how)
+    found = window_sizes(place, sizes, kernel, how, module.padding_mode)
     return windowed(grid, module, sizes, found, windows_along(module), module.padding_mode)
 
 

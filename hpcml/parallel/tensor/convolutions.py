@@ -48,8 +48,8 @@ class ColumnParallelConv(Module):
         """(N, C, *S) -> (N, this rank's filters, *S')."""
         if input.ndim > 1 and input.shape[1] != self.in_channels:
             raise UserError(
-                f'{self.name or "ColumnParallelConv"}, "column": {input.shape[1]} of its '
-                f"{self.in_channels} channels came: what is divided already goes to a "
+                f'{self.name or "ColumnParallelConv"}, "column" of {self.in_channels} channels: '
+                f"{self.positions.called(input.shape[1])} came: what is divided already goes to a "
                 '"row" layer'
             )
         positions = self.positions
@@ -80,9 +80,9 @@ class RowParallelConv(Module):
         """(N, this rank's channels, *S) -> (N, F, *S')."""
         if input.ndim > 1 and input.shape[1] != self.weight.shape[1]:
             raise UserError(
-                f'{self.name or "RowParallelConv"}, "row": {input.shape[1]} channels came, but '
-                f"this rank has {self.weight.shape[1]} of {self.in_channels}: the layer before it "
-                'must be "column"'
+                f'{self.name or "RowParallelConv"}, "row" of {self.in_channels} channels: '
+                f"{self.positions.called(input.shape[1])} came: the layer before it must be "
+                '"column", of as many'
             )
         total = _first(self.positions.leave(_last(self._convolve(input))))
         if self.bias is None:

@@ -19,6 +19,7 @@ from hpcml.nn import (
     MultiheadAttention,
     PackedAttention,
 )
+from hpcml.parallel.tensor.convolutions import NORMS
 from hpcml.parallel.tensor.dropout import DividedDropout, PositionsDropout
 from hpcml.parallel.tensor.positions import Positions
 from hpcml.parallel.tensor.replacing import replace
@@ -39,8 +40,13 @@ def guard(model: Module, positions: Positions) -> None:
                 f"{module.name}, a {type(module).__name__}: ranks have some positions only: use "
                 'nn.PackedAttention and declare it "heads" in splits'
             )
-        if is_plain(module, Linear) or is_plain(module, LayerNorm):
-            module.register_forward_pre_hook(_whole_features)
+        kind: Any = module
+        if is_plain(module, Linear):
+            module.register_forward_pre_hook(_Whole(positions, kind.in_features))
+        elif is_plain(module, LayerNorm):
+            module.register_forward_pre_hook(_Whole(positions, kind.normalized_shape[-1]))
+        elif isinstance(module, NORMS) and not hasattr(module, "counts"):
+            module.register_forward_pre_hook(_Whole(positions, kind.num_features, dim=1))
         if isinstance(module, PackedAttention):
             module.register_forward_pre_hook(_Outside(positions))
         if is_plain(module, Dropout) and not isinstance(module, DividedDropout):
@@ -51,13 +57,20 @@ def guard(model: Module, positions: Positions) -> None:
     model.register_forward_hook(_End(positions))
 
 
-def _whole_features(module: Any, inputs: tuple[Any, ...]) -> None:
-    takes = module.in_features if isinstance(module, Linear) else module.normalized_shape[-1]
-    if inputs and inputs[0].shape[-1] != takes:
-        raise UserError(
-            f"{module.name}, a {type(module).__name__} of {takes} features: {inputs[0].shape[-1]} "
-            'came: what a "column" layer has divided goes to a "row" layer, which adds up'
-        )
+class _Whole:
+    """A hook before a module that takes all features, so many along `dim`."""
+
+    def __init__(self, positions: Positions, takes: int, dim: int = -1) -> None:
+        self.positions, self.takes, self.dim = positions, takes, dim
+
+    def __call__(self, module: Module, inputs: tuple[Any, ...]) -> None:
+        came = inputs[0].shape[self.dim :][:1] if inputs else ()
+        if came and came[0] != self.takes:
+            raise UserError(
+                f"{module.name}, a {type(module).__name__} of {self.takes} features: "
+                f'{self.positions.called(came[0])} came: what a "column" layer has divided goes to '
+                'a "row" layer, which adds up'
+            )
 
 
 class _Outside:

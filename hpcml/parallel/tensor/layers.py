@@ -44,9 +44,9 @@ class ColumnParallelLinear(Module):
         """(..., in_features) -> (..., this rank's outputs)."""
         if input.shape[-1] != self.in_features:
             raise UserError(
-                f'{self.name or "ColumnParallelLinear"}, "column": {input.shape[-1]} of its '
-                f"{self.in_features} inputs came: what is divided already goes to a "
-                '"row" layer'
+                f'{self.name or "ColumnParallelLinear"}, "column" of {self.in_features} inputs: '
+                f"{self.positions.called(input.shape[-1])} came: what is divided already goes to "
+                'a "row" layer'
             )
         positions = self.positions
         positions.begin_region(self.out_features, self.cuts[self.axis.rank])
@@ -94,9 +94,9 @@ class RowParallelLinear(Module):
         """(..., this rank's inputs) -> (..., out_features)."""
         if input.shape[-1] != self.weight.shape[1]:
             raise UserError(
-                f'{self.name or "RowParallelLinear"}, "row": {input.shape[-1]} inputs came, but '
-                f"this rank has {self.weight.shape[1]} of {self.in_features}: the layer before it "
-                'must be "column"'
+                f'{self.name or "RowParallelLinear"}, "row" of {self.in_features} inputs: '
+                f"{self.positions.called(input.shape[-1])} came: the layer before it must be "
+                '"column", of as many'
             )
         positions = self.positions
         if positions.overlaps:

@@ -87,6 +87,10 @@ class Positions:
         """From here on a rank has some of so many features, along `dim`."""
         self.features, self.dim = (count, own), dim
 
+    def called(self, own: int) -> str:
+        """What errors call features that came, `own` to this rank: alike on all ranks."""
+        return f"all {own}" if self.features is None else f"a part of {self.features[0]}"
+
     # --- ways of activations --------------------------------------------------------------------
 
     def enter(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from hpcml.comm import Mesh
 from hpcml.comm import run as on_threads
 from hpcml.errors import UserError
 from hpcml.nn import functional as F
+from tests.parallel.cases import serial_mesh
 from tests.parallel.spatial.models import Classifier
 
 cases = pytest.mark.parametrize
@@ -75,11 +76,11 @@ REFUSED: dict[str, tuple[Any, tuple[int, ...], dict[str, int], str]] = {
     # Ranks at the edge refused these alone, and the one between waited for them.
     "mirrored by more than there is": (
         lambda: Net(nn.Conv2d(2, 2, 11, padding=5, padding_mode="reflect")), (2, 1, 9, 5),
-        {"sp_w": 3}, r'middle \(Conv2d\): padding \(5, 5\) beside 5 of images \(9, 5\): .*0 to 4',
+        {"sp_w": 3}, r"middle \(Conv2d\): padding \(5, 5\) about 5 of \(9, 5\): .*0 to 4",
     ),
     "around by more than there is": (
         lambda: Net(nn.Conv2d(2, 2, 13, padding=6, padding_mode="circular")), (2, 1, 9, 5),
-        {"sp_h": 2}, r'middle \(Conv2d\): padding \(6, 6\) beside 5 of images \(9, 5\): .*0 to 5',
+        {"sp_h": 2}, r"middle \(Conv2d\): padding \(6, 6\) about 5 of \(9, 5\): .*0 to 5",
     ),
     "no depth": (
         lambda: Net(nn.ReLU()), (2, 1, 5, 6), {"sp_d": 2}, r"mesh.sp_d=2 cuts .* mesh.sp_d=1"
@@ -91,7 +92,7 @@ REFUSED: dict[str, tuple[Any, tuple[int, ...], dict[str, int], str]] = {
     ),
     "linear": (
         lambda: Net(Mean(), fc=True, spatial=MEAN), (2, 1, 5, 6), {"sp_w": 2},
-        r'middle \(Mean\) is declared "pointwise" and makes \(2, 2\) of images that sp_w divides',
+        r'middle \(Mean\) is declared "pointwise" and makes 2 dimensions of images that sp_w',
     ),
     "turned at the end": (
         lambda: Net(Odd(nn.ReLU(), lambda x: x.permute(0, 2, 3, 1))), (2, 1, 5, 6), {"sp_h": 2},
@@ -162,6 +163,58 @@ def test_refused(what: str) -> None:
         assert "\n" not in str(raised.value)
 
     on_threads(program, ranks=int(np.prod(list(layout.values()))))
+
+
+UNFIT: dict[str, tuple[Any, str]] = {
+    "channels": (lambda: nn.Conv2d(3, 2, 3), "2 channels came"),
+    "channels of a transposed one": (lambda: nn.ConvTranspose2d(3, 2, 3), "2 channels came"),
+    "features": (lambda: nn.BatchNorm2d(5), "2 channels in 4 dimensions came, and it takes 5 in 4"),
+    "window": (lambda: nn.Conv2d(2, 2, 11), r"\(11, 11\) .* image of \(9, 5\)"),
+    "maximum": (lambda: nn.MaxPool2d(6), r"\(6, 6\) .* image of \(9, 5\)"),
+    "mean": (lambda: nn.AvgPool2d(6), r"\(6, 6\) .* image of \(9, 5\)"),
+    "mirror": (
+        lambda: nn.Conv2d(2, 2, 13, padding=6, padding_mode="reflect"),
+        r"padding \(6, 6\) about 5 of \(9, 5\): .*0 to 4",
+    ),
+    "resized by what": (nn.Upsample, "give either size=None or scale_factor=None"),
+    "shuffled": (lambda: nn.PixelShuffle(3), r"2 channels are not 3\^2"),
+    # What is of one dimension had a bare ValueError, or computed both where ranks have blocks.
+    **{
+        type(make()).__name__: (make, r"4 dimensions came, and it takes \(N, C, W\)")
+        for make in (
+            lambda: nn.Conv1d(2, 2, 3), lambda: nn.ConvTranspose1d(2, 2, 3),
+            lambda: nn.MaxPool1d(2), lambda: nn.AvgPool1d(2), lambda: nn.AdaptiveAvgPool1d(2),
+        )
+    },
+    "norm": (lambda: nn.BatchNorm1d(2), "2 channels in 4 dimensions came, and it takes 2 in 2 or"),
+}  # fmt: skip
+"""Layers that images of 9 x 5 with two channels do not fit."""
+
+
+@cases("what", UNFIT)
+def test_a_layer_says_the_same_on_one_rank_and_on_each_of_four(what: str) -> None:
+    make, message = UNFIT[what]
+
+    def refusal(mesh: Mesh) -> str:
+        model = Net(make())
+        with pytest.raises(UserError, match=message) as raised:
+            train(model, mesh, np.zeros((2, 1, 9, 5), np.float32))
+        return str(raised.value)
+
+    alone = refusal(serial_mesh())
+    assert alone.startswith("middle (") and "\n" not in alone
+    assert set(on_threads(lambda: refusal(Mesh(sp_h=2, sp_w=2)), ranks=4)) == {alone}
+
+
+def test_global_pooling_of_other_dimensions() -> None:
+    """It is computed apart where the region ends."""
+
+    def program() -> None:
+        model = Net(nn.AdaptiveAvgPool1d(1), spatial={"middle": "samples"})
+        with pytest.raises(UserError, match=r"middle \(Adap.*: 4 dimensions came, and it takes"):
+            train(model, Mesh(sp_w=2), np.zeros((2, 1, 9, 5), np.float32))
+
+    on_threads(program, ranks=2)
 
 
 def test_targets_and_losses() -> None:
