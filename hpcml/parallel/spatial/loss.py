@@ -22,7 +22,8 @@ class SpatialLoss(Module):
 
     Outputs of blocks: `nn.CrossEntropyLoss` and `nn.MSELoss` with reduction "mean" take each rank's
     pixels, and divide by how many there are in all; for any other loss, outputs and targets are
-    gathered. After the end of the region any loss that is a mean over samples does.
+    gathered. After the end of the region any loss that is a mean over samples does, and where ranks
+    divide these, `nn.CrossEntropyLoss` by how many targets of all count.
     """
 
     def __init__(self, loss: Any, grid: Grid) -> None:
@@ -38,9 +39,11 @@ class SpatialLoss(Module):
     def _share(self, input: Any, target: Any) -> Tensor:
         grid = self.grid
         if grid.inside:
-            pixels = _PIXELS.get(type(self.serial))
-            if pixels is not None and self.serial.reduction == "mean":
-                return pixels(self.serial, grid, input, target)  # type: ignore[no-any-return]
+            if self._is_mean(CrossEntropyLoss):
+                count = int(grid.axis.allreduce(np.array([_counted(self.serial, target)]))[0])
+                return _cross_entropy(self.serial, input, target, count)
+            if self._is_mean(MSELoss):
+                return _squares(grid, input, target)
             input, target = grid.joined(self, input), self._joined(target)
         elif grid.own_samples is not None:
             first, end = grid.own_samples
@@ -48,8 +51,14 @@ class SpatialLoss(Module):
                 _require_tensor(input)
             if first == end:  # backward goes the way of the other ranks
                 return input.sum() * 0.0  # type: ignore[no-any-return]
+            if self._is_mean(CrossEntropyLoss):
+                count = _counted(self.serial, target)
+                return _cross_entropy(self.serial, input, target[first:end], count)
             return self._of(input, target[first:end]) * ((end - first) / grid.count)
         return self._of(input, target) * (1 / grid.axis.size)
+
+    def _is_mean(self, kind: type[CrossEntropyLoss | MSELoss]) -> bool:
+        return type(self.serial) is kind and self.serial.reduction == "mean"
 
     def _of(self, input: Any, target: Any) -> Tensor:
         loss = self.serial(input, target)
@@ -93,17 +102,17 @@ def _require_tensor(input: Any) -> None:
         )
 
 
-def _cross_entropy(loss: CrossEntropyLoss, grid: Grid, input: Tensor, target: Any) -> Tensor:
-    numbers = array_of(target)
-    own = int((numbers != loss.ignore_index).sum())
-    count = int(grid.axis.allreduce(np.array([own]))[0])
-    total = F.cross_entropy(input, numbers, ignore_index=loss.ignore_index, reduction="sum")
+def _counted(loss: CrossEntropyLoss, target: Any) -> int:
+    """How many targets are not ignored."""
+    return int((array_of(target) != loss.ignore_index).sum())
+
+
+def _cross_entropy(loss: CrossEntropyLoss, input: Tensor, target: Any, count: int) -> Tensor:
+    """Of this rank's targets, a share in the mean over `count`."""
+    total = F.cross_entropy(input, target, ignore_index=loss.ignore_index, reduction="sum")
     return total * (1 / count if count else np.nan)
 
 
-def _squares(loss: MSELoss, grid: Grid, input: Tensor, target: Any) -> Tensor:
+def _squares(grid: Grid, input: Tensor, target: Any) -> Tensor:
     count = int(grid.axis.allreduce(np.array([input.numel()]))[0])
     return F.mse_loss(input, target, reduction="sum") * (1 / max(count, 1))
-
-
-_PIXELS: dict[type, Any] = {CrossEntropyLoss: _cross_entropy, MSELoss: _squares}

@@ -121,6 +121,13 @@ def classes(step: int, size: int = 5) -> Fields:
     return random.normal(size=(size, 1, 37, 42)), random.integers(0, 3, size)
 
 
+def ignored(step: int, size: int = 5) -> Fields:
+    """Of the first samples, which one rank has, no target counts."""
+    images, target = classes(step, size)
+    target[:2] = -100
+    return images, target
+
+
 def pixels(step: int, size: int = 5) -> Fields:
     random = np.random.default_rng([5, step])
     target = random.integers(0, 3, (size, 14, 18))
@@ -147,6 +154,7 @@ CE = nn.CrossEntropyLoss()
 MODELS: dict[str, tuple[Any, Any, Any]] = {
     "classifier": (Classifier, CE, classes),
     "divided": (Divided, CE, classes),
+    "ignored": (Divided, CE, ignored),
     "deep": (Deep, CE, classes),
     "pixels": (Pixels, CE, pixels),
     "heights": (Pixels, nn.MSELoss(), heights),

@@ -16,6 +16,8 @@ FP32 = {"dtype": "float32"}
 WAYS: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     ("classifier", {"sp_w": 2}, {}),
     ("divided", {"sp_h": 2}, {"zero": 2}),
+    ("ignored", {"sp_h": 2}, {"zero": 1}),
+    ("ignored", {"dp": 2, "sp_w": 2}, {}),
     ("volume", {"sp_d": 2}, {"zero": 3}),
     ("classifier", {"sp_h": 2}, FP32),
     ("heights", {"sp_w": 2}, {"microbatch": 3, "zero": 1}),
