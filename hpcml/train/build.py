@@ -71,7 +71,7 @@ def build(config: Config, mesh: Mesh) -> Run:
         costs = measured_costs(config, mesh, data, another)
     step = make_step(config, mesh, model, loss, costs, data.metrics)
     agree(mesh.world, partial(step.plan, config.train.global_batch))
-    agree(mesh.world, partial(try_sample, step, data))
+    try_sample(step, data)
     logger.info("%s, loss and data fit", type(model).__name__)
     claim = partial(folder.claim, config.run.overwrite)
     agree(mesh.world, claim if mesh.rank == 0 else lambda: None)
@@ -173,7 +173,19 @@ def decay_matrices(model: Module) -> list[dict[str, Any]]:
 
 
 def try_sample(step: Step, data: Data) -> None:
-    """Evaluate two samples, so that a model or loss that does not fit the data says so now."""
+    """Evaluate two samples, so that a model or loss that does not fit the data says so now.
+
+    Collective. Where ranks need each other to compute, one that refuses alone cannot ask the others
+    to agree, which wait for it in the model: it ends the job.
+    """
+    mesh, tried = step.mesh, partial(_try_sample, step, data)
+    if mesh.size > step.axis.size or step.zero.gathers:
+        tried()
+    else:
+        agree(mesh.world, tried)
+
+
+def _try_sample(step: Step, data: Data) -> None:
     try:
         step.try_batch(next(iter(Batches(data.train, 2, None))))
     except UserError:

@@ -1,16 +1,22 @@
-"""Parts of a run: threads, parameter groups."""
+"""Parts of a run: threads, parameter groups, the first samples."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import numpy as np
 import pytest
 import threadpoolctl
 
-from hpcml import backend
-from hpcml.comm import Mesh
+import hpcml
+from hpcml import backend, nn
+from hpcml.autograd import Tensor
+from hpcml.comm import Mesh, run
+from hpcml.data.core import Data
 from hpcml.errors import UserError
 from hpcml.models import GPT
 from hpcml.parallel import threads
-from hpcml.train.build import decay_matrices
+from hpcml.train.build import decay_matrices, try_sample
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
@@ -44,3 +50,29 @@ def test_a_number_of_threads_that_is_none(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("OMP_NUM_THREADS", "0")
     with pytest.raises(UserError, match="OMP_NUM_THREADS"):
         threads.share(Mesh())
+
+
+class Unfit(nn.Module):
+    """Of seven features ranks have four and three, and of the six that follow three each."""
+
+    splits: ClassVar = {"up": "column", "down": "row"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(2, 7), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+def test_a_model_that_one_rank_alone_refuses() -> None:
+    """The others wait for it in the model: they cannot come to agree."""
+
+    def program() -> None:
+        step = hpcml.parallelize(
+            Unfit(), loss=nn.MSELoss(), optimizer=hpcml.optim.SGD, mesh=Mesh(dp=1, tp=2)
+        )
+        try_sample(step, Data([(np.zeros(2, np.float32), np.zeros(2, np.float32))] * 4))
+
+    with pytest.raises(UserError, match='"row" of 6 inputs: a part of 7 came'):
+        run(program, ranks=2, timeout=5)
