@@ -12,7 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from hpcml.backend import Array
+import numpy as np
+
+from hpcml import backend, rng
+from hpcml.backend import Array, is_half
+from hpcml.kernels import widen
 from hpcml.nn.parameter import Parameter
 
 ALIGNMENT = 64  # bytes: parameters share no cache line, if the allocator's buffers start on one
@@ -106,6 +110,32 @@ class Bucket:
     def view(self, whole: Array, number: int) -> Array:
         """The place of a parameter in an array of the whole bucket."""
         return whole[self.slices[number]].reshape(self.parameters[number].shape)
+
+    def write(self, place: slice, out: Array) -> None:
+        """Put elements `place` into `out`: given values, or first values made here."""
+        for parameter, part in zip(self.parameters, self.slices, strict=True):
+            low, high = max(part.start, place.start), min(part.stop, place.stop)
+            if low >= high:
+                continue
+            view = out[low - place.start : high - place.start]
+            if parameter.has_values:
+                values = parameter.data.reshape(-1)[low - part.start : high - part.start]
+                if is_half(values.dtype) and view.dtype == np.float32:
+                    widen(values, view)
+                else:
+                    backend.put(values, view)
+            else:
+                parameter.fill(view, low - part.start, rng.seed())
+
+    def put(self, parameter: Parameter, values: Array, place: slice, out: Array) -> None:
+        """Put a parameter's values into `out`, which is elements `place` of the bucket."""
+        part = self.slices[self.number(parameter)]
+        low, high = max(part.start, place.start), min(part.stop, place.stop)
+        if low < high:
+            backend.put(
+                values.reshape(-1)[low - part.start : high - part.start],
+                out[low - place.start : high - place.start],
+            )
 
 
 def plan(

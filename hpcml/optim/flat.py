@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpcml import backend, kernels, memory, rng
+from hpcml import backend, kernels, memory
 from hpcml.backend import Array, is_half
 from hpcml.kernels import narrow, widen
 from hpcml.nn.parameter import Home, Parameter
@@ -91,12 +91,12 @@ class FlatStorage:
         """Put the values of the parameters into what this rank holds of them."""
         sharding = self.sharding
         if bucket.master is not None:
-            _write(bucket, sharding.owned("optim", bucket), bucket.master)
+            bucket.write(sharding.owned("optim", bucket), bucket.master)
         held = sharding.owned("params", bucket)
         if bucket.master is not None and sharding.owned("optim", bucket) == held:
             narrow(bucket.master, bucket.data)
         else:
-            _write(bucket, held, bucket.data)
+            bucket.write(held, bucket.data)
 
     def _adopt(self, bucket: Bucket) -> None:
         """Let the parameters lie in the bucket, where this rank holds all of it."""
@@ -138,12 +138,10 @@ class FlatStorage:
 
     def store(self, parameter: Parameter, values: Array) -> None:
         """Take a parameter's new values, the same on all ranks, into what this rank holds of it."""
-        bucket = self.home[id(parameter)]
-        part = bucket.slices[bucket.number(parameter)]
-        flat, sharding = values.reshape(-1), self.sharding
+        bucket, sharding = self.home[id(parameter)], self.sharding
         if bucket.master is not None:
-            _put(flat, part, bucket.master, sharding.owned("optim", bucket))
-        _put(flat, part, bucket.data, sharding.owned("params", bucket))
+            bucket.put(parameter, values, sharding.owned("optim", bucket), bucket.master)
+        bucket.put(parameter, values, sharding.owned("params", bucket), bucket.data)
         if parameter.unit is not None:
             parameter.unit.drop()
 
@@ -266,33 +264,6 @@ def _part(held: Array, place: slice, low: int, high: int) -> Array:
     """Elements low to high of a bucket, of which `held` is the part `place`."""
     assert place.start <= low <= high <= place.stop
     return held[low - place.start : high - place.start]
-
-
-def _write(bucket: Bucket, place: slice, out: Array) -> None:
-    """Put elements `place` of a bucket into `out`: given values, or first values made here."""
-    for parameter, part in zip(bucket.parameters, bucket.slices, strict=True):
-        low, high = max(part.start, place.start), min(part.stop, place.stop)
-        if low >= high:
-            continue
-        view = out[low - place.start : high - place.start]
-        if parameter.has_values:
-            values = parameter.data.reshape(-1)[low - part.start : high - part.start]
-            if is_half(values.dtype) and view.dtype == np.float32:
-                widen(values, view)
-            else:
-                backend.put(values, view)
-        else:
-            parameter.fill(view, low - part.start, rng.seed())
-
-
-def _put(values: Array, part: slice, out: Array, place: slice) -> None:
-    """Put the values of elements `part` of a bucket into `out`, which is elements `place` of it."""
-    low, high = max(part.start, place.start), min(part.stop, place.stop)
-    if low < high:
-        backend.put(
-            values[low - part.start : high - part.start],
-            out[low - place.start : high - place.start],
-        )
 
 
 def _squares(x: Array, block: int, out: Array) -> None:
