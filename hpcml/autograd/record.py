@@ -88,6 +88,9 @@ class Context:
         """The arrays given to `save`, in that order."""
         assert self._saved is not None
         if self._packed:
+            for unpack, value in self._saved:
+                if unpack is _data:
+                    _data(value)  # is fetched before those that make something again
             for i, (unpack, value) in enumerate(self._saved):
                 if unpack is not None and unpack is not _data:
                     self._saved[i] = (None, unpack(value))

@@ -6,40 +6,43 @@ again, by what is alive at a time, instead of fragments from the system.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from hpcml.backend import Array
 
-_LARGER = 4
-"""A chunk at most so many times as large is not too large for something: the largest bucket of a
-unit may well be more than twice as large as what is left of the unit."""
+_LARGER = 16
+"""A chunk that is more times as large is too large for something: in use for long, as the gradient
+of a small tied embedding is, it would keep the chunk from what is large."""
 
 
 class Arena:
-    """Hands out parts of large arrays, the first that fits, and makes another where none does.
+    """Hands out parts of large arrays, where least is left, and makes another where none fits.
 
     What it does depends on the calls alone, so that ranks which make the same calls get the same
     places, as memory that they share needs it.
     """
 
-    def __init__(self, allocate: Callable[[int], Array]) -> None:
-        """`allocate(size)`: makes a flat array."""
-        self._allocate = allocate
+    def __init__(self, allocate: Callable[[int], Array], first: int = 0) -> None:
+        """`allocate(size)`: makes a flat array. first: elements of the first one, at least."""
+        self._allocate, self._first = allocate, first
         self._chunks: list[_Chunk] = []
         self._lent: dict[int, tuple[_Chunk, int, int]] = {}
 
     def take(self, size: int) -> Array:
         """A flat array of `size` elements with any values."""
-        place = self._free(size)
-        if place is None:
+        if not self.fits(size):
             # A new chunk takes the place of a somewhat smaller one that nobody uses.
             self._chunks = [
                 chunk for chunk in self._chunks
                 if chunk.taken or not chunk.array.size < size <= _LARGER * chunk.array.size
             ]  # fmt: skip
-            self._chunks.append(_Chunk(self._allocate(size)))
-            place = self._chunks[-1], 0
-        return self._lend(*place, size)
+            self._chunks.append(_Chunk(self._allocate(self._enough(size))))
+        _, number, start = min(self._places(size))
+        return self._lend(self._chunks[number], start, size)
+
+    def fits(self, size: int) -> bool:
+        """Whether there is a place for so much in the arrays there are."""
+        return any(True for _ in self._places(size))
 
     def part(self, array: Array, place: slice) -> Array:
         """A part of an array that `take` gave, the same object each time."""
@@ -55,14 +58,17 @@ class Arena:
         """Let go of the arrays of which no part is lent."""
         self._chunks = [chunk for chunk in self._chunks if chunk.taken]
 
-    def _free(self, size: int) -> tuple[_Chunk, int] | None:
-        """The first place for `size` elements, if there is one."""
-        for chunk in self._chunks:
-            # Not in a much larger one: something small that stays would keep all of it.
-            start = chunk.find(size) if _LARGER * size >= chunk.array.size else None
-            if start is not None:
-                return chunk, start
-        return None
+    def _places(self, size: int) -> Iterator[tuple[int, int, int]]:
+        """Free elements, number of the chunk and start of each place for `size` elements."""
+        for number, chunk in enumerate(self._chunks):
+            if chunk.array.size <= _LARGER * size:
+                for free, start in chunk.gaps():
+                    if free >= size:
+                        yield free, number, start
+
+    def _enough(self, size: int) -> int:
+        first = all(chunk.array.size < self._first for chunk in self._chunks)
+        return max(size, self._first) if first and self._first <= _LARGER * size else size
 
     def _lend(self, chunk: _Chunk, start: int, size: int) -> Array:
         end = start + size
@@ -81,14 +87,12 @@ class _Chunk:
         self.taken: list[tuple[int, int]] = []
         self._views: dict[tuple[int, int], Array] = {}
 
-    def find(self, size: int) -> int | None:
-        """Where `size` elements are free, first."""
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """How many elements are free and where they begin, of each part that nobody has."""
         start = 0
-        for low, high in self.taken:
-            if low - start >= size:
-                return start
+        for low, high in [*self.taken, (self.array.size, self.array.size)]:
+            yield low - start, start
             start = high
-        return start if self.array.size - start >= size else None
 
     def view(self, start: int, end: int) -> Array:
         """A part, the same object each time: collectives know it again."""

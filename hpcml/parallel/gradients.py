@@ -164,6 +164,8 @@ class Gradients:
             used = sum(other.size for other in self._slots if self._missing[other])
             least = self._reduced_beside if used else 0
             self._wait(max(self._most - used - bucket.size, least), 1)
+            if not used and not self.arena.fits(bucket.size):
+                self._wait()
             slot = self._slots[bucket] = self.arena.take(bucket.size)
             for gap in bucket.gaps():
                 slot[gap] = 0

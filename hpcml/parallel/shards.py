@@ -27,7 +27,8 @@ from hpcml.parallel.arena import Arena
 class Shards:
     """Fetches units and lets them go; all ranks do so in the same order.
 
-    prefetch: fetch the unit that came next in the last pass while this one is in use.
+    prefetch: fetch the unit that came next in the last pass while this one is in use, as soon as
+    there is room within twice the largest unit: backward may use two at once.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Shards:
         numbers = dict.fromkeys(bucket.unit for bucket in storage.buckets)
         for number in numbers:
             self.units.append(Unit(self, [b for b in storage.buckets if b.unit == number]))
+        self._room = 2 * max((unit.size for unit in self.units), default=0)
         for module, parameters in units.users(model):
             fetched = dict.fromkeys(p.unit for p in parameters if isinstance(p.unit, Unit))
             if fetched:
@@ -57,9 +59,13 @@ class Shards:
                 unit.start(background=False)
             unit.wait()
             self._seen.append(unit)
-            if self.prefetch:
-                self._start_next()
+            self._start_next()
         unit.show()
+
+    def done(self, unit: Unit) -> None:
+        """Nothing in this pass needs the values of a unit any more."""
+        self.park(unit)
+        self._start_next()
 
     def park(self, unit: Unit) -> None:
         """Let the values of a unit go, if it has them."""
@@ -94,10 +100,17 @@ class Shards:
 
     def _start_next(self) -> None:
         here = len(self._seen)
-        if self._seen == self._order[:here] and here < len(self._order):
-            unit = self._order[here]
-            if not unit.slots:
+        if not self.prefetch or self._seen != self._order[:here] or here == len(self._order):
+            return
+        unit = self._order[here]
+        if not unit.slots:
+            if not self._fits(unit):
+                self._drop_parked()
+            if self._fits(unit):
                 unit.start(background=True)
+
+    def _fits(self, unit: Unit) -> bool:
+        return sum(one.size for one in self.units if one.slots) + unit.size <= self._room
 
 
 class _LetGo:
@@ -108,7 +121,7 @@ class _LetGo:
 
     def __call__(self, *_: object) -> None:
         for unit in self.fetched:
-            unit.done()
+            unit.shards.park(unit)  # backward may begin with it
 
 
 class Unit:
@@ -130,7 +143,7 @@ class Unit:
 
     def done(self) -> None:
         """Nobody needs the values for now."""
-        self.shards.park(self)
+        self.shards.done(self)
 
     def start(self, background: bool) -> None:
         """Gather the buckets, or begin to."""
@@ -176,7 +189,7 @@ class Unit:
         """Give the memory back."""
         if self.slots:
             self.shards.arena.give_back(self._room)
-        self.slots = []
+        self.slots, self._room = [], None
 
 
 HeldOf = Callable[[Bucket], tuple[Array, bool]]

@@ -66,29 +66,33 @@ def divide(
     links: units that are given, and are not joined.
 
     Small neighbours are joined as long as the result is no larger than the largest unit: fewer
-    messages, no more memory. Sizes are those of whole tensors: the same on ranks that divide them.
+    messages, no more memory. But what a tied head follows stays apart from what it follows: it is
+    used beside the head, whose own unit is large. Sizes are those of whole tensors: the same on
+    ranks that divide them.
     """
     wanted, seen = {id(p) for p in chosen}, set[int]()
     found: list[list[Parameter]] = []
     for parameters in links or [parameters for _, parameters in users(model)]:
-        unit = [p for p in parameters if id(p) in wanted and id(p) not in seen]
-        seen.update(map(id, unit))
-        if unit:
-            found.append(unit)
+        own = [p for p in parameters if id(p) in wanted]
+        if own:
+            found.append([p for p in own if id(p) not in seen])
+            seen.update(map(id, own))
     elsewhere = [p for p in chosen if id(p) not in seen]  # the optimizer has them, not the model
     if elsewhere:
         found.append(elsewhere)
-    return found if links else _join(found)
+    return [unit for unit in (found if links else _join(found)) if unit]
 
 
 def _join(units: Sequence[list[Parameter]]) -> list[list[Parameter]]:
+    """Units that are empty here are those of tied parameters, which an earlier one has."""
     sizes = [sum(prod(p.whole_shape) for p in unit) for unit in units]
     largest, joined, size = max(sizes), [list(units[0])], sizes[0]
-    for unit, more in zip(units[1:], sizes[1:], strict=True):
-        if size + more <= largest:
+    for number, unit in enumerate(units[1:], 1):
+        before_tied = units[number + 1 : number + 2] == [[]]
+        if size + sizes[number] <= largest and not before_tied:
             joined[-1] += unit
-            size += more
+            size += sizes[number]
         else:
             joined.append(list(unit))
-            size = more
+            size = sizes[number]
     return joined

@@ -84,7 +84,8 @@ class Zero:
         def alone(size: int) -> Array:
             return memory.empty((size,), storage.dtype, "buffers", where)
 
-        own = Arena(alone)
+        largest = max((bucket.size for bucket in storage.trained), default=0)
+        own = Arena(alone, max(min(most, 2 * largest), largest) if overlap else largest)
         stages = self.held.by_stage(storage.trained)
         self._gradients = Gradients(storage, groups, own, most, overlap, deterministic, stages)
         self._shards: Shards | None = None

@@ -442,6 +442,7 @@ def test_units_by_default_and_declared() -> None:
     assert [unit[0] for unit in blocks] == ["transformer.h.0.ln_1.weight",
                                             "transformer.h.1.ln_1.weight"]  # fmt: skip
     assert found[0] == ["transformer.wte.weight", "transformer.wpe.weight"], "small: joined"
+    assert found[-1] == ["transformer.ln_f.weight", "transformer.ln_f.bias"], "beside a tied head"
     gpt.units = ("transformer.h.*.mlp", "transformer.h.*.attn")  # type: ignore[assignment]
     declared = names(gpt)
     assert sum("mlp" in unit[0] for unit in declared) == 2
