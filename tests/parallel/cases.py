@@ -124,6 +124,23 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (AdamW, {"lr": 2e-3, "weight_decay": 0.1}),
 }
 CLIP = 0.3
+WAYS: dict[str, dict[str, Any]] = {
+    "1": {"zero": 1},
+    "2": {"zero": 2},
+    "3": {"zero": 3},
+    "1 small buckets": {"zero": 1, "bucket_mb": 1e-4},
+    "2 small buckets": {"zero": 2, "bucket_mb": 1e-4},
+    "3 small buckets": {"zero": 3, "bucket_mb": 1e-4},
+    "0 overlap": {"zero": 0, "overlap": True},
+    "1 overlap": {"zero": 1, "overlap": True},
+    "2 overlap": {"zero": 2, "overlap": True},
+    "3 overlap": {"zero": 3, "overlap": True},
+    "1 layers": {"zero": 1, "zero_split": "layers"},
+    "2 layers": {"zero": 2, "zero_split": "layers"},
+    "3 layers": {"zero": 3, "zero_split": "layers"},
+    "3 layers overlap": {"zero": 3, "zero_split": "layers", "overlap": True},
+}
+"""Stages and forms of ZeRO, as options of `parallelize`."""
 
 
 def decay_matrices(model: nn.Module) -> list[dict[str, Any]]:

@@ -1,0 +1,243 @@
+"""Models that are not chains of layers, in every form of ZeRO: how units come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hpcml
+from hpcml import nn
+from hpcml.autograd import Context, Tensor, primitive
+from hpcml.comm import Mesh
+from hpcml.errors import UserError
+from hpcml.optim import AdamW
+from hpcml.parallel.units import divide
+from tests.parallel.cases import (
+    KINDS,
+    WAYS,
+    decay_matrices,
+    make,
+    serial_mesh,
+    values,
+)
+
+cases = pytest.mark.parametrize
+
+
+class Odd(nn.Module):
+    """Parameters of the root, one used outside its module, a branch that data decide on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(np.ones(6, np.float32))
+        self.a = nn.Linear(6, 6)
+        self.b = nn.Linear(6, 6)
+        self.rare = nn.Linear(6, 6)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.b(self.frozen(self.a(x * self.scale)).tanh())
+        if self.uses_rare(x):
+            out = out + self.rare(x)
+        return (out @ self.a.weight).sum(1, keepdim=True)
+
+    def uses_rare(self, x: Tensor) -> bool:
+        return True
+
+
+class SomeTimes(Odd):
+    """Ranks do not all use the same layers: a microbatch decides."""
+
+    def uses_rare(self, x: Tensor) -> bool:
+        return bool(x.numpy()[0, 0] > 0)
+
+
+class Branches(nn.Module):
+    """Each sample takes one of two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.a if x.numpy()[0, 0] > 0 else self.b
+        return self.last(chosen(self.first(x)).tanh())
+
+
+class Single(nn.Module):
+    """One unit: what backward used last is what the next forward begins with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(np.linspace(-1, 1, 6, dtype=np.float32).reshape(6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight).tanh()
+
+
+class Bypassed(nn.Module):
+    """Enters its blocks by `forward`: no hook runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block.forward(x).tanh()
+        return self.last.forward(x)
+
+
+@primitive
+def times_transposed(ctx: Context, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Saves a view of an input."""
+    turned = weight.T
+    ctx.save(x, turned)
+    return x @ turned
+
+
+@times_transposed.adjoint
+def _(ctx: Context, g: np.ndarray) -> np.ndarray:
+    return g @ ctx.saved[1].T
+
+
+@times_transposed.adjoint
+def _(ctx: Context, g: np.ndarray) -> np.ndarray:
+    return g.T @ ctx.saved[0]
+
+
+class Table(nn.Module):
+    """Gives a view of its parameter away, which is used when the module is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(np.linspace(-1, 1, 54, dtype=np.float32).reshape(9, 6))
+
+    def forward(self, which: int) -> Tensor:
+        return self.weight[which]
+
+
+class Views(nn.Module):
+    """Computes with views of parameters, while other units are gathered where they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.tables = nn.ModuleList(Table() for _ in range(2))
+        self.last = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [table(number + 2) for number, table in enumerate(self.tables)]
+        for layer in self.layers:
+            x = (x @ layer.weight.transpose(1, 0)).tanh()
+            x = times_transposed(x, layer.weight) + layer.bias.detach()
+        return self.last(x * rows[0] + rows[1])
+
+
+@cases("way", ["3", "3 small buckets", "3 overlap", "3 layers"])
+@cases("microbatch", [1, 3])
+def test_views_of_parameters(mesh: Mesh, way: str, microbatch: int) -> None:
+    """Others were gathered into the memory behind them before they were used."""
+    found = trained(Views, mesh, microbatch=microbatch, **WAYS[way])
+    for name, array in trained(Views, serial_mesh(), microbatch=microbatch).items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-12, err_msg=name)
+
+
+@cases("deterministic", [False, True])
+@cases("way", ["0", "0 overlap", "1", "1 overlap", "2", "2 overlap"])
+def test_ranks_that_use_different_layers(mesh: Mesh, way: str, deterministic: bool) -> None:
+    where = Mesh(deterministic=True) if deterministic and mesh.size > 1 else mesh
+    found = trained(Branches, where, microbatch=1, **WAYS.get(way, {}))
+    for name, array in trained(Branches, serial_mesh(), microbatch=1).items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-12, err_msg=name)
+
+
+@cases("way", ["3", "3 overlap", "3 layers"])
+@cases("kind", [Single, Bypassed])
+def test_a_unit_used_last_is_fetched_anew_after_the_update(
+    mesh: Mesh, kind: Callable[[], nn.Module], way: str
+) -> None:
+    """Its old values were still in memory, and were taken for those of the next step."""
+    found = trained(kind, mesh, microbatch=2, **WAYS[way])
+    for name, array in trained(kind, serial_mesh(), microbatch=2).items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_a_unit_used_last_is_fetched_anew_after_loading(mesh: Mesh) -> None:
+    step = hpcml.parallelize(
+        Single(), loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, zero=3, seed=1
+    )
+    x, y = np.ones((2, 6), np.float32), np.zeros((2, 1), np.float32)
+    assert step.evaluate([(x, y)]) == pytest.approx(0, abs=1e-6)
+    step.model.load_state_dict({"weight": np.full((6, 1), 10, np.float32)})
+    assert step.evaluate([(x, y)]) == pytest.approx(1, abs=1e-6)
+
+
+def test_gathered_values_are_not_written_to(mesh: Mesh) -> None:
+    """It would go nowhere."""
+    step = make("mlp", mesh, zero=3)
+    with pytest.raises(ValueError, match="read-only"):
+        step.model.layers[0].weight.data[...] = 0
+
+
+@cases("way", [*WAYS, "0"])
+@cases("microbatch", [1, 2])
+def test_odd_models(mesh: Mesh, way: str, microbatch: int) -> None:
+    options = WAYS.get(way, {})
+    # To gather parameters ranks must use the same layers.
+    kind = SomeTimes if options.get("zero", 0) < 3 else Odd
+    found, expected = (
+        trained(kind, where, microbatch=microbatch, **more)
+        for where, more in ((mesh, options), (serial_mesh(), {}))
+    )
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-12, err_msg=name)
+
+
+def trained(kind: Callable[[], nn.Module], mesh: Mesh, **options: Any) -> dict[str, np.ndarray]:
+    model = kind().double()
+    step = hpcml.parallelize(
+        model, loss=nn.MSELoss(), optimizer=AdamW, lr=1e-2, mesh=mesh, seed=1, grad_clip=0.5,
+        groups=decay_matrices, **options,
+    )  # fmt: skip
+    random = np.random.default_rng(4)
+    for _ in range(3):
+        step((random.normal(size=(7, 6)), random.normal(size=(7, 1))))
+    return values(step)
+
+
+def test_frozen_parameters_are_sharded_too(mesh: Mesh) -> None:
+    step = make("own", mesh, zero=3)
+    storage = step.optimizer.storage
+    frozen = [bucket for bucket in storage.buckets if not bucket.trained]
+    assert frozen and all(bucket.data.size * mesh.size == bucket.size for bucket in frozen)
+    assert all(p._array is None for p in step.model.parameters())
+    before = values(step)
+    step(KINDS["own"].batch(6, 0))
+    np.testing.assert_array_equal(values(step)["frozen.weight"], before["frozen.weight"])
+
+
+def test_units_by_default_and_declared() -> None:
+    def names(model: nn.Module) -> list[list[str]]:
+        model.name_parts()
+        return [[p.name for p in unit] for unit in divide(model, list(model.parameters()))]
+
+    gpt = KINDS["gpt"].model()
+    found = names(gpt)
+    blocks = [unit for unit in found if unit[0].startswith("transformer.h")]
+    assert [unit[0] for unit in blocks] == ["transformer.h.0.ln_1.weight",
+                                            "transformer.h.1.ln_1.weight"]  # fmt: skip
+    assert found[0] == ["transformer.wte.weight", "transformer.wpe.weight"], "small: joined"
+    assert found[-1] == ["transformer.ln_f.weight", "transformer.ln_f.bias"], "beside a tied head"
+    gpt.units = ("transformer.h.*.mlp", "transformer.h.*.attn")  # type: ignore[assignment]
+    declared = names(gpt)
+    assert sum("mlp" in unit[0] for unit in declared) == 2
+    assert sorted(n for unit in declared for n in unit) == sorted(n for u in found for n in u)
+    gpt.units = ("transformer.layers.*",)  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r'GPT.units: no module is called "transformer.layers'):
+        names(gpt)
