@@ -32,7 +32,7 @@ from hpcml.train.compare import Item
 from hpcml.train.config import Config
 from hpcml.train.sections import DataParallel, TensorParallel, Zero
 from hpcml.train.verdict import STAGES, Report
-from hpcml.train.watch import MODEL, Event, Seen, Watch
+from hpcml.train.watch import MODEL, Event, Seen, Watch, add_up
 
 STEPS = {"fp64": 2, "fp32": 1, "bf16": 1, "fp16": 1}
 """The second shows what first values hide, such as a bias of zero that is added by every rank. With
@@ -139,6 +139,7 @@ def _run(step: Step, batch: Any, number: int | None) -> _Run:
     watch = Watch(step, number)
     with watch.listening():
         losses = step.compute(batch)
+    add_up(watch.seen, step.division)
     loss = math.fsum(step.total(losses))
     factor = step.complete()
     norm = step.zero.norm() * factor

@@ -48,12 +48,18 @@ class Place(NamedTuple):
     """Where ranks that divide images divide samples."""
     share: float = 1.0
     """Of a gradient, where they all compute the same and each has its share."""
+    adds: bool = False
+    """Of a gradient, whether each has what its own part of the images adds to it: of what all have
+    whole where they divide images or samples."""
 
     @staticmethod
-    def of(division: Division) -> Place:
-        """As the layers of a divided model have left it."""
+    def of(division: Division, array: Array) -> Place:
+        """As the layers of a divided model have left it, and an array in it."""
         if isinstance(division, SpatialDivision):
-            return Place(samples=division.grid.own_samples, share=division.grid.share)
+            grid = division.grid
+            cut = grid.cuts.of(array) or (0,)
+            adds = all(one is None for one in cut) and (grid.inside or grid.own_samples is not None)
+            return Place(samples=grid.own_samples, share=grid.share, adds=adds)
         if not isinstance(division, TensorDivision):
             return Place()
         positions = division.positions
@@ -124,13 +130,13 @@ class Watch:
 
     def _noted(self, value: Any, what: str) -> Any:
         """The same, with its tensors noted, and to be noted again when their gradients come."""
-        call, place = self._running[-1], Place.of(self.step.division)
+        call = self._running[-1]
         outside = self._running[-2].layer if len(self._running) > 1 else call.layer
         # What came in, a caller made; the gradient of what went out, too: by using it.
         maker, of_gradient = (outside, call.layer) if what == "input" else (call.layer, outside)
         count = 0
 
-        def see(stage: str, name: str, array: Array, maker: str) -> None:
+        def see(stage: str, name: str, array: Array, maker: str, place: Place) -> None:
             self.seen[Event(stage, call.layer, name, call.number)] = Seen(
                 _copy(array), maker, place
             )
@@ -139,13 +145,30 @@ class Watch:
             nonlocal count
             name = f"{what} {count}" if count else what
             count += 1
-            see("forward", name, tensor.data, maker)
+            place = Place.of(self.step.division, tensor.data)
+            see("forward", name, tensor.data, maker, place)
             if not tensor.requires_grad or tensor.is_parameter:
                 return tensor
             gradient = f"gradient of the {name}"
-            return boundary(tensor, on_gradient=lambda g: see("backward", gradient, g, of_gradient))
+            return boundary(
+                tensor, on_gradient=lambda g: see("backward", gradient, g, of_gradient, place)
+            )
 
         return _each_tensor(value, note)
+
+
+def add_up(seen: dict[Event, Seen], division: Division) -> None:
+    """Let gradients of what all ranks have whole be the sums of what each adds. Collective."""
+    if not isinstance(division, SpatialDivision):
+        return
+    mine = {
+        event: one.values
+        for event, one in seen.items()
+        if event.stage == "backward" and one.place.adds
+    }
+    every = division.grid.axis.allgather_object(mine)
+    for event in mine:
+        seen[event].values = sum(of_rank[event] for of_rank in every if event in of_rank)
 
 
 def named_modules(step: Step) -> Iterator[tuple[str, Module]]:

@@ -23,6 +23,22 @@ def pictures(seed: int, by_pixel: bool = False) -> Any:
     return samples[:12], samples[12:]
 
 
+class Styled(nn.Module):
+    """Makes factors and shifts of a vector that ranks have whole, among blocks and after."""
+
+    spatial: ClassVar[dict[str, str]] = {"pool": "samples"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.style = nn.Parameter(shape=(1, 3), init=nn.Uniform(1.0))
+        self.conv, self.scale = nn.Conv2d(1, 4, 3), nn.Linear(3, 4)
+        self.pool, self.shift, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) * self.scale(self.style).reshape(1, -1, 1, 1)
+        return self.fc(self.pool(x.relu()).flatten(1) + self.shift(self.style))
+
+
 class Blur(nn.Module):
     """Takes a block for the whole."""
 

@@ -37,6 +37,7 @@ def check(folder: Path, model: str, *overrides: str) -> Report:
         ("Classifier", "mesh.sp_w=2"),
         ("Divided", "mesh.sp_h=2 zero.stage=2"),
         ("Pixels", "mesh.sp_h=3"),
+        ("Styled", "mesh.sp_h=3"),
         ("Divided", "mesh.sp_h=2 mesh.sp_w=2 train.microbatch=2"),
         ("Pixels", "mesh.dp=2 mesh.sp_w=2 zero.stage=3"),
     ],
