@@ -11,12 +11,7 @@ import hpcml
 from hpcml import nn
 from hpcml.comm import Mesh
 from hpcml.errors import UserError
-from tests.parallel.cases import (
-    KINDS,
-    make,
-    serial_mesh,
-    values,
-)
+from tests.parallel.cases import KINDS, make, serial_mesh, values
 
 cases = pytest.mark.parametrize
 

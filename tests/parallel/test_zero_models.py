@@ -15,14 +15,7 @@ from hpcml.comm import Mesh
 from hpcml.errors import UserError
 from hpcml.optim import AdamW
 from hpcml.parallel.units import divide
-from tests.parallel.cases import (
-    KINDS,
-    WAYS,
-    decay_matrices,
-    make,
-    serial_mesh,
-    values,
-)
+from tests.parallel.cases import KINDS, WAYS, decay_matrices, make, serial_mesh, values
 
 cases = pytest.mark.parametrize
 

@@ -10,12 +10,7 @@ import pytest
 import hpcml
 from hpcml.comm import Mesh
 from hpcml.errors import NonFiniteError
-from tests.parallel.cases import (
-    KINDS,
-    make,
-    serial_mesh,
-    values,
-)
+from tests.parallel.cases import KINDS, make, serial_mesh, values
 
 cases = pytest.mark.parametrize
 
