@@ -11,24 +11,12 @@ import numpy as np
 import pytest
 
 from hpcml import Tensor, collectives, no_grad
-from hpcml.comm import Axis, Cut, Halo, Mesh, run
+from hpcml.comm import Axis, Cut, Halo, Mesh
 from hpcml.comm.halo_plan import even as even_blocks
 from hpcml.nn import functional as F
+from tests.ranks import OnRanks, on_ranks_of
 
-OnRanks = Callable[..., None]
-
-
-@pytest.fixture(params=[1, 2, 3, 4, 5, 8, pytest.param("mpi", marks=pytest.mark.mpi)])
-def on_ranks(request: pytest.FixtureRequest) -> OnRanks:
-    """Run `program(mesh, *arguments)` on so many threads, or on the ranks of mpiexec."""
-
-    def start(program: Callable[..., None], *arguments: Any) -> None:
-        if request.param == "mpi":
-            program(Mesh(), *arguments)
-        else:
-            run(lambda: program(Mesh(), *arguments), ranks=request.param)
-
-    return start
+on_ranks = on_ranks_of(Mesh, [1, 2, 3, 4, 5, 8])
 
 
 def numbers(shape: tuple[int, ...], seed: int, dtype: Any = np.float64) -> np.ndarray:

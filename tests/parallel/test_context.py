@@ -16,8 +16,8 @@ from hpcml.comm.faults import Reorder, Synchronous
 from hpcml.kernels import cpu
 from hpcml.nn import functional as F
 from hpcml.parallel.context import ring_attention, zigzag
+from tests.ranks import OnRanks, on_ranks_of
 
-OnRanks = Callable[..., None]
 Array = np.ndarray[Any, Any]
 cases = pytest.mark.parametrize
 
@@ -31,17 +31,7 @@ def axis_of_all() -> Axis:
     return Mesh({"cp": Mesh().size})["cp"]
 
 
-@pytest.fixture(params=[*RANKS, pytest.param("mpi", marks=pytest.mark.mpi)])
-def on_ranks(request: pytest.FixtureRequest) -> OnRanks:
-    """Run `program(axis, *arguments)` on so many threads, or on the ranks of mpiexec."""
-
-    def start(program: Callable[..., None], *arguments: Any) -> None:
-        if request.param == "mpi":
-            program(axis_of_all(), *arguments)
-        else:
-            run(lambda: program(axis_of_all(), *arguments), ranks=request.param)
-
-    return start
+on_ranks = on_ranks_of(axis_of_all, RANKS)
 
 
 def positions(length: int, axis: Axis) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,26 +17,13 @@ from hpcml.parallel.tensor import (
     VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
 )
+from tests.ranks import OnRanks, on_ranks_of
 
-OnRanks = Callable[..., None]
 cases = pytest.mark.parametrize
 N, VOCAB, WIDTH, INNER = 6, 11, 5, 7  # none of which many numbers divide
 
 
-@pytest.fixture(params=[1, 2, 3, 4, pytest.param("mpi", marks=pytest.mark.mpi)])
-def on_ranks(request: pytest.FixtureRequest) -> OnRanks:
-    """Run `program(axis, *arguments)` on so many threads, or on the ranks of mpiexec."""
-
-    def start(program: Callable[..., None], *arguments: Any) -> None:
-        def here() -> None:
-            program(Mesh({"tp": Mesh().size})["tp"], *arguments)
-
-        if request.param == "mpi":
-            here()
-        else:
-            run(here, ranks=request.param)
-
-    return start
+on_ranks = on_ranks_of(lambda: Mesh({"tp": Mesh().size})["tp"])
 
 
 def fp64(module: nn.Module) -> nn.Module:
