@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from hpcml.cli import main
 from hpcml.comm import Axis, choice
 from hpcml.comm.algorithms import OPERATIONS, Situation
 from hpcml.comm.algorithms.choosing import fitting
-from tests.comm.jobs import child_environment, mpiexec
+from tests.comm.jobs import python
+from tests.train.jobs import hpcml as command
 
 TWO = Situation(nodes=(0, 0), vendor=True, shared=True)
 TINY = ("--rounds", "2", "--min", "16K", "--max", "16K")
@@ -24,14 +24,7 @@ TINY = ("--rounds", "2", "--min", "16K", "--max", "16K")
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `hpcml bench` as from a shell, whatever these tests run under."""
-    return subprocess.run(
-        [sys.executable, "-m", "hpcml", "bench", *arguments],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
+    return command("bench", *arguments, timeout=100)
 
 
 def report(*arguments: str) -> dict[str, Any]:
@@ -113,10 +106,7 @@ sys.exit(main(["bench", *sys.argv[1:]]))
 
     def run(operation: str) -> subprocess.CompletedProcess[str]:
         arguments = ["collectives", "--json", *TINY, "--operations", operation]
-        return subprocess.run(
-            [mpiexec(), "-n", "2", sys.executable, "-c", program, *arguments],
-            env=child_environment(), capture_output=True, text=True, check=False, timeout=100,
-        )  # fmt: skip
+        return python("-c", program, *arguments, ranks=2, timeout=100)
 
     done = run("allreduce")
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ import hpcml
 from hpcml.bench import step, step_ranks, step_show
 from hpcml.comm import Mesh
 from hpcml.comm.guard import agree
-from tests.comm.jobs import child_environment
+from tests.train.jobs import hpcml as command
 
 TINY = step.Size(2, 2, 16, 8, 2)
 LAYOUTS = [*(f"stage {stage}" for stage in range(4)), "stage 0", "local, period 8",
@@ -44,10 +42,7 @@ def test_every_layout_without_a_peer() -> None:
 
 def test_started_alone_it_starts_a_job() -> None:
     arguments = ["--ranks", "2", "--part", "memory", "--sizes", "small"]
-    done = subprocess.run(
-        [sys.executable, "-m", "hpcml", "bench", "step", *arguments],
-        env=child_environment(), capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    done = command("bench", "step", *arguments)
     assert done.returncode == 2 and not done.stdout
     assert "--part memory measures 1 rank, not 2: leave out --ranks" in done.stderr
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 import hpcml
 from hpcml.bench import step, step_show, step_tensor
 from hpcml.comm import Mesh
-from tests.comm.jobs import child_environment
+from tests.train.jobs import hpcml as command
 
 TINY = step.Size(2, 3, 24, 16, 2)
 
@@ -36,8 +33,5 @@ def test_every_way(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
 
 
 def test_it_needs_ranks() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "hpcml", "bench", "step", "--part", "tensor"],
-        env=child_environment(), capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    done = command("bench", "step", "--part", "tensor")
     assert done.returncode == 2 and "--part tensor divides a model among ranks" in done.stderr

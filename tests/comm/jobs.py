@@ -31,3 +31,22 @@ def mpiexec() -> str:
     """The mpiexec beside this Python, or the one on the path."""
     beside = Path(sys.executable).with_name("mpiexec")
     return str(beside) if beside.exists() else shutil.which("mpiexec") or "mpiexec"
+
+
+def python(
+    *arguments: object, ranks: int = 0, cwd: Path | None = None, timeout: float = 90, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments to its end, under mpiexec if `ranks` > 0."""
+    launcher = [mpiexec(), "-n", str(ranks)] if ranks else []
+    return subprocess.run(
+        [*launcher, sys.executable, *map(str, arguments)],
+        env=child_environment(**env), cwd=cwd, text=True, capture_output=True, timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def printed(script: Path, ranks: int = 0, timeout: float = 60) -> str:
+    """What a script prints that must run without a warning."""
+    done = python("-W", "error", script, ranks=ranks, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

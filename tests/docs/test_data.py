@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.comm.jobs import ROOT, child_environment, mpiexec
+from tests.comm.jobs import ROOT, printed
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 CHOICE = 'mode="local", period=4, sync_steps=50'
@@ -29,14 +27,9 @@ def example() -> str:
 def test_it_learns_the_wave(tmp_path: Path, ranks: int, choice: str) -> None:
     script = tmp_path / "example.py"
     script.write_text(example().replace(CHOICE, choice))
-    launcher = [mpiexec(), "-n", str(ranks)] if ranks else []
-    done = subprocess.run(
-        [*launcher, sys.executable, "-W", "error", str(script)], env=child_environment(),
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = re.fullmatch(r"mean squared error (\d\.\d{5})\n", done.stdout)
-    assert said, done.stdout + done.stderr
+    text = printed(script, ranks)
+    said = re.fullmatch(r"mean squared error (\d\.\d{5})\n", text)
+    assert said, text
     assert float(said[1]) < 0.05  # 0.5 for a constant
 
 

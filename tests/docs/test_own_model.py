@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from functools import cache
 
 import pytest
 
-from tests.comm.jobs import ROOT, child_environment, mpiexec
+from tests.comm.jobs import ROOT, printed
 
 SCRIPT = ROOT / "docs" / "own_model.py"
 
@@ -18,20 +16,9 @@ SCRIPT = ROOT / "docs" / "own_model.py"
 @cache
 def losses(ranks: int) -> dict[int, float]:
     """Losses that the script prints, by step; without a launcher for 0 ranks."""
-    launcher = [mpiexec(), "-n", str(ranks)] if ranks else []
-    done = subprocess.run(
-        [*launcher, sys.executable, "-W", "error", str(SCRIPT)],
-        env=child_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    found = [re.fullmatch(r"step (\d+)  loss (\d+\.\d+)", line) for line in lines]
-    assert all(found), done.stdout
+    text = printed(SCRIPT, ranks)
+    found = [re.fullmatch(r"step (\d+)  loss (\d+\.\d+)", line) for line in text.splitlines()]
+    assert all(found), text
     return {int(match[1]): float(match[2]) for match in found if match}
 
 

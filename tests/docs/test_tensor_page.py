@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.comm.jobs import ROOT, child_environment, mpiexec
+from tests.comm.jobs import ROOT, printed
 
 PAGE = (ROOT / "docs" / "tensor.md").read_text(encoding="utf-8")
 VALUES = {0: 65 * 32 * 2 + 2 * 32 * 101 + 101 + 32, 3: 22 * 32 * 2 + 2 * 32 * 34 + 34 + 32}
@@ -24,14 +22,9 @@ def said(folder: Path, ranks: int) -> tuple[float, int]:
     """The loss and the number of values that the example ends with."""
     script = folder / "example.py"
     script.write_text(example())
-    launcher = [mpiexec(), "-n", str(ranks)] if ranks else []
-    done = subprocess.run(
-        [*launcher, sys.executable, "-W", "error", str(script)], env=child_environment(),
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.fullmatch(r"loss (\d\.\d{4}), (\d+) values on this rank\n", done.stdout)
-    assert found, done.stdout + done.stderr
+    text = printed(script, ranks)
+    found = re.fullmatch(r"loss (\d\.\d{4}), (\d+) values on this rank\n", text)
+    assert found, text
     return float(found[1]), int(found[2])
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hpcml.parallel.states import STAGES, model_states
-from tests.comm.jobs import ROOT, child_environment, mpiexec
+from tests.comm.jobs import ROOT, printed
 
 PAGE = (ROOT / "docs" / "zero.md").read_text(encoding="utf-8")
 
@@ -21,13 +19,7 @@ def example(ranks: int, folder: Path) -> str:
     assert 20 <= len([line for line in code.splitlines() if line.strip()]) <= 28
     script = folder / "example.py"
     script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [mpiexec(), "-n", str(ranks), sys.executable, "-W", "error", str(script)],
-        env=child_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=100, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return printed(script, ranks, timeout=100)
 
 
 def test_the_example(tmp_path: Path) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.comm.jobs import child_environment, mpiexec
+from tests.comm.jobs import python
 
 TINY = """
 [run]
@@ -50,12 +49,7 @@ def hpcml(
     *arguments: object, ranks: int = 0, cwd: Path | None = None, timeout: float = 90, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line in processes of its own, under mpiexec if `ranks` > 0."""
-    launcher = [mpiexec(), "-n", str(ranks)] if ranks else []
-    return subprocess.run(
-        [*launcher, sys.executable, "-m", "hpcml", *map(str, arguments)],
-        env=child_environment(**env), cwd=cwd, text=True, capture_output=True, timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    return python("-m", "hpcml", *arguments, ranks=ranks, cwd=cwd, timeout=timeout, **env)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

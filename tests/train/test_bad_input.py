@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpcml.cli import main
-from tests.comm.jobs import child_environment, mpiexec
+from tests.comm.jobs import child_environment, mpiexec, python
 from tests.train.jobs import hpcml, metrics, summary, write_job
 
 USER = """
@@ -142,11 +142,8 @@ for number, override in enumerate(overrides):
 def test_four_ranks_refuse_alike(job: Path) -> None:
     """All cases in one job: every rank gets to the same words, and can go on."""
     cases = [case for case in CASES if not _split(case[0])[1]]
-    command = [mpiexec(), "-n", "4", sys.executable, "-c", ONE_AFTER_THE_OTHER, str(job)]
-    done = subprocess.run(
-        [*command, *(override for override, _, _ in cases)],
-        cwd=job.parent, env=child_environment(), capture_output=True, text=True, timeout=90,
-    )  # fmt: skip
+    overrides = [override for override, _, _ in cases]
+    done = python("-c", ONE_AFTER_THE_OTHER, job, *overrides, ranks=4, cwd=job.parent)
     assert done.returncode == 0, done.stderr
     for (override, code, words), line in zip(cases, done.stdout.splitlines(), strict=True):
         refusals = json.loads(line)
