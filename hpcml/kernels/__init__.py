@@ -9,6 +9,9 @@ back. But see `multiplies`, and GPUs, whose kernels take them as they are.
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +19,32 @@ import numpy as np
 
 from hpcml import backend
 from hpcml.backend import Array, xp
+
+
+class _Local(threading.local):
+    repeatable = False
+
+
+_local = _Local()
+
+
+@contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """Within, if it is wanted, kernels of this thread give the same bits each time.
+
+    Those of this package do so anyway; those of others may sum in an order of the moment.
+    """
+    before, _local.repeatable = _local.repeatable, wanted
+    try:
+        yield
+    finally:
+        _local.repeatable = before
+
+
+def is_repeatable() -> bool:
+    """Whether this thread is within `repeatable`."""
+    return _local.repeatable
+
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 

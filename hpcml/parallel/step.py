@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcml import backend, rng
+from hpcml import backend, kernels, rng
 from hpcml.autograd import Tensor
 from hpcml.backend import Array
 from hpcml.comm import Mesh
@@ -99,6 +99,7 @@ class Step(PlacedModel):
         with (
             self._refusals.kept(alone=alone),
             advised(self.optimizer, self.groups.sharding, at_once),
+            kernels.repeatable(self.mesh.deterministic),
         ):
             losses = self._accumulate(batch, size, first, fresh=held == 0)
         self.current = -1

@@ -1,4 +1,4 @@
-"""Attention in tiles; see `attention.cu`. Heads that are too large for it go by array expressions.
+"""Attention by cuDNN, else in tiles (`attention.cu`), or array expressions for heads too large.
 
 q (B, H, T, D), k, v (B, H, S, D), gradients and results may be views into larger arrays as long as
 the last dimension is contiguous.
@@ -12,6 +12,7 @@ import numpy as np
 
 from hpcml.backend import Array, xp
 from hpcml.kernels import generic
+from hpcml.kernels.cuda import cudnn
 from hpcml.kernels.cuda.launch import launch, share, sum_type
 
 _SOURCE = "attention.cu"
@@ -70,6 +71,8 @@ def attention(
     head: int, row0: int, key0: int, out: Array, lse: Array,
 ) -> None:  # fmt: skip
     """out = dropout(softmax(scale q k^T)) v; lse (B, H, T) = log sum exp; see `cpu`."""
+    if cudnn.attention(q, k, v, scale, causal, threshold, out, lse):
+        return
     mask = key, first, threshold, head, row0, key0
     if not takes(q.shape[3], q.dtype):
         generic.attention(q, k, v, scale, causal, *mask, out, lse)
@@ -107,6 +110,10 @@ def attention_backward(
     dq: Array, dk: Array, dv: Array,
 ) -> None:  # fmt: skip
     """Gradients of `attention` with respect to q, k, v for the output's gradient g; see `cpu`."""
+    if cudnn.attention_backward(
+        q, k, v, out, lse, g, scale, causal, threshold, more, dq, dk, dv
+    ):  # fmt: skip
+        return
     mask = key, first, threshold, head, row0, key0
     if not takes(q.shape[3], q.dtype):
         generic.attention_backward(

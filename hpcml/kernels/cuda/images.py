@@ -1,4 +1,4 @@
-"""Kernels for images: convolution by products of gathered columns, pooling, batch normalisation.
+"""Kernels for images: convolution by cuDNN or products of gathered columns, pooling, batch norm.
 
 Images lie channels last, (N, *S, C), with one to three spatial dimensions. Means, scales and sums
 of batch normalisation are of the type of sums: float32 beside 16-bit elements.
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hpcml.backend import Array, xp
+from hpcml.kernels.cuda import cudnn
 from hpcml.kernels.cuda.columns import (
     column_means,
     column_products,
@@ -118,6 +119,8 @@ def convolve(
     groups: int, out: Array,
 ) -> None:  # fmt: skip
     """out[n, p, f] = start + sum over k and c of x[n, p stride - before + k dilation, c] weight."""
+    if cudnn.convolve(x, weight, start, stride, before, dilation, out):
+        return
     plan = _Plan(x, weight.shape, out, stride, before, dilation, groups)
     weights = plan.by_tap(weight)
     if start.size:
@@ -133,6 +136,8 @@ def convolve_input_gradient(
     groups: int, out: Array,
 ) -> None:  # fmt: skip
     """out = start + the adjoint of `convolve` with respect to x, at g."""
+    if cudnn.convolve_input_gradient(g, weight, start, stride, before, dilation, out):
+        return
     plan = _Plan(out, weight.shape, g, stride, before, dilation, groups)
     weights = plan.by_tap(weight)
     kind = 0 if not start.size else 1 if start.ndim == 1 else 2
@@ -154,6 +159,8 @@ def convolve_weight_gradient(
     g: Array, x: Array, stride: Sizes, before: Sizes, dilation: Sizes, groups: int, out: Array
 ) -> None:
     """out = the adjoint of `convolve` with respect to the weights: g (N, *S', F), x (N, *S, C)."""
+    if cudnn.convolve_weight_gradient(g, x, stride, before, dilation, out):
+        return
     plan = _Plan(x, out.shape, g, stride, before, dilation, groups)
     total = xp(out).zeros((plan.filters, plan.taps * plan.channels), sum_type(out))
     for part in plan.parts(g.dtype.itemsize):

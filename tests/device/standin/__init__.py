@@ -3,7 +3,7 @@
 `array.ndarray` wraps an array of NumPy's and refuses what CuPy's refuses: to become NumPy's
 unasked, to be mixed with NumPy's arrays, to be given to NumPy's functions. What waits for the
 device is counted (`syncs`). New memory is full of NaN, and bytes around each array show who writes
-beyond it. Kernels run by `emulator`, cuBLAS by NumPy.
+beyond it. Kernels run by `emulator`, cuBLAS and cuDNN by NumPy.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests.device import emulator
+from tests.device.standin import cudnn
 from tests.device.standin.array import ndarray
 from tests.device.standin.cublas import Cublas
 from tests.device.standin.device import (
@@ -31,7 +32,7 @@ from tests.device.standin.device import (
 from tests.device.standin.functions import FUNCTIONS
 from tests.device.standin.streams import Event, Stream, alloc_pinned_memory, current, syncs
 
-__all__ = ["installed", "module", "syncs", "used"]
+__all__ = ["cudnn", "installed", "module", "syncs", "used", "with_cudnn"]
 
 
 def module() -> types.ModuleType:
@@ -64,8 +65,9 @@ def module() -> types.ModuleType:
 
 @contextlib.contextmanager
 def installed() -> Iterator[Any]:
-    """Within, `import cupy` gives the stand-in."""
+    """Within, `import cupy` gives the stand-in, and there is no cuDNN (see `with_cudnn`)."""
     from hpcml import backend
+    from hpcml.kernels.cuda.cudnn import library
 
     made = module()
     libs = types.ModuleType("cupy_backends.cuda.libs")
@@ -75,10 +77,12 @@ def installed() -> Iterator[Any]:
         "cupy_backends": types.ModuleType("cupy_backends"),
         "cupy_backends.cuda": types.ModuleType("cupy_backends.cuda"),
         "cupy_backends.cuda.libs": libs,
+        "cudnn": None,
     }
     before = {name: sys.modules.get(name) for name in modules}
-    sys.modules.update(modules)
+    sys.modules.update(modules)  # type: ignore[arg-type]
     backend.device_module.cache_clear()
+    library.forget()
     try:
         yield made
     finally:
@@ -88,3 +92,19 @@ def installed() -> Iterator[Any]:
             else:
                 sys.modules[name] = old
         backend.device_module.cache_clear()
+        library.forget()
+
+
+@contextlib.contextmanager
+def with_cudnn() -> Iterator[Any]:
+    """Within, `import cudnn` gives the stand-in."""
+    from hpcml.kernels.cuda.cudnn import library
+
+    before = sys.modules.get("cudnn")
+    made = sys.modules["cudnn"] = cudnn.module()
+    library.forget()
+    try:
+        yield made
+    finally:
+        sys.modules["cudnn"] = before  # type: ignore[assignment]
+        library.forget()

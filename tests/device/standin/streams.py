@@ -41,9 +41,9 @@ class Stream:
     """A stream: copies that are to be made."""
 
     null: Any = None
-    ptr = 0
 
     def __init__(self, *_: Any, **__: Any) -> None:
+        self.ptr = id(self)
         self.queue: list[Callable[[], None]] = []
         self._before: list[Stream] = []
 
