@@ -312,7 +312,11 @@ def test_the_ucx_of_a_wheel_is_tried_and_its_command_told(
 
 
 def test_the_way_of_each_operator_on_a_gpu() -> None:
-    rows = {row.name: row for row in gpu.operators()}
-    assert rows["gpu: products"].value.startswith("cuBLAS")
-    assert {row.status for row in rows.values()} == {"ok"}
-    assert {"gpu: attention", "gpu: convolution", "gpu: collectives"} <= rows.keys()
+    found = {"version": "cuDNN 9.9.0", "left": {"convolution": "no engine"}}
+    rows = {row.name: row.value for row in gpu.operators(Outcome(found))}
+    assert rows["gpu: products"].startswith("cuBLAS") and "gpu: collectives" in rows
+    assert rows["gpu: attention"].startswith("cuDNN 9.9.0: 16 bits without dropout")
+    assert rows["gpu: convolution"].startswith("gathered columns")
+    assert rows["gpu: convolution"].endswith("cuDNN not: no engine")
+    rows = {row.name: row.value for row in gpu.operators(Outcome(failure="exit code 1"))}
+    assert rows["gpu: attention"].endswith("cuDNN not: exit code 1")

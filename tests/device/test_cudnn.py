@@ -163,6 +163,13 @@ def test_it_can_be_turned_off(device: Any, monkeypatch: pytest.MonkeyPatch, capl
         ours.version()
 
 
+def test_the_doctor_tries_it(device: Any) -> None:
+    from hpcml.kernels.cuda.paths import tried
+
+    assert tried() == {"version": ours.version(), "left": {}}
+    assert ours.version().startswith("cuDNN 9.")
+
+
 def test_training_by_it(standing_in: Any) -> None:
     """Divided images in float32, whose losses are the CPU's; no layer takes our own kernels."""
     found = test_training.of_images("cuda", "float32", 2, sp_h=2)

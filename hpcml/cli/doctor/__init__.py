@@ -66,7 +66,7 @@ def examine() -> tuple[list[Row], Results]:
     some = bool(devices is not None and devices.found.get("devices"))
     tried = direct.probe() if some and can_start else None
     rows.append(gpu.messages(tried, *_with_a_wheels_ucx(tried, library)))
-    rows += gpu.operators() if some else []
+    rows += gpu.operators(probe("cudnn")) if some else []
     results: Results = {}
     if can_start:
         for device in (False, True)[: 1 + some]:

@@ -10,7 +10,7 @@ from hpcml.cli.doctor.host import size
 from hpcml.cli.doctor.report import Row, Status
 from hpcml.comm import direct
 from hpcml.comm.child import Outcome
-from hpcml.kernels.cuda.paths import PATHS
+from hpcml.kernels.cuda.paths import paths
 
 INSTALL = "pip install 'hpcml[cuda13]' (or cuda12 for an older driver)"
 UCX = (
@@ -59,9 +59,11 @@ def cupy(outcome: Outcome | None) -> list[Row]:
     return [version, Row("gpus", "ok", value)]
 
 
-def operators() -> list[Row]:
-    """Return which way each operator takes on a GPU, and why."""
-    return [Row(f"gpu: {name}", "ok", f"{way}: {why}") for name, (way, why) in PATHS.items()]
+def operators(tried: Outcome) -> list[Row]:
+    """Return which way each operator takes on a GPU, and why; `tried`: cuDNN's examples."""
+    failed = dict.fromkeys(("attention", "convolution"), tried.failure)
+    found = paths(tried.found or {"left": failed})
+    return [Row(f"gpu: {name}", "ok", f"{way}: {why}") for name, (way, why) in found.items()]
 
 
 def chosen(ranks: list[dict[str, Any]]) -> Row:

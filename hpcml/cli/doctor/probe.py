@@ -109,6 +109,13 @@ def cupy() -> Found:
     return {"version": module.__version__, "devices": devices}
 
 
+def cudnn() -> Found:
+    """Find whether cuDNN computes small examples on the GPU, and why not."""
+    from hpcml.kernels.cuda.paths import tried
+
+    return tried()
+
+
 def native_sum(dtype: str) -> str:
     """Say what comes of adding 16-bit floats by the MPI library itself. Collective."""
     from hpcml import backend
@@ -141,7 +148,7 @@ def _loaded(name: str) -> str:
 
 
 PROBES: dict[str, Callable[[], Found]] = {
-    probe.__name__: probe for probe in (library, numba, blas, ranks, cupy)
+    probe.__name__: probe for probe in (library, numba, blas, ranks, cupy, cudnn)
 }
 
 if __name__ == "__main__":
