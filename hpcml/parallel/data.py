@@ -7,9 +7,13 @@ synchronous training by gradient averaging).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from hpcml import backend
+from hpcml.backend import Array
 from hpcml.comm import Axis
 from hpcml.nn import Parameter
 
@@ -87,3 +91,15 @@ def broadcast_parameters(parameters: Iterable[Parameter], axis: Axis) -> None:
     for parameter in parameters:
         if parameter.has_values:
             axis.broadcast(parameter.data, out=parameter.data)
+
+
+def shares(losses: Sequence[tuple[Microbatch, Array]], total: int) -> Array:
+    """The share of each of `total` microbatches in a batch's mean loss; 0 for those of others.
+
+    losses: what this rank has computed. A GPU is waited for, once for all.
+    """
+    found = np.zeros(total)
+    values = backend.numbers([value for _, value in losses])
+    for (part, _), value in zip(losses, values, strict=True):
+        found[part.number] = value * part.weight
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcml import backend, kernels, rng
+from hpcml import kernels, rng
 from hpcml.autograd import Tensor
 from hpcml.backend import Array
 from hpcml.comm import Mesh
@@ -118,11 +118,8 @@ class Step(PlacedModel):
             loss = self._learn(batch, first, part, factor)
             if part.weight:
                 made.append((part, loss))
-        losses = np.zeros(data.count(size, self.microbatch, self.axis.size))
-        values = backend.numbers([value for _, value in made])  # not before: it waits for a GPU
-        for (part, _), value in zip(made, values, strict=True):
-            losses[part.number] = value * part.weight
-        return losses
+        total = data.count(size, self.microbatch, self.axis.size)
+        return data.shares(made, total)  # not before: it waits for a GPU
 
     def _begin(self, size: int, *, fresh: bool) -> float:
         """A batch begins; by what the gradient of its mean loss counts."""

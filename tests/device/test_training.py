@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,9 +14,11 @@ import pytest
 
 import hpcml
 from hpcml import backend, memory, nn
+from hpcml.comm import staging
 from hpcml.errors import MemoryLimitError
 from hpcml.models.gpt import GPT, NextTokenLoss
-from tests.device import emulator, standin
+from tests.device import emulator
+from tests.device.standin import streams
 
 STEPS = 2
 
@@ -99,18 +104,49 @@ def test_ranks_that_divide_the_context(device: Any) -> None:
     same(found, "float64", 1e-10)
 
 
-def test_a_step_waits_for_the_device_as_often_as_it_must(standing_in: Any) -> None:
-    """Once for the losses of its microbatches, after all work was started, once for the norm."""
-    made = model(dropout=0.1)
-    made.to(np.float32).to("cuda")
-    step = hpcml.parallelize(
-        made, loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW, lr=1e-2, mesh=hpcml.Mesh(dp=1),
-        microbatch=2, seed=5, grad_clip=1.0,
-    )  # fmt: skip
-    step(tokens())
-    before = standin.syncs()
-    step(tokens())
-    assert standin.syncs() - before == 2
+@pytest.mark.parametrize(
+    ("mesh", "zero", "reads"),
+    [({"dp": 1}, 0, [2]), ({"dp": 2}, 0, [2, 2]), ({"dp": 2}, 3, [2, 2]), ({"tp": 2}, 0, [2, 2]),
+     ({"pp": 2}, 0, [1, 2])],
+)  # fmt: skip
+def test_a_step_waits_for_the_device_as_often_as_it_must(
+    mesh: dict[str, int], zero: int, reads: list[int], standing_in: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Once for the losses of its microbatches, after all work was started, and once for the norm.
+
+    The first stage of a pipeline has no losses. Beside that, once for each message that is sent or
+    received; what threads wait for, to copy from one to the other, processes do not.
+    """
+    messages: Counter[int] = Counter()
+    for name in ("isend", "irecv"):
+        monkeypatch.setattr(staging, name, counting(getattr(staging, name), messages))
+
+    def program() -> tuple[int, int]:
+        made = model(dropout=0.1)
+        made.to(np.float32).to("cuda")
+        step = hpcml.parallelize(
+            made, loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW, lr=1e-2,
+            mesh=hpcml.Mesh(**mesh), microbatch=2, seed=5, grad_clip=1.0, zero=zero, overlap=False,
+        )  # fmt: skip
+        step(tokens())
+        before, sent = streams.here(), messages[threading.get_ident()]
+        step(tokens())
+        spent = streams.here() - before
+        waits = spent["syncs"] - spent["whole device"] - spent["reads"]
+        return spent["reads"], waits - (messages[threading.get_ident()] - sent)
+
+    assert hpcml.run(program, ranks=len(reads)) == [(count, 0) for count in reads]
+
+
+def counting(call: Callable[..., Any], calls: Counter[int]) -> Callable[..., Any]:
+    """The call, counted for the thread that makes it."""
+
+    def made(*args: Any) -> Any:
+        calls[threading.get_ident()] += 1
+        return call(*args)
+
+    return made
 
 
 def test_memory_of_a_device_is_counted_and_limited(device: Any) -> None:

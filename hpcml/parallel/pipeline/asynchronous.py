@@ -24,6 +24,7 @@ import numpy as np
 
 from hpcml.backend import Array
 from hpcml.errors import UserError
+from hpcml.parallel import data
 from hpcml.parallel.finite import quiet
 from hpcml.parallel.norm import root
 from hpcml.parallel.pipeline.actions import Action
@@ -137,7 +138,7 @@ class AsynchronousStep(PipelineStep):
         except BaseException:
             self._flow = None  # an error leaves nothing to go on from
             raise
-        return given.losses
+        return data.shares(given.losses, given.count)
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
         assert self._flow is not None

@@ -24,8 +24,8 @@ class Batch(Microbatches):
 
     def __init__(self, step: PipelineStep, batch: Any, size: int, first: int, whole: bool) -> None:
         parts = list(data.microbatches(size, step.microbatch, step.axis, lockstep=True))
-        total = data.count(size, step.microbatch, step.axis.size)
-        super().__init__(step, batch, first, parts, 1.0, np.zeros(total))
+        super().__init__(step, batch, first, parts, 1.0)
+        self.count = data.count(size, step.microbatch, step.axis.size)
         self.settings = step.optimizer.settings()
         self._size, self._whole = size, whole
 
@@ -38,7 +38,7 @@ class Batch(Microbatches):
 
     def _of_round(self, microbatch: int) -> float:
         """The share of the batch that data-parallel ranks compute at once."""
-        ranks, total = self.step.axis.size, self.losses.size
+        ranks, total = self.step.axis.size, self.count
         numbers = range(microbatch * ranks, min((microbatch + 1) * ranks, total))
         parts = [data.part(n, self._size, self.step.microbatch, ranks) for n in numbers]
         samples: int = sum(part.stop - part.start for part in parts)

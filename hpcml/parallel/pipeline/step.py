@@ -86,11 +86,11 @@ class PipelineStep(Step):
         # All ranks of a pipeline, and all pipelines, go through the same table.
         parts = list(data.microbatches(size, self.microbatch, self.axis, lockstep=True))
         total = data.count(size, self.microbatch, self.axis.size)
-        work = Microbatches(self, batch, first, parts, factor, np.zeros(total))
+        work = Microbatches(self, batch, first, parts, factor)
         program = self._program(data.rounds(size, self.microbatch, self.axis.size))
         Runtime(work, self._transfers, self.assembly.rank_of).run(program)
         self.current = -1
-        return work.losses
+        return data.shares(work.losses, total)
 
     # --- forward alone --------------------------------------------------------------------------
 
@@ -194,10 +194,11 @@ class Microbatches:
 
     def __init__(
         self, step: PipelineStep, batch: Any, first: int, parts: Sequence[data.Microbatch],
-        factor: float, losses: Array,
+        factor: float,
     ) -> None:  # fmt: skip
         self.step, self.batch, self.first = step, batch, first
-        self.parts, self.factor, self.losses = parts, factor, losses
+        self.parts, self.factor = parts, factor
+        self.losses: list[tuple[data.Microbatch, Array]] = []
         self._fields: dict[int, list[Tensor]] = {}
 
     def fields(self, microbatch: int) -> list[Tensor]:
@@ -238,7 +239,7 @@ class Microbatches:
             loss = step.loss_of(out, self.fields(microbatch))
         step.scored(part.weight)
         if part.weight:
-            self.losses[part.number] = loss.item() * part.weight
+            self.losses.append((part, loss.data))
         return loss
 
     def loss_gradient(self, microbatch: int, loss: Tensor) -> Array:

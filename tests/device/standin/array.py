@@ -106,7 +106,7 @@ class ndarray:
 
     def get(self, *_: Any, **__: Any) -> np.ndarray[Any, Any]:
         """A copy on the host."""
-        streams.noted("syncs")
+        streams.read()
         return self.memory.copy()
 
     def set(self, values: np.ndarray[Any, Any]) -> None:
@@ -117,7 +117,7 @@ class ndarray:
 
     def item(self, *args: Any) -> Any:
         """An element."""
-        streams.noted("syncs")
+        streams.read()
         return self.memory.item(*args)
 
     def tolist(self) -> Any:
@@ -134,7 +134,7 @@ class ndarray:
         return float(self.item())
 
     def __index__(self) -> int:
-        streams.noted("syncs")
+        streams.read()
         return self.memory.__index__()
 
     def __iter__(self) -> Iterator[Any]:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 count: Counter[str] = Counter()
-"""How often the host has waited ("syncs"), and pinned copies "to host" and "from host"."""
+"""How often the host has waited ("syncs"), of that to read a value ("reads") or for all that the
+device does ("whole device"), and pinned copies "to host" and "from host"."""
 _lock = threading.Lock()
 
 
@@ -35,6 +36,12 @@ def noted(what: str) -> None:
     _here.count[what] += 1
     with _lock:
         count[what] += 1
+
+
+def read() -> None:
+    """Wait for a value."""
+    noted("syncs")
+    noted("reads")
 
 
 class Stream:
