@@ -10,10 +10,6 @@ from collections.abc import Callable, Iterator
 
 from hpcml.backend import Array
 
-_LARGER = 16
-"""A chunk that is more times as large is too large for something: in use for long, as the gradient
-of a small tied embedding is, it would keep the chunk from what is large."""
-
 
 class Arena:
     """Hands out parts of large arrays, where least is left, and makes another where none fits.
@@ -22,27 +18,33 @@ class Arena:
     places, as memory that they share needs it.
     """
 
-    def __init__(self, allocate: Callable[[int], Array], first: int = 0) -> None:
-        """`allocate(size)`: makes a flat array. first: elements of the first one, at least."""
-        self._allocate, self._first = allocate, first
+    def __init__(self, allocate: Callable[[int], Array], number: int = 0, size: int = 0) -> None:
+        """Make one without any memory yet.
+
+        allocate: of a number of elements, makes a flat array. The first `number` arrays have `size`
+        elements at least.
+        """
+        self._allocate = allocate
+        self._number, self._size = number, size
         self._chunks: list[_Chunk] = []
         self._lent: dict[int, tuple[_Chunk, int, int]] = {}
 
-    def take(self, size: int) -> Array:
-        """A flat array of `size` elements with any values."""
-        if not self.fits(size):
-            # A new chunk takes the place of a somewhat smaller one that nobody uses.
-            self._chunks = [
-                chunk for chunk in self._chunks
-                if chunk.taken or not chunk.array.size < size <= _LARGER * chunk.array.size
-            ]  # fmt: skip
-            self._chunks.append(_Chunk(self._allocate(self._enough(size))))
-        _, number, start = min(self._places(size))
+    def take(self, size: int, apart: bool = False) -> Array:
+        """A flat array of `size` elements with any values.
+
+        apart: in memory of its own, for what stays long, and would keep what is large from a place.
+        """
+        if not any(self._places(size, apart)):
+            # The new one takes the place of smaller ones that nobody uses.
+            self._chunks = [chunk for chunk in self._chunks if chunk.taken or chunk.apart]
+            more = 0 if apart or not self._is_of_first() else self._size
+            self._chunks.append(_Chunk(self._allocate(max(size, more)), apart))
+        _, number, start = min(self._places(size, apart))
         return self._lend(self._chunks[number], start, size)
 
     def fits(self, size: int) -> bool:
-        """Whether there is a place for so much in the arrays there are."""
-        return any(True for _ in self._places(size))
+        """Whether there is a place for so much, or will be in one of the first arrays."""
+        return any(self._places(size)) or self._is_of_first()
 
     def part(self, array: Array, place: slice) -> Array:
         """A part of an array that `take` gave, the same object each time."""
@@ -58,17 +60,16 @@ class Arena:
         """Let go of the arrays of which no part is lent."""
         self._chunks = [chunk for chunk in self._chunks if chunk.taken]
 
-    def _places(self, size: int) -> Iterator[tuple[int, int, int]]:
+    def _places(self, size: int, apart: bool = False) -> Iterator[tuple[int, int, int]]:
         """Free elements, number of the chunk and start of each place for `size` elements."""
         for number, chunk in enumerate(self._chunks):
-            if chunk.array.size <= _LARGER * size:
+            if chunk.apart is apart:
                 for free, start in chunk.gaps():
                     if free >= size:
                         yield free, number, start
 
-    def _enough(self, size: int) -> int:
-        first = all(chunk.array.size < self._first for chunk in self._chunks)
-        return max(size, self._first) if first and self._first <= _LARGER * size else size
+    def _is_of_first(self) -> bool:
+        return sum(not chunk.apart for chunk in self._chunks) < self._number
 
     def _lend(self, chunk: _Chunk, start: int, size: int) -> Array:
         end = start + size
@@ -82,8 +83,8 @@ class Arena:
 class _Chunk:
     """An array, and which parts of it are taken."""
 
-    def __init__(self, array: Array) -> None:
-        self.array = array
+    def __init__(self, array: Array, apart: bool) -> None:
+        self.array, self.apart = array, apart
         self.taken: list[tuple[int, int]] = []
         self._views: dict[tuple[int, int], Array] = {}
 

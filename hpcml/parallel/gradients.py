@@ -15,7 +15,7 @@ of backward, or for buckets on the way in between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from hpcml.backend import Array
@@ -30,11 +30,11 @@ from hpcml.parallel.groups import Groups
 class Gradients:
     """Collects the gradients of one step after the other.
 
-    most: elements that are on their way at once, unless a bucket is larger or long in use: three
-    buckets of usual size, one that is filled, one that is reduced, and one of a tied parameter,
-    which waits for its second use. overlap: reduce in the background. ordered: deterministic mode.
+    most: elements that are on their way at once, unless a bucket is larger: three buckets of usual
+    size, of which one is filled and one is reduced. Those of tied parameters, which wait for their
+    second use, come in addition. overlap: reduce in the background. ordered: deterministic mode.
     stages: those of a pipeline that this rank has, each with its buckets: a backward is through one
-    of them.
+    of them. tied: buckets that are in use from their first contribution to the second.
     """
 
     def __init__(
@@ -46,12 +46,14 @@ class Gradients:
         overlap: bool,
         ordered: bool,
         stages: Mapping[int, Sequence[Bucket]],
+        tied: Container[Bucket] = (),
     ) -> None:
         self.storage, self.groups, self.arena = storage, groups, arena
         self.overlap, self.ordered = overlap and groups.all.size > 1, ordered
         self.sharding = storage.sharding
         self._let_lie(at_home=self.sharding.whole("grads"))
         # In the order in which they are reduced; `_buckets` are those of the stage in backward.
+        self._tied = tied
         self._orders = {stage: list(buckets)[::-1] for stage, buckets in stages.items()}
         self._stage, self._buckets = 0, list[Bucket]()
         self._learned: set[int] = set()
@@ -62,8 +64,8 @@ class Gradients:
         self._slots: dict[Bucket, Array] = {}
         self._own = {bucket: self._part(bucket) for bucket in storage.trained}
         self._pending: list[tuple[Request, Array]] = []
-        largest = max((bucket.size for bucket in storage.trained), default=0)
-        self._most, self._reduced_beside = max(most, largest), most // 3
+        largest = max((b.size for b in storage.trained if b not in tied), default=0)
+        self._most, self._beside = max(most, largest), most // 3
         self._active = False
         self._real = self._first = True
         if self.on_way or ordered or self.overlap:
@@ -161,17 +163,25 @@ class Gradients:
 
     def _open(self, bucket: Bucket) -> Array:
         if bucket not in self._slots:
-            used = sum(other.size for other in self._slots if self._missing[other])
-            least = self._reduced_beside if used else 0
-            self._wait(max(self._most - used - bucket.size, least), 1)
-            if not used and not self.arena.fits(bucket.size):
-                self._wait()
-            slot = self._slots[bucket] = self.arena.take(bucket.size)
+            apart = bucket in self._tied
+            if apart:
+                self._wait()  # for what it had in the microbatch before
+            else:
+                self._make_room(bucket.size)
+            slot = self._slots[bucket] = self.arena.take(bucket.size, apart)
             for gap in bucket.gaps():
                 slot[gap] = 0
             for number, parameter in enumerate(bucket.parameters):
                 parameter.gradient_buffer = bucket.view(slot, number)
         return self._slots[bucket]
+
+    def _make_room(self, size: int) -> None:
+        """Wait for reductions until so much more is not too much, and has a place."""
+        slots, missing = self._slots, self._missing
+        used = sum(one.size for one in slots if missing[one] and one not in self._tied)
+        self._wait(max(self._most - used - size, self._beside if used else 0), 1)
+        if not used and not self.arena.fits(size):
+            self._wait()
 
     def _forget(self, bucket: Bucket) -> Array:
         """Gradients of the bucket that come from now on go elsewhere; where they went."""

@@ -28,7 +28,7 @@ class Shards:
     """Fetches units and lets them go; all ranks do so in the same order.
 
     prefetch: fetch the unit that came next in the last pass while this one is in use, as soon as
-    there is room within twice the largest unit: backward may use two at once.
+    the arena has a place for it: it is made for two units, and backward may use two at once.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class Shards:
         numbers = dict.fromkeys(bucket.unit for bucket in storage.buckets)
         for number in numbers:
             self.units.append(Unit(self, [b for b in storage.buckets if b.unit == number]))
-        self._room = 2 * max((unit.size for unit in self.units), default=0)
         for module, parameters in units.users(model):
             fetched = dict.fromkeys(p.unit for p in parameters if isinstance(p.unit, Unit))
             if fetched:
@@ -58,9 +57,9 @@ class Shards:
             if not unit.coming:
                 unit.start(background=False)
             unit.wait()
-            self._seen.append(unit)
-            self._start_next()
         unit.show()
+        self._seen.append(unit)
+        self._start_next()
 
     def done(self, unit: Unit) -> None:
         """Nothing in this pass needs the values of a unit any more."""
@@ -100,17 +99,14 @@ class Shards:
 
     def _start_next(self) -> None:
         here = len(self._seen)
-        if not self.prefetch or self._seen != self._order[:here] or here == len(self._order):
+        if not self.prefetch or self._seen != self._order[:here]:
             return
-        unit = self._order[here]
-        if not unit.slots:
-            if not self._fits(unit):
+        unit = next((unit for unit in self._order[here:] if not unit.slots), None)
+        if unit is not None:
+            if not self.arena.fits(unit.size):
                 self._drop_parked()
-            if self._fits(unit):
+            if self.arena.fits(unit.size):
                 unit.start(background=True)
-
-    def _fits(self, unit: Unit) -> bool:
-        return sum(one.size for one in self.units if one.slots) + unit.size <= self._room
 
 
 class _LetGo:

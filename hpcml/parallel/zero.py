@@ -8,6 +8,7 @@ it, and the others get the result from it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import tee
@@ -16,6 +17,7 @@ from hpcml import memory
 from hpcml.backend import Array, to_kind
 from hpcml.nn import Module, Parameter
 from hpcml.optim import Optimizer
+from hpcml.optim.buckets import Bucket
 from hpcml.parallel import units
 from hpcml.parallel.arena import Arena
 from hpcml.parallel.data import broadcast_parameters
@@ -84,17 +86,29 @@ class Zero:
         def alone(size: int) -> Array:
             return memory.empty((size,), storage.dtype, "buffers", where)
 
-        largest = max((bucket.size for bucket in storage.trained), default=0)
-        own = Arena(alone, max(min(most, 2 * largest), largest) if overlap else largest)
+        tied = self._tied()
+        largest = max((bucket.size for bucket in storage.trained if bucket not in tied), default=0)
+        own = Arena(alone, 1, max(min(most, 2 * largest), largest) if overlap else largest)
         stages = self.held.by_stage(storage.trained)
-        self._gradients = Gradients(storage, groups, own, most, overlap, deterministic, stages)
+        self._gradients = Gradients(
+            storage, groups, own, most, overlap, deterministic, stages, tied
+        )
         self._shards: Shards | None = None
         if not groups.sharding.whole("params"):
             # Processes share no memory of a GPU.
             together = partial(groups.shard.empty, dtype=storage.dtype)
-            shared = Arena(together if where == "cpu" else alone)
             ahead = overlap and groups.pp.size == 1  # in a pipeline passes are not alike
+            size = Counter[int]()
+            for bucket in storage.buckets:
+                size[bucket.unit] += bucket.size
+            places = (2, max(size.values())) if ahead else (0, 0)
+            shared = Arena(together if where == "cpu" else alone, *places)
             self._shards = Shards(model, storage, groups.shard, shared, ahead)
+
+    def _tied(self) -> set[Bucket]:
+        """Buckets with a parameter that several modules use."""
+        names = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
+        return {b for b in self.storage.trained if any(names[id(p)] > 1 for p in b.parameters)}
 
     def _place(self, bucket_bytes: int) -> None:
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
