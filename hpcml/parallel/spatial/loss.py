@@ -40,9 +40,11 @@ class SpatialLoss(Module):
         grid = self.grid
         if grid.inside:
             if self._is_mean(CrossEntropyLoss):
+                self._check_pixels(input, target)
                 count = int(grid.axis.allreduce(np.array([_counted(self.serial, target)]))[0])
                 return _cross_entropy(self.serial, input, target, count)
             if self._is_mean(MSELoss):
+                self._check_pixels(input, target)
                 return _squares(grid, input, target)
             input, target = grid.joined(self, input), self._joined(target)
         elif grid.own_samples is not None:
@@ -69,11 +71,25 @@ class SpatialLoss(Module):
             )
         return loss
 
+    def _check_pixels(self, input: Tensor, target: Any) -> None:
+        """Raise UserError, on all ranks alike, for targets of other pixels than the outputs'."""
+        found = self.grid.sizes(self, input)
+        given = self.grid.sizes(self, self._with_channels(target))
+        if given != found:
+            raise UserError(
+                f"targets of {given} for outputs of {found}: give a target for each pixel of the "
+                "model's outputs"
+            )
+
+    def _with_channels(self, target: Any) -> Tensor:
+        """A target (N, *S) or (N, C, *S) as (N, C, *S)."""
+        array = array_of(target)
+        return Tensor(array[:, None] if array.ndim == len(self.grid.whole) + 1 else array)
+
     def _joined(self, target: Any) -> Any:
         """All of a target (N, *S) or (N, C, *S)."""
-        array = array_of(target)
-        missing = array.ndim == len(self.grid.whole) + 1
-        whole = self.grid.joined(self, Tensor(array[:, None] if missing else array)).data
+        whole = self.grid.joined(self, self._with_channels(target)).data
+        missing = np.ndim(array_of(target)) == len(self.grid.whole) + 1
         return Tensor(whole[:, 0] if missing else whole)
 
 

@@ -228,6 +228,9 @@ def test_targets_and_losses() -> None:
     def program() -> None:
         with pytest.raises(UserError, match=r"targets \(2,\) for outputs of pixels"):
             step(Net(nn.ReLU()), loss=nn.CrossEntropyLoss())((x, y))
+        for loss in (nn.CrossEntropyLoss(), nn.MSELoss()):
+            with pytest.raises(UserError, match=r"^targets of \(5, 7\) for outputs of \(5, 6\): "):
+                step(Net(nn.ReLU()), loss=loss)((x, np.zeros((2, 5, 7), np.int64)))
         with pytest.raises(UserError, match="sp_w=2 needs a loss of its own"):
             step(Net(nn.ReLU()))((x, y))
         with pytest.raises(UserError, match=r"must be a tensor of one element, .* not shape"):
