@@ -151,6 +151,10 @@ class Wrong(nn.Module):
             ['all.0, "column"', "groups=2", '"divided"'],
         ),
         (
+            lambda: Wrong({"all.1": "divided"}, nn.Conv2d(2, 7, 1), nn.BatchNorm2d(7)),
+            ['all.1, "divided" of 7 channels', "all 7 came", '"column"'],
+        ),
+        (
             lambda: Wrong({"all.1": "row"}, nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1, groups=4)),
             ['all.1, "row"', "groups=4"],
         ),

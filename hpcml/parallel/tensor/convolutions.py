@@ -115,13 +115,30 @@ def _first(x: Tensor) -> Tensor:
     return x.permute(0, x.ndim - 1, *range(1, x.ndim - 1))
 
 
-def divide_groups(conv: Any, axis: Axis) -> None:
+class _OfPart:
+    """A hook before a layer of which this rank has some channels: it refuses others."""
+
+    def __init__(self, whole: int, takes: int, positions: Positions) -> None:
+        self.whole, self.takes, self.positions = whole, takes, positions
+
+    def __call__(self, module: Module, inputs: tuple[Any, ...]) -> None:
+        came = inputs[0].shape[1:2]
+        if came and came[0] != self.takes:
+            raise UserError(
+                f'{module.name}, "divided" of {self.whole} channels: '
+                f'{self.positions.called(came[0])} came: a layer before it must be "column", of as '
+                "many"
+            )
+
+
+def divide_groups(conv: Any, positions: Positions) -> None:
     """Let a convolution with groups compute those of this rank's channels, in place.
 
     Raises UserError where a group would be of two ranks.
     """
     if conv.weight.part is not None:
         return
+    axis = positions.tp
     groups, each = conv.groups, (conv.in_channels, conv.out_channels)
     cuts = [blocks(n, axis.size) for n in each]
     if any(first % (n // groups) for n, of_all in zip(each, cuts, strict=True)
@@ -138,14 +155,16 @@ def divide_groups(conv: Any, axis: Axis) -> None:
         divide_parameter(conv.bias, 0, filters, axis)
     conv.groups = own[0] * groups // each[0]
     conv.in_channels, conv.out_channels = own
+    conv.register_forward_pre_hook(_OfPart(each[0], own[0], positions))
 
 
-def divide_norm(norm: Any, axis: Axis) -> None:
+def divide_norm(norm: Any, positions: Positions) -> None:
     """Let batch normalisation have this rank's channels, parameters and buffers, in place."""
     if hasattr(norm, "counts"):
         return
-    cuts = blocks(norm.num_features, axis.size)
-    first, end = cuts[axis.rank]
+    cuts = blocks(norm.num_features, positions.tp.size)
+    first, end = cuts[positions.tp.rank]
+    norm.register_forward_pre_hook(_OfPart(norm.num_features, end - first, positions))
     norm.num_features = end - first
     norm.counts = [end - first for first, end in cuts]
     for name, buffer in list(norm._buffers.items()):

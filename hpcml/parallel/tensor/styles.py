@@ -100,7 +100,7 @@ def _divided(module: Module, positions: Positions) -> Module:
     axis = positions.tp
     for one in module.modules():
         if any(is_plain(one, kind) for kind in CONVOLUTIONS):
-            divide_groups(one, axis)
+            divide_groups(one, positions)
             continue
         for parameter in one._parameters.values():
             width = parameter.whole_shape[-1]
@@ -108,7 +108,7 @@ def _divided(module: Module, positions: Positions) -> Module:
             cuts = [(ranges,) for ranges in blocks(width, axis.size)]
             divide_parameter(parameter, len(parameter.whole_shape) - 1, cuts, axis)
         if isinstance(one, NORMS):
-            divide_norm(one, axis)
+            divide_norm(one, positions)
     for parent in module.modules():
         for name, child in parent.named_children():
             if is_plain(child, Dropout):
