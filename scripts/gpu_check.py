@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"]
-KERNELS = ("kernels", "attention", "images", "cudnn")
+KERNELS = ("kernels", "attention", "images", "cudnn", "primitives")
 MEASURED = [sys.executable, str(HERE / "gpu_parts.py")]
 
 
@@ -33,7 +33,8 @@ class Part(NamedTuple):
 PARTS = {
     "machine": Part([*MEASURED, "machine"], 20, "what is installed"),
     "kernels": Part([*PYTEST, *(f"tests/device/test_{name}.py" for name in KERNELS)], 105,
-                    "every kernel against its specification in float64, all types"),
+                    "every kernel against its specification in float64 and every primitive "
+                    "beside the CPU, all types"),
     "ranks": Part([*PYTEST, "tests/device/test_training.py", "tests/device/test_messages.py"], 90,
                   "training with dp, ZeRO 0-3, tp, pp, cp beside the CPU; collectives, halos and "
                   "adjoints, direct and staged; ranks are threads"),

@@ -200,7 +200,10 @@ def gpt2(
 
 
 def resnet50(batch: int = 64, pixels: int = 224) -> dict[str, Any]:
-    """A training step of ResNet-50 on random images: ours and PyTorch eager, channels last."""
+    """A training step of ResNet-50 on random images: ours, PyTorch eager, `torch.compile`.
+
+    Channels last.
+    """
     random = np.random.default_rng(0)
     images = random.standard_normal((batch, 3, pixels, pixels)).astype(np.float32)
     labels = random.integers(0, 1000, batch)
@@ -224,11 +227,12 @@ def resnet50(batch: int = 64, pixels: int = 224) -> dict[str, Any]:
         seconds = _timed(lambda: step(batch_of), cupy.cuda.get_current_stream().synchronize)
         return _row("hpcml", seconds, flops, batch, "images", memory.account().peak_total)
 
-    def peer() -> Any:
+    def torch_step(compiled: bool) -> Any:
         import torch
         import torchvision
 
         model = torchvision.models.resnet50().cuda().to(memory_format=torch.channels_last)
+        forward = torch.compile(model) if compiled else model
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
         a = torch.from_numpy(images).cuda().to(memory_format=torch.channels_last)
         b = torch.from_numpy(labels).cuda()
@@ -236,17 +240,19 @@ def resnet50(batch: int = 64, pixels: int = 224) -> dict[str, Any]:
         def step() -> float:
             optimizer.zero_grad()
             with torch.autocast("cuda", torch.bfloat16):
-                loss = torch.nn.functional.cross_entropy(model(a), b)
+                loss = torch.nn.functional.cross_entropy(forward(a), b)
             loss.backward()
             optimizer.step()
             return float(loss)
 
         seconds = _timed(step, torch.cuda.synchronize)
         peak = torch.cuda.max_memory_allocated()
-        return _row("PyTorch eager", seconds, flops, batch, "images", peak)
+        name = "torch.compile" if compiled else "PyTorch eager"
+        return _row(name, seconds, flops, batch, "images", peak)
 
     _try(rows, "hpcml", ours)
-    _try(rows, "PyTorch eager", peer)
+    _try(rows, "PyTorch eager", lambda: torch_step(False))
+    _try(rows, "torch.compile", lambda: torch_step(True))
     return {"rows": rows, "ok": _ratios(rows)}
 
 

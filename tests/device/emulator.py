@@ -102,7 +102,8 @@ class Kernel:
         results = []
         for order in self.orders:
             for array, old in zip(arrays, before, strict=True):
-                array[...] = old
+                if array.flags.writeable:  # NumPy's views of repeated elements are not
+                    array[...] = old
             self._start(grid, block, args, shared_mem, order)
             results.append([array.tobytes() for array in arrays])
             for arg in args:

@@ -99,3 +99,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "broadcast": lambda *arrays: np.broadcast(*[plain(x) for x in arrays]),
 }
 """All functions of the module, by name."""
+
+
+def _add_at(x: ndarray, index: Any, values: ndarray) -> None:
+    np.add.at(plain(x), plain(index, "at"), plain(values, "at"))
+
+
+FUNCTIONS["add"].at = _add_at  # type: ignore[attr-defined]
