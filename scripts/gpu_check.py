@@ -6,6 +6,7 @@ Called by gpu_check.sh; the parts that measure are in gpu_parts.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -67,9 +68,11 @@ def run(name: str, part: Part) -> dict[str, Any]:
         output, _ = job.communicate()
         failure = f"not done after {part.limit} s"
     lines = [line for line in output.splitlines() if line.strip()]
-    found: Any = None
-    if lines and lines[-1].startswith("{"):
-        found = json.loads(lines.pop())
+    found = None
+    for line in [line for line in lines if line.startswith("{")]:
+        with contextlib.suppress(ValueError):  # the last one counts; a part may be ended before
+            found = json.loads(line)
+            lines.remove(line)
     last = lines[-1] if lines else ""
     result = {"ok": not failure, "shows": part.shows, "found": found, "last_line": last[:200],
               "seconds": round(time.monotonic() - start, 1)}  # fmt: skip

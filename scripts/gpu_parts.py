@@ -124,6 +124,7 @@ def _try(rows: list[Any], name: str, measure: Callable[[], Any]) -> None:
         rows.append(measure())
     except Exception as error:  # noqa: BLE001 - one contender's failure is a row of the report
         rows.append({"contender": name, "error": f"{type(error).__name__}: {error}"[:200]})
+    print(json.dumps({"rows": rows}), flush=True)  # should the next one take too long
 
 
 def _ratios(rows: list[Any]) -> bool:

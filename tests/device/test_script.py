@@ -38,7 +38,7 @@ def test_a_part_that_fails_or_hangs_is_told_and_stops_no_other() -> None:
     check = loaded("gpu_check")
     programs = {
         "good": "print('{\"rows\": [{\"a\": 1}]}')", "bad": "print('why'); raise SystemExit(3)",
-        "long": "import time; print('so far', flush=True); time.sleep(600)",
+        "long": "import time; print('{\"rows\": []}\\nso far', flush=True); time.sleep(600)",
     }  # fmt: skip
     report: dict[str, Any] = {"date": "today", "parts": {}}
     for name, program in programs.items():
@@ -49,6 +49,7 @@ def test_a_part_that_fails_or_hangs_is_told_and_stops_no_other() -> None:
     assert parts["good"]["ok"] and parts["good"]["found"] == {"rows": [{"a": 1}]}
     assert parts["bad"]["failure"] == "exit code 3" and parts["bad"]["last_line"] == "why"
     assert parts["long"]["failure"] == "not done after 1 s"
+    assert parts["long"]["found"] == {"rows": []} and parts["long"]["last_line"] == "so far"
     page = check.table(json.loads(json.dumps(report)))
     assert "| bad | something | exit code 3: why |" in page and "## good" in page
 
