@@ -22,18 +22,9 @@ Sizes = tuple[int, ...]
 _WEIGHTS = 1 << 19
 """Bytes of weights that are put in order at once: they stay in the second-level cache."""
 _SHORT = 16
-"""Channels below which patches are copied: to look up a tap takes as long as that many."""
+"""Channels below which taps side by side are looked up at once: each takes as long as that many."""
 _PAGE = 4096
 """Bytes between rows that share their places in the first-level cache."""
-
-
-def _copies(x: Any, taps: int, run: int) -> bool:
-    """Whether patches are copied before they are multiplied: the one choice there is.
-
-    Taps of few channels are not worth looking up; and rows of a tile a whole number of pages apart
-    would drive each other out of the first-level cache.
-    """
-    return (taps > 1 and run < _SHORT) or (taps == 1 and run * x.itemsize % _PAGE == 0)
 
 
 def convolve(
@@ -91,16 +82,15 @@ def convolve_weight_gradient(
         return
     offsets = list(_offsets(size, before, dilation))
     steps = [g.shape[1:-1], (0,) * len(size), (1,) * len(size), stride]
-    copied = run < _SHORT
-    shape = (groups, 1, len(offsets) * run) if copied else (groups, len(offsets), run)
     across = -(-filters // groups * x.itemsize // BYTES) * BYTES // x.itemsize
-    sums = np.empty((*shape, across), x.dtype)
+    sums = np.empty((groups, len(offsets) * run, across), x.dtype)
+    short = run < _SHORT
     sum_outputs(
         g.reshape(math.prod(g.shape[:-1]), g.shape[-1]), _five(x),
-        _table([(*offset, 0) for offset in offsets], 3), _spans(offsets, groups), _steps(steps),
-        copied, sums,
+        _spans(offsets, groups == 1 and short), _steps(steps),
+        run * len(offsets) if short else run, sums,
     )  # fmt: skip
-    order_sums(sums.reshape(groups, -1, across), out.reshape(filters, run, len(offsets)))
+    order_sums(sums, out.reshape(filters, run, len(offsets)))
 
 
 def _sum_taps(
@@ -111,11 +101,13 @@ def _sum_taps(
     wide = 2 * BYTES // x.itemsize
     panel = max(len(taps) * run, 1) * wide * x.itemsize
     block = min(max(_WEIGHTS // panel, 1) * wide, columns)
+    spans = _spans([tap[:-1] for tap in taps], groups == 1 and run < _SHORT)
+    # Rows of a tile a whole number of pages apart would drive each other out of the cache.
+    copied = len(taps) == 1 and run * x.itemsize % _PAGE == 0
     sum_taps(
         _five(x), weight.reshape(*weight.shape[:2], math.prod(weight.shape[2:])),
-        start.reshape(-1, out.shape[-1]), _table(taps, 3),
-        _spans([tap[:-1] for tap in taps], groups), _steps(steps), groups, turned,
-        _copies(x, len(taps), run), block, _five(out),
+        start.reshape(-1, out.shape[-1]), _table(taps), spans, _steps(steps), groups, turned,
+        copied, block, _five(out),
     )  # fmt: skip
 
 
@@ -125,23 +117,25 @@ def _offsets(size: Sizes, before: Sizes, dilation: Sizes) -> Any:
     return itertools.product(*([i * d - b for i in range(k)] for k, b, d in along))
 
 
-def _table(taps: Sequence[Sizes], dimensions: int) -> Any:
+def _table(taps: Sequence[Sizes]) -> Any:
     """The table of taps: offsets along three dimensions, and the number in the filter."""
-    rows = [(*(0,) * (dimensions + 1 - len(tap)), *tap) for tap in taps]
-    return np.array(rows, np.int64).reshape(len(rows), dimensions + 1)
+    rows = [(*(0,) * (4 - len(tap)), *tap) for tap in taps]
+    return np.array(rows, np.int64)
 
 
-def _spans(offsets: Sequence[Sizes], groups: int) -> Any:
-    """The table of runs of taps that lie side by side; with groups, their channels do not."""
+def _spans(offsets: Sequence[Sizes], joined: bool) -> Any:
+    """The table of spans: of one tap each or, joined, of as many as lie side by side in a row.
+
+    Taps are a product of offsets along each dimension, so that all spans have as many.
+    """
     spans: list[list[int]] = []
-    for number, offset in enumerate(offsets):
-        *rest, last = offset
-        if spans and groups == 1 and spans[-1][2:] == [*rest, last - spans[-1][1]]:
+    for number, (*rest, last) in enumerate(offsets):
+        if joined and spans and spans[-1][2:] == [*rest, last - spans[-1][1]]:
             spans[-1][1] += 1
         else:
-            spans.append([number, 1, *offset])
+            spans.append([number, 1, *rest, last])
     rows = [(*span[:2], *(0,) * (5 - len(span)), *span[2:]) for span in spans]
-    return np.array(rows, np.int64).reshape(len(rows), 5)
+    return np.array(rows, np.int64)
 
 
 def _steps(rows: Sequence[Sequence[int]]) -> Any:

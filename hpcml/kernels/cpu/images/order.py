@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.kernels.cpu.images import tiles
+from hpcml.kernels.cpu.images import moves
 from hpcml.kernels.cpu.images.patches import address, keep
 from hpcml.kernels.cpu.images.tiles import BYTES
 from hpcml.kernels.cpu.jit import inline
@@ -33,7 +33,7 @@ def pack_filters(weight: Any, first: int, count: int, width: int, panel: Any) ->
                 sources[j] = from_ + place * size if inside else zeros
                 row = (k + j) % taps * run + (k + j) // taps
                 targets[j] = to + (row * width + column) * size
-            tiles.transpose(zero, rows, columns)
+            moves.transpose(zero, rows, columns)
         for k in range(whole, numbers):
             row = k % taps * run + k // taps
             for j in range(lanes):
@@ -53,7 +53,7 @@ def pack_channels(
     if in_all == 1 and count == width and taps.shape[0] == 1:
         for i in range(run):
             source = from_ + ((low + i) * inner + first) * size
-            tiles.copy(weight.dtype.type(0), width, source, to + i * width * size)
+            moves.copy(weight.dtype.type(0), width, source, to + i * width * size)
         return
     if in_all == 1 or count < width:
         _pack_some(weight, low, run, first, count, width, taps, panel)
@@ -81,7 +81,7 @@ def pack_channels(
                     if tap + j < in_all and where[tap + j] >= 0:
                         row = where[tap + j] * run + i
                         targets[j] = to + (row * width + column) * size
-                tiles.transpose(weight.dtype.type(0), rows, columns)
+                moves.transpose(weight.dtype.type(0), rows, columns)
     keep(unwanted), keep(sources), keep(targets)
 
 
@@ -124,7 +124,7 @@ def order_sums(sums: Any, out: Any, low: int, high: int) -> None:
                 wanted = column - start <= j < column - start + few
                 place = (group * columns + start + j) * numbers + k
                 targets[j] = to + place * size if wanted else waste
-            tiles.transpose(zero, outof, into)
+            moves.transpose(zero, outof, into)
         for k in range(whole, numbers):
             for j in range(few):
                 value = sums[group, k % taps * run + k // taps, column + j]
@@ -152,7 +152,7 @@ def transpose(x: Any, out: Any, low: int, high: int) -> None:
             for j in range(lanes):
                 sources[j] = from_ + ((n * m + i + j) * columns + column) * size
                 targets[j] = to + ((n * columns + column + j) * m + i) * size
-            tiles.transpose(zero, rows, into)
+            moves.transpose(zero, rows, into)
         for j in range(column, column + few):
             for i in range(whole, m):
                 out[n, j, i] = x[n, i, j]

@@ -1,4 +1,4 @@
-"""Where the numbers lie that an output of a convolution is made of: looked up, or copied.
+"""Where the numbers lie that an output of a convolution is made of.
 
 Arrays have three spatial dimensions here, of which the first may have one place. Tables: `taps` has
 for each tap of the filter its offset (z, y, x) in the input from the place of an output, and its
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.kernels.cpu.images import tiles
+from hpcml.kernels.cpu.images import moves
 from hpcml.kernels.cpu.jit import inline
 
 COUNT, FIRST, SPACING, STEP = 0, 1, 2, 3
@@ -87,43 +87,57 @@ def _within(place: Any, size: Any) -> Any:
 
 @inline
 def look_up(
-    x: Any, taps: Any, first: int, count: int, at: Any, moved: int, zeros: int, table: Any
+    x: Any, spans: Any, first: int, count: int, at: Any, channel: int, run: int, zeros: int,
+    patches: int, pitch: int, table: Any,
 ) -> None:  # fmt: skip
-    """table[t, r] = address of the channels of tap first + t, moved, or `zeros` beyond the edge."""
+    """table[s, r] = address of what span first + s meets: `run` channels for each tap, or zeros.
+
+    Beyond the edge there are zeros. What lies across it is put together in row r of `patches`,
+    which are `pitch` bytes apart.
+    """
     _, depth, height, width, _ = x.shape
-    for t in range(count):
-        dz, dy, dx = taps[first + t, 0], taps[first + t, 1], taps[first + t, 2]
-        further = shift(x, dz, dy, dx) + moved
+    for s in range(count):
+        taps, dz, dy, dx = (
+            spans[first + s, 1],
+            spans[first + s, 2],
+            spans[first + s, 3],
+            spans[first + s, 4],
+        )
+        further, fit = shift(x, dz, dy, dx) + channel * x.itemsize, max(width - taps + 1, 0)
         for r in range(table.shape[1]):
             inside = _within(at[Z, r] + dz, depth) & _within(at[Y, r] + dy, height)
-            inside &= _within(at[X, r] + dx, width)
-            table[t, r] = at[START, r] + further if inside else zeros
+            inside &= _within(at[X, r] + dx, fit)
+            table[s, r] = at[START, r] + further if inside else zeros
+    if spans[first, 1] > 1:
+        _look_across(x, spans, first, count, at, channel, run, zeros, patches, pitch, table)
 
 
 @inline
-def copy_patch(
-    x: Any, spans: Any, at: Any, r: int, channel: int, run: int, low: int, high: int,
-    zeros: int, target: int,
+def _look_across(
+    x: Any, spans: Any, first: int, count: int, at: Any, channel: int, run: int, zeros: int,
+    patches: int, pitch: int, table: Any,
 ) -> None:  # fmt: skip
-    """Copy numbers low to high of patch r, `run` channels from `channel` on for each tap."""
-    _, depth, height, width, channels = x.shape
-    zero, size = x.dtype.type(0), x.itemsize
-    for s in range(spans.shape[0]):
-        tap, count, dz, dy, dx = spans[s, 0], spans[s, 1], spans[s, 2], spans[s, 3], spans[s, 4]
-        first, last = max(tap * run, low), min((tap + count) * run, high)
-        if first >= last:
+    """The same of those that lie across the edge: spans of several taps differ in rows only."""
+    _, depth, height, width, _ = x.shape
+    taps, dx, size = spans[first, 1], spans[first, 4], x.itemsize
+    for r in range(table.shape[1]):
+        left, right = max(-at[X, r] - dx, 0), max(at[X, r] + dx + taps - width, 0)
+        if not 0 < max(left, right) < taps:
             continue
-        there, w = target + (first - low) * size, at[X, r] + dx
-        if not (_within(at[Z, r] + dz, depth) and _within(at[Y, r] + dy, height)):
-            tiles.copy(zero, last - first, zeros, there)
-            continue
-        source = at[START, r] + shift(x, dz, dy, dx) + channel * size
-        if w >= 0 and w + count <= width:
-            tiles.copy(zero, last - first, source + (first - tap * run) * size, there)
-            continue
-        for k in range(count):
-            begin, end = max((tap + k) * run, low), min((tap + k + 1) * run, high)
-            if begin < end:
-                place = source + (k * channels + begin - (tap + k) * run) * size
-                place = place if _within(w + k, width) else zeros
-                tiles.copy(zero, end - begin, place, target + (begin - low) * size)
+        for s in range(count):
+            dz, dy = spans[first + s, 2], spans[first + s, 3]
+            if _within(at[Z, r] + dz, depth) and _within(at[Y, r] + dy, height):
+                source = at[START, r] + shift(x, dz, dy, dx) + channel * size
+                table[s, r] = patches + r * pitch + s * taps * run * size
+                _join(x, source, taps, run, left, right, zeros, table[s, r])
+
+
+@inline
+def _join(
+    x: Any, source: int, taps: int, run: int, left: int, right: int, zeros: int, target: int
+) -> None:  # fmt: skip
+    """Copy `run` channels for each tap, zeros for the first `left` and the last `right` of them."""
+    zero, size = x.dtype.type(0), run * x.itemsize
+    moves.copy(zero, left * run, zeros, target)
+    moves.copy(zero, (taps - left - right) * run, source + left * size, target + left * size)
+    moves.copy(zero, right * run, zeros, target + (taps - right) * size)

@@ -103,15 +103,13 @@ class Code:
             store, [value, self.at(address, offset, self.vector), _INT(self.size), mask]
         )
 
-    def fetch(self, address: Any, offset: int, to_write: bool = False, level: int = 1) -> None:
-        """Ask for a line, to be in the cache of this level."""
+    def fetch(self, address: Any, offset: int, to_write: bool = False) -> None:
+        """Ask for a line, to be in all caches."""
         prefetch = self.function(
             "llvm.prefetch.p0", ir.VoidType(), _BYTE.as_pointer(), _INT, _INT, _INT
         )
         pointer = self.at(address, offset, _BYTE)
-        self.builder.call(
-            prefetch, [pointer, _INT(int(to_write)), _INT(3), _INT(1)]
-        )  # into all levels
+        self.builder.call(prefetch, [pointer, _INT(int(to_write)), _INT(3), _INT(1)])
 
     def begin(self, addresses: Sequence[Any]) -> None:
         """Set each row of sums to what is at its address."""
@@ -201,7 +199,7 @@ def _rows(vectors: int) -> Any:
                     for offset in range(0, width, 64):
                         code.fetch(row, _AHEAD * width + offset)
                     line = builder.mul(place.index, _WORD(64))
-                    code.fetch(builder.add(later, line), 0, level=2)
+                    code.fetch(builder.add(later, line), 0)
                     code.add([code.at(line, along, code.real) for line in lines], row)
             code.end(code.words(outs, _WORD(0), HIGH, column))
             builder.ret_void()
@@ -212,24 +210,27 @@ def _rows(vectors: int) -> Any:
     return rows
 
 
-def _columns(vectors: int) -> Any:
+def _columns(vectors: int, fetching: bool) -> Any:
     @intrinsic
     def columns(
         typingctx: Any, zero: Any, left: Any, pitch: Any, count: Any, right: Any, outs: Any,
-        column: Any,
+        column: Any, ahead: Any, pace: Any,
     ) -> Any:  # fmt: skip
         """out[i] += sum over k of left[k, i] * right[k].
 
         left: rows of DEEP numbers, `pitch` bytes apart. right: rows of two vectors, of which these
-        are the first. outs: a table (DEEP), whose addresses are moved by column.
+        are the first. outs: a table (DEEP), whose addresses are moved by column. If `fetching`, the
+        line at ahead is asked for, and with each row what lies `pace` bytes further: numbers that
+        are needed later.
         """
 
         def generate(context: Any, outside: Any, signature: Any, args: Any) -> Any:
             size = signature.args[0].bitwidth // 8
-            inside = _apart(outside, f"hpcml_columns_{vectors}_{size}", args[1:])
+            name = f"hpcml_columns_{vectors}_{fetching}_{size}"
+            inside = _apart(outside, name, args[1:])
             if inside is None:
                 return context.get_dummy_value()
-            builder, (left, pitch, count, right, outs, column) = inside
+            builder, (left, pitch, count, right, outs, column, ahead, pace) = inside
             code = Code(context, builder, signature.args[0], DEEP, vectors)
             places = code.words(outs, _WORD(0), DEEP, column)
             code.begin(places)
@@ -237,81 +238,18 @@ def _columns(vectors: int) -> Any:
                 line = builder.add(left, builder.mul(place.index, pitch))
                 numbers = [code.at(line, i * code.size, code.real) for i in range(DEEP)]
                 step = builder.mul(place.index, _WORD(2 * BYTES))
+                if fetching:
+                    code.fetch(builder.add(ahead, builder.mul(place.index, pace)), 0)
                 code.add(numbers, builder.add(right, step))
             code.end(places)
             builder.ret_void()
             return context.get_dummy_value()
 
-        return of_words(zero, 6), generate
+        return of_words(zero, 8), generate
 
     return columns
 
 
 rows_of_one, rows_of_two = _rows(1), _rows(2)
-columns_of_one, columns_of_two = _columns(1), _columns(2)
-
-
-@intrinsic
-def copy(typingctx: Any, zero: Any, count: Any, source: Any, target: Any) -> Any:
-    """Copy `count` numbers from one address to another, in whole vectors and a masked one."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, count, source, target = args
-        code = Code(context, builder, signature.args[0])
-        steps = builder.sdiv(builder.add(count, _WORD(code.lanes - 1)), _WORD(code.lanes))
-        with cgutils.for_range(builder, steps) as step:
-            chosen = code.mask(builder.sub(count, builder.mul(step.index, _WORD(code.lanes))))
-            offset = builder.mul(step.index, _WORD(BYTES))
-            code.store_some(code.some(source, chosen, offset), chosen, target, offset)
-        return context.get_dummy_value()
-
-    return of_words(zero, 3), generate
-
-
-@intrinsic
-def gather(
-    typingctx: Any, zero: Any, count: Any, few: Any, sources: Any, shift: Any, target: Any
-) -> Any:
-    """Copy `few` numbers, at most DEEP, from each of `count` addresses, moved by shift, to a row.
-
-    Rows at `target` are of whole vectors.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, count, few, sources, shift, target = args
-        code = Code(context, builder, signature.args[0])
-        vectors = -(-DEEP * code.size // BYTES)
-        masks = [code.mask(builder.sub(few, _WORD(v * code.lanes))) for v in range(vectors)]
-        with cgutils.for_range(builder, count) as row:
-            (source,) = code.words(sources, row.index, 1, shift)
-            there = builder.add(target, builder.mul(row.index, _WORD(vectors * BYTES)))
-            for v, mask in enumerate(masks):
-                code.store(code.some(source, mask, v * BYTES), there, v * BYTES)
-        return context.get_dummy_value()
-
-    return of_words(zero, 5), generate
-
-
-@intrinsic
-def transpose(typingctx: Any, zero: Any, sources: Any, targets: Any) -> Any:
-    """Transpose a square of as many numbers as a vector has: tables of its rows, and of columns."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        code = Code(context, builder, signature.args[0])
-        lanes, first = code.lanes, _WORD(0)
-        rows = [code.load(address) for address in code.words(args[1], first, lanes, first)]
-        kind = ir.VectorType(_INT, lanes)
-        apart = 1
-        while apart < lanes:  # of pairs of rows, exchange what lies across the diagonal
-            low = [j if not j & apart else lanes + j - apart for j in range(lanes)]
-            high = [j + apart if not j & apart else lanes + j for j in range(lanes)]
-            for i in (i for i in range(lanes) if not i & apart):
-                pair = rows[i], rows[i + apart]
-                for which, mask in ((i, low), (i + apart, high)):
-                    rows[which] = builder.shuffle_vector(*pair, ir.Constant(kind, mask))
-            apart *= 2
-        for row, address in zip(rows, code.words(args[2], first, lanes, first), strict=True):
-            code.store(row, address)
-        return context.get_dummy_value()
-
-    return of_words(zero, 2), generate
+columns_of_one, columns_of_two = _columns(1, False), _columns(2, False)
+columns_fetching = _columns(2, True)

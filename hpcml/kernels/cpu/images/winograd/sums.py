@@ -96,7 +96,7 @@ def sum_tiles(
                                 outs[i] = row if c + i < run else address(waste)
                             tiles.columns_of_two(
                                 zero, left_ + (place * pitch + c) * size, pitch * size, some,
-                                right_ + place * wide * size, address(outs), 0,
+                                right_ + place * wide * size, address(outs), 0, 0, 0,
                             )  # fmt: skip
         for panel in range(begin, end):
             spread(sources, into + (panel - begin) * ALL * line, line)
