@@ -169,9 +169,7 @@ class Profile:
 
 def kernels_of(module: ModuleType) -> list[tuple[str, Callable[..., Any]]]:
     """The kernels that a module of `hpcml.kernels` offers, by name."""
-    names = [name for name in module.__all__ if name != "load"]
-    found = [(name, getattr(module, name)) for name in names]
-    return [(name, kernel) for name, kernel in found if callable(kernel)]
+    return [(name, x) for name, x in vars(module).items() if callable(x) and name != "load"]
 
 
 def array_functions() -> list[tuple[str, Callable[..., Any]]]:

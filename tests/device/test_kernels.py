@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hpcml.bench.profile_hooks import kernels_of
 from hpcml.kernels import cpu, generic, of
 from tests.device.support import FIRST, KEY, Numbers, few, host, skewed
 
@@ -17,6 +18,11 @@ IGNORE = -100
 
 ONE = ("gelu", "gelu_tanh")
 TWO = ("gelu_backward", "gelu_tanh_backward", "relu_backward")
+
+
+def test_kernels_are_the_same_by_name_on_all_devices(cuda: Any) -> None:
+    names = [{name for name, _ in kernels_of(module)} for module in (cpu, cuda, generic)]
+    assert names[0] == names[1] <= names[2] and len(names[0]) > 20
 
 
 @pytest.mark.parametrize("size", [0, 1, 37, 3000])

@@ -39,41 +39,6 @@ from hpcml.kernels.cpu.rows import (
     layer_norm_weight_gradient,
 )
 
-__all__ = [
-    "adam_update",
-    "attention",
-    "attention_backward",
-    "blas",
-    "block_squares",
-    "brain",
-    "column_sums",
-    "cross_entropy",
-    "cross_entropy_backward",
-    "dropout",
-    "embedding_backward",
-    "gelu",
-    "gelu_backward",
-    "gelu_tanh",
-    "gelu_tanh_backward",
-    "halves",
-    "join_attention",
-    "layer_norm",
-    "layer_norm_backward",
-    "layer_norm_weight_gradient",
-    "linear",
-    "linear_input_gradient",
-    "linear_weight_gradient",
-    "load",
-    "matmul",
-    "random_normal",
-    "random_uniform",
-    "random_words",
-    "relu_backward",
-    "sgd_plain_update",
-    "sgd_update",
-    "shared",
-]
-
 
 def load(dtype: str) -> None:
     """Make the kernels for "float32" or "float64" ready, from disk or compiled once a machine."""

@@ -19,6 +19,20 @@ struct Shape {
     i64 threshold;
 };
 
+// Of a block its sample, head and first row; of a thread its row, and 8 further on, and the first of
+// its columns in each 8, halved.
+struct Place {
+    i64 b, h, first, row;
+    int t;
+};
+
+__device__ inline Place place_of(const Shape& s) {
+    i64 first = i64(blockIdx.x) * ROWS;
+    int lane = threadIdx.x % WARP;
+    return {blockIdx.y / s.heads, blockIdx.y % s.heads, first,
+            first + threadIdx.x / WARP * 16 + lane / 4, lane % 4};
+}
+
 __device__ inline Sum kept_scale(const Shape& s) {
     return Sum(1 / (1 - double(s.threshold) / 4294967296.0));
 }
@@ -59,9 +73,7 @@ KERNEL attention(
     DYNAMIC_SHARED(memory);
     T *q_tile = reinterpret_cast<T*>(memory), *k_tile = q_tile + ROWS * PITCH;
     T* v_tile = k_tile + COLUMNS * PITCH;
-    i64 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, first = i64(blockIdx.x) * ROWS;
-    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    i64 row = first + threadIdx.x / WARP * 16 + g;  // and 8 further on
+    auto [b, h, first, row, t] = place_of(s);
     i64 end = s.causal && first + ROWS < s.keys ? first + ROWS : s.keys;
     Mask mask(s, b, h);
     Sum most[2] = {-infinity(Sum(0)), -infinity(Sum(0))}, sum[2] = {0, 0};
@@ -156,9 +168,7 @@ KERNEL attention_queries(
     DYNAMIC_SHARED(memory);
     T *q_tile = reinterpret_cast<T*>(memory), *g_tile = q_tile + ROWS * PITCH;
     T *k_tile = g_tile + ROWS * PITCH, *v_tile = k_tile + COLUMNS * PITCH;
-    i64 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, first = i64(blockIdx.x) * ROWS;
-    int lane = threadIdx.x % WARP, g_row = lane / 4, t = lane % 4;
-    i64 row = first + threadIdx.x / WARP * 16 + g_row;
+    auto [b, h, first, row, t] = place_of(s);
     i64 end = s.causal && first + ROWS < s.keys ? first + ROWS : s.keys;
     Mask mask(s, b, h);
     Sum shift[2], mean[2], total[DEPTH / 8][4] = {}, p[COLUMNS / 8][4], dp[COLUMNS / 8][4];
@@ -200,9 +210,7 @@ KERNEL attention_keys(
     __shared__ Sum shift[COLUMNS], mean[COLUMNS];
     T *k_tile = reinterpret_cast<T*>(memory), *v_tile = k_tile + ROWS * PITCH;
     T *q_tile = v_tile + ROWS * PITCH, *g_tile = q_tile + COLUMNS * PITCH;
-    i64 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, first = i64(blockIdx.x) * ROWS;
-    int lane = threadIdx.x % WARP, g_row = lane / 4, t = lane % 4;
-    i64 row = first + threadIdx.x / WARP * 16 + g_row;  // of keys
+    auto [b, h, first, row, t] = place_of(s);  // rows are keys
     Mask mask(s, b, h);
     Sum of_k[DEPTH / 8][4] = {}, of_v[DEPTH / 8][4] = {};
     Sum p[COLUMNS / 8][4], dp[COLUMNS / 8][4];
