@@ -8,7 +8,9 @@ since neither they nor handles may be used by two at once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import importlib.util
 import logging
 import math
 import os
@@ -35,6 +37,11 @@ _WORKSPACE = 256 << 20
 """Bytes that an engine may work in, or four times those of its tensors if that is more."""
 _KINDS = {"float32": ("FLOAT", 4), "float16": ("HALF", 2), "bfloat16": ("BFLOAT16", 2)}
 """cuDNN's names of types, and the bytes of an element."""
+_WHEELS = (
+    (("nvidia.cu13", "libcudart.so.13"), ("nvidia.cuda_runtime", "libcudart.so.12")),
+    (("nvidia.cudnn", "libcudnn.so.9"),),
+)
+"""What the frontend asks the loader for by name, which does not look where wheels have it."""
 _log = logging.getLogger("hpcml")
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], str]
@@ -56,11 +63,8 @@ def _loaded() -> ModuleType | str:
     """The frontend with a cuDNN behind it, or why there is none."""
     if asked() == "never":
         return f"{VARIABLE}=never"
-    # The frontend asks the loader for CUDA's runtime by name, and knows no folders of wheels.
-    with contextlib.suppress(ImportError, RuntimeError):
-        from cuda.pathfinder import load_nvidia_dynamic_lib  # comes with CuPy
-
-        load_nvidia_dynamic_lib("cudart")
+    for wheels in _WHEELS:
+        any(_of_wheel(*wheel) for wheel in wheels)
     try:
         import cudnn
 
@@ -68,6 +72,16 @@ def _loaded() -> ModuleType | str:
     except Exception as error:  # noqa: BLE001 (a loader's errors are of many kinds)
         return f"{_line(error)}; pip install 'hpcml[cudnn13]' (or cudnn12) has it"
     return cudnn  # type: ignore[no-any-return]
+
+
+def _of_wheel(package: str, library: str) -> bool:
+    """Load a library from its wheel; whether it is there."""
+    with contextlib.suppress(ImportError, OSError):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            ctypes.CDLL(f"{folder}/lib/{library}")
+            return True
+    return False
 
 
 def version() -> str:
