@@ -39,7 +39,7 @@ _DENSE = 4
 asked for early; where there are fewer, the products take longer than reading."""
 _EARLY = 1 << 19
 """Bytes that are asked for early at most: they stay in the second-level cache beside the sums."""
-_SUMS = 3 << 18
+SUMS = 3 << 18
 """Bytes of such sums that are worked on at once: they stay in the second-level cache."""
 
 
@@ -173,7 +173,7 @@ def sum_outputs(
     rows, run, columns = g.shape[0], x.shape[4] // groups, g.shape[1] // groups
     in_all, length = depth // part * ((part + DEEP - 1) // DEEP), depth // spans.shape[0]
     panels, wide = (columns * size + 2 * BYTES - 1) // (2 * BYTES), 2 * BYTES // size
-    most = max(_SUMS // (size * DEEP * across), 1)
+    most = max(SUMS // (size * DEEP * across), 1)
     at, outs = np.empty((5, _ROWS), np.int64), np.empty(DEEP, np.int64)
     nothing, unwanted = np.zeros(max(length, x.shape[4]), x.dtype), np.zeros(across, x.dtype)
     left = np.zeros((_ROWS, -(-DEEP * size // BYTES) * BYTES // size), x.dtype)

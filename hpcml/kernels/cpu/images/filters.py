@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.kernels.cpu.images.convolution import sum_outputs, sum_taps
-from hpcml.kernels.cpu.images.order import order_sums, transpose
+from hpcml.kernels.cpu.images.convolution import SUMS, sum_outputs, sum_taps
+from hpcml.kernels.cpu.images.order import order_sums
 from hpcml.kernels.cpu.images.tiles import BYTES
 
 Sizes = tuple[int, ...]
@@ -75,22 +75,28 @@ def convolve_weight_gradient(
 ) -> None:
     """out = the adjoint of `convolve` with respect to the weights: g (N, *S', F), x (N, *S, C)."""
     (filters, run), size = out.shape[:2], out.shape[2:]
-    if filters < run and groups == math.prod(size) == math.prod(stride) == 1 and not any(before):
-        turned = np.empty((run, filters, *size), x.dtype)  # g and x exchanged: faster
-        convolve_weight_gradient(x, g, stride, before, dilation, groups, turned)
-        transpose(turned.reshape(1, run, filters), out.reshape(1, filters, run))
-        return
-    offsets = list(_offsets(size, before, dilation))
     steps = [g.shape[1:-1], (0,) * len(size), (1,) * len(size), stride]
-    across = -(-filters // groups * x.itemsize // BYTES) * BYTES // x.itemsize
-    sums = np.empty((groups, len(offsets) * run, across), x.dtype)
-    short = run < _SHORT
-    sum_outputs(
-        g.reshape(math.prod(g.shape[:-1]), g.shape[-1]), _five(x),
-        _spans(offsets, groups == 1 and short), _steps(steps),
-        run * len(offsets) if short else run, sums,
-    )  # fmt: skip
-    order_sums(sums, out.reshape(filters, run, len(offsets)))
+    # Where g and x lie alike they may be exchanged. It is faster if x has fewer channels; but if
+    # the sums do not fit in the cache, g is put in order again for each part of them.
+    alike = groups == math.prod(size) == math.prod(stride) == 1 and not any(before)
+    if alike and (filters < run) != (out.nbytes > SUMS):
+        out[...] = _sum_outputs(x, g, [(0,) * len(size)], steps, 1)[0, :, :run].reshape(out.shape)
+        return
+    sums = _sum_outputs(g, x, list(_offsets(size, before, dilation)), steps, groups)
+    order_sums(sums, out.reshape(filters, run, math.prod(size)))
+
+
+def _sum_outputs(
+    g: Any, x: Any, offsets: Sequence[Sizes], steps: Sequence[Sequence[int]], groups: int
+) -> Any:
+    """What `sum_outputs` makes of g (N, *S', F) and x (N, *S, C) for taps at these offsets."""
+    run, rows = x.shape[-1] // groups, g.reshape(math.prod(g.shape[:-1]), g.shape[-1])
+    lanes, depth, short = BYTES // x.itemsize, len(offsets) * run, run < _SHORT
+    across = -(-g.shape[-1] // groups // lanes) * lanes
+    sums = np.empty((groups, depth, across), x.dtype)
+    spans = _spans(offsets, groups == 1 and short)
+    sum_outputs(rows, _five(x), spans, _steps(steps), depth if short else run, sums)
+    return sums
 
 
 def _sum_taps(
