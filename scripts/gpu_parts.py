@@ -230,9 +230,10 @@ def resnet50(batch: int = 64, pixels: int = 224) -> dict[str, Any]:
 
     def torch_step(compiled: bool) -> Any:
         import torch
-        import torchvision
 
-        model = torchvision.models.resnet50().cuda().to(memory_format=torch.channels_last)
+        from tests.models.peer_images import PeerResNet  # a bare machine has no torchvision
+
+        model = PeerResNet(3, 1000, 50, 64, False).cuda().to(memory_format=torch.channels_last)
         forward = torch.compile(model) if compiled else model
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
         a = torch.from_numpy(images).cuda().to(memory_format=torch.channels_last)
