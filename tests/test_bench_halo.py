@@ -7,6 +7,7 @@ import pytest
 from hpcml.bench import halo, halo_layers, halo_memory
 from hpcml.bench.halo_layers import Shape
 from hpcml.comm import Mesh, run
+from hpcml.errors import UserError
 
 
 def test_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,12 +29,20 @@ def test_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split()[0] for line in lines[4:]] == ["padded", "pointwise"]
 
 
-def test_an_image_too_large_for_one_rank_trains_on_four() -> None:
+@pytest.mark.parametrize(("limit", "said"), [(0, "at least 1"), (1024, "no image of 32 x 32")])
+def test_limits_in_which_nothing_trains(limit: int, said: str) -> None:
+    with pytest.raises(UserError, match=f"--memory-limit {limit}: .*{said}"):
+        halo_memory.run(limit)
+
+
+def test_an_image_too_large_for_one_rank_trains_on_four(monkeypatch: pytest.MonkeyPatch) -> None:
     one, four = (1, 1), (2, 2)
     limit = halo_memory.peak(96, four) * 5 // 2  # with parameters, gradients and buffers
     assert halo_memory.fits(96, four, limit)
     assert not halo_memory.fits(96, one, limit)
     assert halo_memory.peak(96, four) < 0.32 * halo_memory.peak(96, one)
+    monkeypatch.setattr(halo_memory, "_PATIENCE", 20)  # a rank that is refused keeps no other
+    assert not halo_memory.fits(352, four, 2 << 20)
     row = {"grid": [1, 1], "size": 64, "activations": 1000}
     report = {
         "limit": limit, "common": 64, "refusal": "128 x 128 on one rank: refused",

@@ -15,7 +15,7 @@ import numpy as np
 import hpcml
 from hpcml import memory
 from hpcml.comm import Mesh
-from hpcml.errors import MemoryLimitError
+from hpcml.errors import MemoryLimitError, UserError
 from hpcml.models import MeshNet
 from hpcml.optim import SGD
 
@@ -28,7 +28,12 @@ _PATIENCE = 120
 
 
 def run(limit: int) -> dict[str, Any]:
-    """The largest image by grid, and what each rank keeps of an image that one rank can train."""
+    """The largest image by grid, and what each rank keeps of an image that one rank can train.
+
+    limit: bytes a rank, from 1 on.
+    """
+    if limit < 1:
+        raise UserError(f"--memory-limit {limit}: give bytes, at least 1, such as 16M")
     rows: list[dict[str, Any]] = [
         {"grid": list(grid), "size": _largest(partial(fits, grid=grid, limit=limit))}
         for grid in GRIDS
@@ -37,29 +42,29 @@ def run(limit: int) -> dict[str, Any]:
     for row in rows:
         row["activations"] = peak(common, (row["grid"][0], row["grid"][1])) if common else 0
     beyond = max(row["size"] for row in rows)
+    if not beyond:
+        raise UserError(
+            f"--memory-limit {limit}: in so many bytes a rank no image of {STEP} x {STEP} trains, "
+            "not even divided: give more"
+        )
     refusal = "" if fits(beyond, GRIDS[0], limit) else f"{beyond} x {beyond} on one rank: refused"
     return {"limit": limit, "common": common, "rows": rows, "refusal": refusal}
 
 
 def fits(size: int, grid: tuple[int, int], limit: int) -> bool:
     """Whether a step on an image of size x size keeps within `limit` bytes a rank."""
-    refused = []
 
     def train() -> None:
         memory.set_limit(limit)
-        try:
-            _step(size, grid)
-        except MemoryLimitError as error:
-            refused.append(error.request)
+        _step(size, grid)
 
     try:
         hpcml.run(train, ranks=grid[0] * grid[1], timeout=_PATIENCE)
-    except TimeoutError:  # ranks are refused alike, but for blocks of unequal size: one may wait
-        if not refused:
-            raise
+    except MemoryLimitError:  # of some rank: it ends those that would wait for it
+        return False
     finally:
         gc.collect()
-    return not refused
+    return True
 
 
 def peak(size: int, grid: tuple[int, int]) -> int:

@@ -112,25 +112,20 @@ def _speeds(mesh: Mesh, stage: int, sizes: Sequence[int], rounds: int) -> list[f
 def fits(size: Size, stage: int, precision: str, budget: int, ranks: int) -> bool:
     """Whether so many ranks can train with `budget` bytes each, `size.batch` samples a rank."""
     fields = batch_of(replace(size, batch=size.batch * ranks))
-    refused = []
 
     def train() -> None:
         memory.set_limit(budget)
-        try:
-            step = our_step(size, precision, zero=stage)
-            for _ in range(2):  # from the second on, units are fetched ahead
-                step(fields)
-        except MemoryLimitError as error:
-            refused.append(error.request)
+        step = our_step(size, precision, zero=stage)
+        for _ in range(2):  # from the second on, units are fetched ahead
+            step(fields)
 
     try:
         hpcml.run(train, ranks=ranks, timeout=_PATIENCE)
-    except TimeoutError:  # ranks do the same, and are refused alike; if one is not, it waits
-        if not refused:
-            raise
+    except MemoryLimitError:  # of some rank: it ends those that would wait for it
+        return False
     finally:
         gc.collect()
-    return not refused
+    return True
 
 
 def _largest(mesh: Mesh, good: Callable[[int], bool], most: int) -> int:

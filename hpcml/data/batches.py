@@ -53,6 +53,18 @@ class Batch:
         """
         return self._load(samples, space)
 
+    def targets(self, samples: slice) -> Array:
+        """Load the last field alone of some samples, whole.
+
+        A data set with `fetch_targets` reads no more than that, of others all is read.
+        """
+        fetch_targets = getattr(self._dataset, "fetch_targets", None)
+        if fetch_targets is None:
+            return self[samples][-1]
+        numbers = np.arange(self.first, self.first + len(self))[samples]
+        found: Array = fetch_targets(self._indices[samples], numbers)
+        return found
+
     def _load(self, samples: slice, space: Space | None) -> tuple[Array, ...]:
         indices = self._indices[samples]
         fetch_part = getattr(self._dataset, "fetch_part", None)

@@ -191,7 +191,8 @@ def _conv(dims: int) -> Any:
         padding: on both sides, or "valid" (none), or "same" (as many outputs as inputs; of an odd
         number the larger part behind). Raises UserError for sizes that do not fit.
         """
-        return convolve(f"conv{dims}d", input, weight, bias, stride, padding, dilation, groups)
+        where = f"conv{dims}d({input.shape})"  # a layer has a name instead, alike on all ranks
+        return convolve(where, input, weight, bias, stride, padding, dilation, groups)
 
     return called(conv, f"conv{dims}d")
 
@@ -209,7 +210,7 @@ def _conv_transpose(dims: int) -> Any:
         output_padding: places by which the result is larger behind than it must be. Raises
         UserError for sizes that do not fit.
         """
-        where = f"conv_transpose{dims}d"
+        where = f"conv_transpose{dims}d({input.shape})"
         return convolve_transposed(
             where, input, weight, bias, stride, padding, output_padding, groups, dilation
         )

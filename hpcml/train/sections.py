@@ -52,7 +52,7 @@ class Run:
     )
     deterministic: bool = key(
         False,
-        "the same bits on any number of ranks, for the same train.microbatch, mesh.tp and mesh.cp",
+        "the same bits on any number of ranks, for the same train.microbatch, mesh.tp, cp and sp",
     )
     overwrite: bool = key(False, "replace the results in run.dir, if there are any")
     resume: bool = key(False, "go on from the last checkpoint in run.dir", now=(False,))

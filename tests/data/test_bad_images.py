@@ -169,6 +169,9 @@ def test_pictures(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1.png\" cannot be decoded"):
         Batch(train, np.arange(len(train)), 0)[:]
     bad.unlink()
+    bad.symlink_to(tmp_path / "none.png")
+    refused(f'"{bad}" is no file', "mend or remove", path=str(tmp_path))
+    bad.unlink()
     (tmp_path / "b" / "0.png").unlink()
     refused('b" has no .png', "remove it", path=str(tmp_path))
 

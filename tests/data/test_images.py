@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hpcml.data import Batches
 from hpcml.data.batches import Batch
-from hpcml.data.images import Images, images
+from hpcml.data.images import Images, dataset, images
 from hpcml.data.images.source import InArray
 from tests.data.pictures import bytes_of, write_mnist, write_pair
 
@@ -36,6 +37,31 @@ def test_idx_files(tmp_path: Path, zipped: bool, named: bool) -> None:
     assert found.dtype == np.float32 and targets.dtype == np.int64
     if not zipped:
         assert isinstance(data.train.source.pictures.array.base, np.memmap)
+
+
+@pytest.mark.parametrize("most", [1000, 200])
+def test_no_image_is_looked_at_as_a_whole_to_normalise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """It may be one that no rank has room for: bands of it are, or some of them."""
+    pixels = np.random.default_rng(0).normal(3, 2, (2, 3, 25, 6)).astype(np.float32)
+    path = write_pair(tmp_path, pixels, LABELS[:2])
+    monkeypatch.setattr(dataset, "PIECE", 80)  # 4 rows
+    monkeypatch.setattr(dataset, "MEASURED", most)
+    monkeypatch.setattr(InArray, "take", None)
+    sizes: list[int] = []
+    part = InArray.part
+
+    def spied(self: InArray, *what: Any) -> np.ndarray:
+        sizes.append((found := part(self, *what)).size)
+        return found
+
+    monkeypatch.setattr(InArray, "part", spied)
+    data = images(0, str(path), axes="NCHW", val_fraction=0)
+    assert max(sizes) <= 80 and sum(sizes) == (900 if most == 1000 else 144)
+    seen = pixels if most == 1000 else pixels[:1, :, [*range(4), *range(21, 25)]]
+    np.testing.assert_allclose(data.train.mean, seen.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(data.train.std, seen.std((0, 2, 3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["pair.npy", "stored.npz", "packed.npz"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from hpcml.errors import UserError
 
 MEASURED = 1 << 24
 """Values of which mean and deviation are taken, from samples spread over the training part."""
+PIECE = 1 << 20
+"""How many of them are looked at together, or those of a row."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Images:
             raise IndexError(f"sample {index} of {self.count}")
         space, places = tuple(slice(0, n) for n in self.source.size), np.array([self.first + index])
         image = self._normal(self.source.pictures.part(self.first + index, space)[None], places)[0]
-        return image, self._labels(places, space)[0]
+        return image, self._targets(places, places, space)[0]
 
     def fetch_part(
         self, indices: Array, numbers: Array, space: Space | None = None
@@ -59,24 +62,40 @@ class Images:
         numbers: of the samples in the whole run. space: which part of each; None for all. Equal to
         that part of the whole images, augmented or not; of mapped files no more is read.
         """
-        places, size = indices + self.first, self.source.size
+        places = indices + self.first
+        return self._images(places, numbers, space), self._targets(places, numbers, space)
+
+    def fetch_targets(self, indices: Array, numbers: Array) -> Array:
+        """The labels alone, whole, of what `fetch_part` gives; no image is read."""
+        return self._targets(indices + self.first, numbers, None)
+
+    def _images(self, places: Array, numbers: Array, space: Space | None) -> Array:
+        pictures, size = self.source.pictures, self.source.size
         if self.augmentation is None and space is None:
-            images = self.source.pictures.take(places)
-            return self._normal(images, places), self._labels(places, None)
+            return self._normal(pictures.take(places), places)
         part = space or tuple(slice(0, n) for n in size)
-        pictures = self.source.pictures
-        if self.augmentation is None:
-            cut = [pictures.part(int(place), part) for place in places]
-            return self._normal(np.stack(cut), places), self._labels(places, part)
-        images, targets = [], []
+        images = []
         for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
-            move = self.augmentation.move(number, size)
-            images.append(move.part(partial(pictures.part, place), part))
-            if self.source.by_pixel:
-                label = self.source.labels[place]
-                targets.append(move.part(label.__getitem__, part, nearest=True))
-        labels = np.stack(targets) if targets else self.source.labels[places]
-        return self._normal(np.stack(images), places), self._checked(labels)
+            if self.augmentation is None:
+                images.append(pictures.part(place, part))
+            else:
+                move = self.augmentation.move(number, size)
+                images.append(move.part(partial(pictures.part, place), part))
+        return self._normal(np.stack(images), places)
+
+    def _targets(self, places: Array, numbers: Array, space: Space | None) -> Array:
+        labels, size = self.source.labels, self.source.size
+        if not self.source.by_pixel or (self.augmentation is None and space is None):
+            return self._checked(labels[places])
+        part = space or tuple(slice(0, n) for n in size)
+        found = []
+        for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+            if self.augmentation is None:
+                found.append(labels[(place, *part)])
+            else:
+                move = self.augmentation.move(number, size)
+                found.append(move.part(labels[place].__getitem__, part, nearest=True))
+        return self._checked(np.stack(found))
 
     def _normal(self, images: Array, places: Array) -> Array:
         self.source.check(images, places)
@@ -84,12 +103,6 @@ class Images:
         out = np.subtract(images, self.mean.reshape(shape), dtype=np.float32)
         out /= self.std.reshape(shape)
         return out
-
-    def _labels(self, places: Array, part: Space | None) -> Array:
-        labels = self.source.labels
-        if self.source.by_pixel and part is not None:
-            return self._checked(np.stack([labels[(int(place), *part)] for place in places]))
-        return self._checked(labels[places])
 
     def _checked(self, labels: Array) -> Array:
         """Labels as int64; those of pixels, which nobody has looked at before, must be classes."""
@@ -105,16 +118,37 @@ class Images:
 
 def measure(source: Source, count: int) -> tuple[Array, Array]:
     """Mean and deviation of each channel over (some of) the first `count` images, (C,) float32."""
-    values = math.prod(source.pictures.shape[1:])
-    chosen = np.unique(np.linspace(0, count - 1, max(1, min(count, MEASURED // values)), dtype=int))
     sums, size = np.zeros((2, source.pictures.shape[1])), 0
-    for some in np.array_split(chosen, max(1, len(chosen) * values >> 20)):
-        images = source.pictures.take(some)
-        source.check(images, some)
-        images = images.astype(np.float64)
-        axes = (0, *range(2, images.ndim))
-        sums += images.sum(axes), (images**2).sum(axes)
-        size += images.size // images.shape[1]
+    for places, some in _spread(source, count):
+        source.check(some, places)
+        some = some.astype(np.float64)
+        axes = (0, *range(2, some.ndim))
+        sums += some.sum(axes), (some**2).sum(axes)
+        size += some.size // some.shape[1]
     mean, square = sums / size
     std = np.sqrt(np.maximum(square - mean**2, 0))
     return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+
+
+def _spread(source: Source, count: int) -> Iterator[tuple[Array, Array]]:
+    """Some of the first `count` images, spread evenly, in pieces: their places and values.
+
+    Of large images bands of rows, evenly spread too: no rank has room for a whole one.
+    """
+    _, channels, height, *others = source.pictures.shape
+    row = channels * math.prod(others)
+    values = row * height
+    chosen = np.unique(np.linspace(0, count - 1, max(1, min(count, MEASURED // values)), dtype=int))
+    if values <= PIECE:
+        for some in np.array_split(chosen, max(1, len(chosen) * values // PIECE)):
+            yield some, source.pictures.take(some)
+        return
+    rows = max(1, PIECE // row)
+    starts = list(range(0, height, rows))
+    if values > MEASURED:
+        bands = max(1, MEASURED // (rows * row))
+        starts = np.linspace(0, height - rows, bands, dtype=int).tolist()
+    for place in chosen:
+        for start in starts:
+            space = slice(start, start + rows), *(slice(0, n) for n in others)
+            yield np.array([place]), source.pictures.part(int(place), space)[None]

@@ -83,7 +83,11 @@ def load(folder: Path) -> Source:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
+    found = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+    for one in found:
+        if not one.is_file():
+            raise UserError(f'picture "{one}" is no file, or a link to none: mend or remove it')
+    return found
 
 
 def _head(file: Path) -> tuple[tuple[int, int], str]:

@@ -83,7 +83,7 @@ class SpatialDivision(Division):
             if self._targets_cut:
                 self._check_target(np.shape(fields[-1]))
             elif np.ndim(fields[-1]) > 1:  # of pixels, cut like these: a loss wants them all
-                fields[-1] = samples_of(batch, samples)[-1]
+                fields[-1] = batch.targets(samples)
             return fields
         *inputs, target = samples_of(batch, samples)
         inputs = self.inputs(inputs)

@@ -18,10 +18,11 @@ from hpcml.parallel.spatial import divide
 from tests.parallel.spatial.models import Classifier, Pixels
 
 
-@pytest.mark.parametrize("by_pixel", [False, True])
+@pytest.mark.parametrize(("by_pixel", "end"), [(False, ""), (True, ""), (True, "down")])
 def test_only_parts_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_pixel: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_pixel: bool, end: str
 ) -> None:
+    """Labels of pixels are read whole where the loss is of whole images; those alone."""
     random = np.random.default_rng(0)
     np.save(tmp_path / "images.npy", random.normal(size=(6, 1, 13, 18)).astype(np.float32))
     labels = random.integers(0, 3, (6, 13, 18) if by_pixel else 6)
@@ -34,14 +35,15 @@ def test_only_parts_are_read(
     monkeypatch.setattr(
         InArray, "part", lambda self, *what: asked.append(what[1]) or part(self, *what)
     )
+    monkeypatch.setattr(InArray, "take", None)  # whole images
 
     def program() -> None:
         model = (Pixels if by_pixel else Classifier)().name_parts()
-        division = divide(model, CrossEntropyLoss(), Mesh(sp_h=2, sp_w=2))
+        division = divide(model, CrossEntropyLoss(), Mesh(sp_h=2, sp_w=2), end=end)
         found = division.fields(batch, slice(1, 3))
         block = division.grid.block((13, 18))
         np.testing.assert_array_equal(found[0], whole[0][(slice(None), slice(None), *block)])
-        target = whole[1][(slice(None), *block)] if by_pixel else whole[1]
+        target = whole[1][(slice(None), *block)] if by_pixel and not end else whole[1]
         np.testing.assert_array_equal(found[1], target)
 
     on_threads(program, ranks=4)
