@@ -27,10 +27,19 @@ if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
 fi
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 if [[ -n $wheels ]]; then
+    if ! compgen -G "$wheels/*.whl" >/dev/null; then
+        echo "${0##*/}: no wheels (*.whl) in --wheels '$wheels'" >&2
+        exit 1
+    fi
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
-    "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" \
-        "$wheels"/*.whl || exit 1
-    export PYTHONPATH=$PWD:$site PATH=$site/bin:$PATH
+    # With a prefix programs and libraries of wheels, such as an MPI runtime, have their places too.
+    timeout 120 "$python" -m pip install -q --no-index --no-deps --no-compile --ignore-installed \
+        --no-warn-script-location --prefix "$site" "$wheels"/*.whl || exit 1
+    for packages in "$site"/lib*/python*/*-packages "$site"/local/lib/python*/*-packages; do
+        [[ -d $packages ]] && PYTHONPATH=$PYTHONPATH:$packages
+    done
+    export PATH=$site/bin:$site/local/bin:$PATH
+    export LD_LIBRARY_PATH=$site/lib:$site/local/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
-"$python" scripts/gpu_check.py --out "$out" "${parts[@]}"
+"$python" scripts/gpu_check.py --out "$out" --spent "$SECONDS" "${parts[@]}"

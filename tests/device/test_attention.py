@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,9 @@ def test_attention_without_tensor_cores(standing_in: Any, cuda: Any, monkeypatch
     emulator.library.cache_clear()
 
 
-def test_attention_with_larger_heads(device: Any, cuda: Any) -> None:
-    test_attention((1, 1, 40, 33, 40), True, PLAIN, Numbers(device, "bfloat16"), cuda)
+@pytest.mark.parametrize("depth", [40, 80])
+def test_attention_with_larger_heads(device: Any, cuda: Any, depth: int) -> None:
+    test_attention((1, 1, 40, 33, depth), True, PLAIN, Numbers(device, "bfloat16"), cuda)
 
 
 def test_heads_that_are_too_large_take_the_long_way(numbers: Numbers, cuda: Any) -> None:
@@ -75,6 +77,18 @@ def test_heads_that_are_too_large_take_the_long_way(numbers: Numbers, cuda: Any)
     assert takes(64, numbers.dtype)
     assert takes(128, numbers.dtype) == (numbers.dtype.name != "float64")
     assert not takes(129, numbers.dtype)
+
+
+def test_heads_are_as_large_as_the_device_has_shared_memory_for(
+    numbers: Numbers, cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """99 KiB in all: tiles of exactly that leave nothing for what a kernel has beside them."""
+    attention = importlib.import_module("hpcml.kernels.cuda.attention")
+    monkeypatch.setattr(attention, "_most_shared", lambda device: 99 << 10)
+    size = numbers.dtype.itemsize
+    assert attention.takes(32 if size == 8 else 64, numbers.dtype)
+    assert attention.takes(128, numbers.dtype) == (size == 2)
+    assert attention.takes(64, numbers.dtype) == (size < 8)
 
 
 @few

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,6 +57,31 @@ def test_a_part_that_fails_or_hangs_is_told_and_stops_no_other() -> None:
 
 def test_limits_of_all_parts_leave_ten_minutes() -> None:
     assert sum(part.limit for part in loaded("gpu_check").PARTS.values()) < 600
+
+
+def test_the_report_goes_through_a_pipe_and_nothing_outlives_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Copying it to /dev/stdout did not; children with a session of their own stayed on the GPU."""
+    check = loaded("gpu_check")
+    child = "import time; open('pid', 'w').write(str(__import__('os').getpid())); time.sleep(600)"
+    program = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}], "
+        f"start_new_session=True, cwd={str(tmp_path)!r}); time.sleep(600)"
+    )
+    part = check.Part([sys.executable, "-c", program], 60, "nothing")
+    monkeypatch.setattr(check, "PARTS", {"long": part})
+    monkeypatch.setattr(check, "_ALL", 8)  # seconds are left for all parts
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--spent", "4"])
+    assert check.main() == 1
+    printed = capfd.readouterr().out
+    assert "not done after 3 s" in printed and printed.endswith("failed: long\n")
+    process = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    for _ in range(100):  # it may be there until somebody has looked at how it ended
+        if not process.exists() or process.read_text().rsplit(")")[-1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("a child of the part is still there")
 
 
 def test_our_step_of_gpt2_is_measured(standing_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ the last dimension is contiguous.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
+from hpcml import backend
 from hpcml.backend import Array, xp
 from hpcml.kernels import generic
 from hpcml.kernels.cuda import cudnn
@@ -19,8 +21,10 @@ _SOURCE = "attention.cu"
 _ROWS, _COLUMNS, _THREADS = 64, 32, 128  # as in the source
 _DEPTHS = (32, 64, 128)
 _MOST_SHARED = 163 << 10
-"""Bytes of shared memory that a block can have on every device from compute capability 8.0 on
-("CUDA C++ Programming Guide", technical specifications: 8.0 has 163 KiB, 8.6 and 8.9 have 99)."""
+"""No more bytes of shared memory are asked for, as compute capability 8.0 has them; others have
+from 99 KiB on ("CUDA C++ Programming Guide", technical specifications)."""
+_FIXED = 2 * _COLUMNS * 8
+"""Bytes of shared memory that a kernel has beside its tiles, at most."""
 
 STRIDES = np.dtype([(name, np.int64) for name in "bht"])
 SHAPE = np.dtype(
@@ -30,9 +34,16 @@ SHAPE = np.dtype(
 )  # fmt: skip
 
 
-def takes(depth: int, dtype: np.dtype[Any]) -> bool:
-    """Whether heads of this size are computed in tiles."""
-    return _depth(depth) > 0 and _shared(_depth(depth), dtype, 2) <= _MOST_SHARED
+@functools.cache
+def _most_shared(device: int) -> int:
+    """Bytes of shared memory that a block can have on a device, if its kernel asks for them."""
+    found = backend.device_module("cuda").cuda.Device(device).attributes
+    return min(int(found["MaxSharedMemoryPerBlockOptin"]), _MOST_SHARED)
+
+
+def takes(depth: int, dtype: np.dtype[Any], device: int = 0) -> bool:
+    """Whether heads of this size are computed in tiles on a device."""
+    return _depth(depth) > 0 and _shared(_depth(depth), dtype, 2) + _FIXED <= _most_shared(device)
 
 
 def _depth(depth: int) -> int:
@@ -74,7 +85,7 @@ def attention(
     if cudnn.attention(q, k, v, scale, causal, threshold, out, lse):
         return
     mask = key, first, threshold, head, row0, key0
-    if not takes(q.shape[3], q.dtype):
+    if not takes(q.shape[3], q.dtype, q.device.id):
         generic.attention(q, k, v, scale, causal, *mask, out, lse)
         return
     sums = lse if lse.flags.c_contiguous else share(lse.shape, lse, lse.dtype)
@@ -115,7 +126,7 @@ def attention_backward(
     ):  # fmt: skip
         return
     mask = key, first, threshold, head, row0, key0
-    if not takes(q.shape[3], q.dtype):
+    if not takes(q.shape[3], q.dtype, q.device.id):
         generic.attention_backward(
             q, k, v, out, lse, g, scale, causal, *mask, more, dq, dk, dv
         )  # fmt: skip

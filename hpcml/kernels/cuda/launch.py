@@ -46,7 +46,10 @@ def _module(device: ModuleType, source: str, element: str, depth: int) -> Any:
 
 
 @functools.cache
-def _kernel(device: ModuleType, source: str, name: str, dtype: str, depth: int, shared: int) -> Any:
+def _kernel(
+    device: ModuleType, number: int, source: str, name: str, dtype: str, depth: int, shared: int
+) -> Any:
+    """A kernel; number: of the device, each of which is asked for shared memory."""
     found = _module(device, source, ELEMENTS[dtype], depth).get_function(name)
     if shared > _SHARED:
         found.max_dynamic_shared_size_bytes = shared
@@ -63,7 +66,9 @@ def launch(
     """
     if 0 in grid:
         return
-    kernel = _kernel(xp(like), source, name, like.dtype.name, depth, shared)
+    kernel = _kernel(
+        xp(like), like.device.id, source, name, like.dtype.name, depth, shared
+    )  # fmt: skip
     kernel(grid, block, args, shared_mem=shared)
 
 

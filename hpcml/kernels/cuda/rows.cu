@@ -182,9 +182,10 @@ KERNEL cross_entropy_backward(
 // table[index[r]] += g[r], row after row: `order` sorts the indices and keeps that of equal ones.
 // A block has one place in that order; the first of equal indices adds all of their rows.
 KERNEL embedding_backward(
-    const T* g, const i64* index, const i64* order, i64 rows, i64 n, T* table
+    const T* g, const i64* index, const i64* order, i64 rows, i64 n, i64 size, T* table
 ) {
     i64 first = blockIdx.x, target = index[order[first]];
+    if (target < 0 || target >= size) return;
     if (first > 0 && index[order[first - 1]] == target) return;
     T* sum = table + target * n;
     bool packed = n % PACK == 0 && skew(g) == 0 && skew(table) == 0;

@@ -64,10 +64,13 @@ def cross_entropy_backward(
 
 
 def embedding_backward(g: Array, index: Array, table: Array) -> None:
-    """table[index[r]] += g[r], row after row: the same bits every time."""
+    """table[index[r]] += g[r], row after row: the same bits every time.
+
+    Nothing of rows that the table has not.
+    """
     rows, n = g.shape
     order = xp(index).argsort(index, kind="stable")
     launch(
         _SOURCE, "embedding_backward", g, (rows,), (min(-(-n // WARP) * WARP, 128),),
-        g, index, order, np.int64(rows), np.int64(n), table,
+        g, index, order, np.int64(rows), np.int64(n), np.int64(len(table)), table,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,6 +56,8 @@ class MemoryPointer:
 
 class Device:
     """The only device."""
+
+    attributes: ClassVar = {"MaxSharedMemoryPerBlockOptin": 232448}  # of an H200
 
     def __init__(self, number: int | None = None) -> None:
         self.id = number or 0
