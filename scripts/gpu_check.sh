@@ -4,7 +4,8 @@
 #     scripts/gpu_check.sh [--wheels FOLDER] [--out FOLDER] [PART ...]
 #
 # It needs no network: Python with NumPy, CuPy, mpi4py and PyTorch must be there, and what else is
-# missing (pytest-mpi, an MPI runtime such as mpich, ...) is taken from the wheels in FOLDER. Every
+# missing is taken from the wheels in FOLDER, which a machine with a network and the same Python
+# fills by `pip download -d FOLDER '.[mpich,test]'` (cudnn13 too, for cuDNN). Every
 # part has a time limit, and one that fails does not stop the others; gpu.json and gpu.md in the
 # folder of results (build/gpu) say what failed. Without a GPU it says so and exits with 2.
 set -uo pipefail
