@@ -7,6 +7,7 @@ same collectives.
 from __future__ import annotations
 
 from collections import Counter
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from hpcml.autograd.tensor import Tensor
 from hpcml.backend import Array, is_array, xp
 
 
-def _record(root: Context) -> list[Context]:
-    """All uses that `root` depends on and that need a gradient, the last created first."""
-    found, pending = {root}, [root]
+def _record(root: Context) -> tuple[list[Any], dict[int, int]]:
+    """All uses that `root` depends on and that need a gradient, the last created first.
+
+    And of each leaf, by its id, how many contributions to its gradient they make.
+    """
+    found, pending, uses = {root}, [root], dict[int, int]()
     while pending:
         ctx = pending.pop()
         if ctx.released:
@@ -29,22 +33,22 @@ def _record(root: Context) -> list[Context]:
                 "is gone: compute the forward pass again"
             )
         for source, needed in zip(ctx.sources, ctx.needs, strict=True):
-            if needed and isinstance(source, Context) and source not in found:
+            if not needed:
+                continue
+            if isinstance(source, Tensor):
+                uses[id(source)] = uses.get(id(source), 0) + 1
+            elif source is not None and source not in found:
                 found.add(source)
                 pending.append(source)
-    return sorted(found, key=lambda ctx: -ctx.order)
+    return sorted(found, key=attrgetter("order"), reverse=True), uses
 
 
 class _Gradients:
     """Gradients under way: of intermediate results by use, of leaves in the leaves themselves."""
 
-    def __init__(self, record: list[Context]) -> None:
+    def __init__(self, uses: dict[int, int]) -> None:
         self.of: dict[Context, tuple[Array, bool]] = {}  # the array, and whether it is ours alone
-        self.uses: dict[int, int] = {}  # leaf -> contributions still to come
-        for ctx in record:
-            for source, needed in zip(ctx.sources, ctx.needs, strict=True):
-                if needed and isinstance(source, Tensor):
-                    self.uses[id(source)] = self.uses.get(id(source), 0) + 1
+        self.uses = uses  # leaf -> contributions still to come
 
     def compute(self, ctx: Context, which: int, g: Array) -> None:
         """Compute the gradient of one input and add it to what that input has."""
@@ -149,8 +153,8 @@ def backward(root: Tensor, gradient: Array | None = None, *, defer: bool = False
         raise ValueError(
             f"backward(): gradient of shape {gradient.shape} for a tensor of shape {root.shape}"
         )
-    record: list[Any] = _record(root.ctx)
-    gradients = _Gradients(record)
+    record, leaves = _record(root.ctx)
+    gradients = _Gradients(leaves)
     gradients.of[root.ctx] = (gradient, False)
     deferred = Deferred(gradients)
     uses = Counter(unit for ctx in record for unit in ctx.units)
@@ -159,10 +163,9 @@ def backward(root: Tensor, gradient: Array | None = None, *, defer: bool = False
             g, _ = gradients.of.pop(ctx)
             if ctx.wide:
                 g = widened(g)
-            now = [which for which, needed in enumerate(ctx.needs) if needed]
-            later = _of_parameters(ctx, now) if defer else []
-            for which in now:
-                if which not in later:
+            later = _of_parameters(ctx) if defer else []
+            for which, needed in enumerate(ctx.needs):
+                if needed and which not in later:
                     gradients.compute(ctx, which, g)
             units = ctx.units
             if later:
@@ -177,8 +180,9 @@ def backward(root: Tensor, gradient: Array | None = None, *, defer: bool = False
     return deferred
 
 
-def _of_parameters(ctx: Context, which: list[int]) -> list[int]:
-    """The inputs that are parameters, unless the adjoints must be called together."""
+def _of_parameters(ctx: Context) -> list[int]:
+    """The inputs that are parameters to be trained, unless adjoints must be called together."""
     if ctx.primitive.joint:
         return []
-    return [one for one in which if getattr(ctx.sources[one], "is_parameter", False)]
+    needed = enumerate(ctx.needs)
+    return [i for i, need in needed if need and getattr(ctx.sources[i], "is_parameter", False)]

@@ -78,15 +78,17 @@ class Primitive:
         for x in inputs:
             if isinstance(x, kind):
                 array = x.data
+                shapes.append(array.shape)
+                dtypes.append(array.dtype)
+                needs.append(recording and x.requires_grad)
                 if x.unit is not None:
                     gathered.append(x)
-                needs.append(recording and x.requires_grad)
             else:
                 array = x
+                shapes.append(getattr(array, "shape", ()))
+                dtypes.append(getattr(array, "dtype", None))
                 needs.append(False)
             arrays.append(array)
-            shapes.append(getattr(array, "shape", ()))
-            dtypes.append(getattr(array, "dtype", None))
         ctx = Context(self, inputs, tuple(needs))
         ctx.shapes, ctx.dtypes = tuple(shapes), tuple(dtypes)
         noted = None if mode.watch is None else mode.watch(self.name, inputs, attributes)

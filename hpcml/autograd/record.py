@@ -66,18 +66,22 @@ class Context:
 
     def entry(self, array: Array) -> tuple[Any, Any]:
         """How an array is kept for the adjoints: the function that gets it back, and from what."""
+        if array is None:
+            return None, None
         for x in self._inputs:
-            maker = getattr(x, "ctx", None)
-            while isinstance(maker, Context) and maker.primitive.hands_on:
-                maker = maker.sources[0]
-            if isinstance(maker, Context) and maker.primitive.remake and x.data is array:
-                self._packed = True
-                return _remade, maker
-            if getattr(x, "is_parameter", False) and x.data is array:
+            if getattr(x, "_array", None) is not array:  # not this tensor's
+                array = apart(array, x)
+            elif x.is_parameter:
                 if x.unit is not None:
                     self.units += (x.unit,)
                 return _data, x  # its storage may be elsewhere by then: ask it again
-            array = apart(array, x)
+            else:
+                maker = x.ctx
+                while isinstance(maker, Context) and maker.primitive.hands_on:
+                    maker = maker.sources[0]
+                if isinstance(maker, Context) and maker.primitive.remake:
+                    self._packed = True
+                    return _remade, maker
         if mode.pack is not None and backend.is_array(array):
             self._packed = True
             return _unpacking(mode.unpack, array.flags.c_contiguous), mode.pack(array)

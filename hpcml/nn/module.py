@@ -17,6 +17,31 @@ def where(module: Module) -> str:
     return f"{module.name} ({kind})" if module.name else kind
 
 
+class Hooks:
+    """Functions called around a module's forward and backward, in order; one may remove itself."""
+
+    def __init__(self) -> None:
+        self.before: list[Callable[..., Any]] = []
+        self.after: list[Callable[..., Any]] = []
+        self.before_backward: list[Callable[..., Any]] = []
+        self.after_backward: list[Callable[..., Any]] = []
+
+    def around(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module's forward with the hooks before and after."""
+        for pre_hook in tuple(self.before):
+            changed = pre_hook(module, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+        if self.after_backward or self.before_backward:
+            out = _between_boundaries(module, args, kwargs)
+        else:
+            out = module.forward(*args, **kwargs)
+        for hook in tuple(self.after):
+            changed = hook(module, args, out)
+            out = out if changed is None else changed
+        return out
+
+
 class Module(State):
     """Base class of layers and models: set parameters and modules as attributes, add `forward`."""
 
@@ -27,10 +52,7 @@ class Module(State):
         self._parameters: dict[str, Parameter] = {}
         self._buffers: dict[str, Tensor] = {}
         self._modules: dict[str, Module] = {}
-        self._forward_pre_hooks: list[Callable[..., Any]] = []
-        self._forward_hooks: list[Callable[..., Any]] = []
-        self._backward_pre_hooks: list[Callable[..., Any]] = []
-        self._backward_hooks: list[Callable[..., Any]] = []
+        self._hooks: Hooks | None = None  # until the first is registered: most have none
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -66,39 +88,35 @@ class Module(State):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output, with the hooks before and after."""
-        if self._forward_pre_hooks:
-            for pre_hook in tuple(self._forward_pre_hooks):  # one may remove itself
-                changed = pre_hook(self, args)
-                if changed is not None:
-                    args = changed if isinstance(changed, tuple) else (changed,)
-        if self._backward_hooks or self._backward_pre_hooks:
-            out = _between_boundaries(self, args, kwargs)
-        else:
-            out = self.forward(*args, **kwargs)
-        if self._forward_hooks:
-            for hook in tuple(self._forward_hooks):
-                changed = hook(self, args, out)
-                out = out if changed is None else changed
-        return out
+        if self._hooks is None:
+            return self.forward(*args, **kwargs)
+        return self._hooks.around(self, args, kwargs)
+
+    @property
+    def hooks(self) -> Hooks:
+        """What is called around forward and backward."""
+        if self._hooks is None:
+            self._hooks = Hooks()
+        return self._hooks
 
     def register_forward_pre_hook(self, hook: Callable[..., Any]) -> Handle:
         """Call hook(module, args) before forward; what it returns replaces args."""
-        return _register(self._forward_pre_hooks, hook)
+        return _register(self.hooks.before, hook)
 
     def register_forward_hook(self, hook: Callable[..., Any]) -> Handle:
         """Call hook(module, args, output) after forward; what it returns replaces the output."""
-        return _register(self._forward_hooks, hook)
+        return _register(self.hooks.after, hook)
 
     def register_full_backward_pre_hook(self, hook: Callable[..., Any]) -> Handle:
         """Call hook(module, (gradient of output,)) before the module's backward."""
-        return _register(self._backward_pre_hooks, hook)
+        return _register(self.hooks.before_backward, hook)
 
     def register_full_backward_hook(self, hook: Callable[..., Any]) -> Handle:
         """Call hook(module, (gradient of first input,), (gradient of output,)) after its backward.
 
         Where no input requires a gradient it is called, with None, before instead.
         """
-        return _register(self._backward_hooks, hook)
+        return _register(self.hooks.after_backward, hook)
 
     # --- the tree -------------------------------------------------------------------------------
 
@@ -215,7 +233,7 @@ def _between_boundaries(module: Module, args: tuple[Any, ...], kwargs: dict[str,
 
     def entering(g: Array) -> Array | None:
         gradient = Tensor(g)
-        for hook in tuple(module._backward_pre_hooks):
+        for hook in tuple(module.hooks.before_backward):
             changed = hook(module, (gradient,))
             gradient = gradient if changed is None else _first(changed)
         of_output.append(gradient)
@@ -223,7 +241,7 @@ def _between_boundaries(module: Module, args: tuple[Any, ...], kwargs: dict[str,
 
     def leaving(g: Array | None) -> Array | None:
         gradient = None if g is None else Tensor(g)
-        for hook in tuple(module._backward_hooks):
+        for hook in tuple(module.hooks.after_backward):
             changed = hook(module, (gradient,), (of_output[-1],))
             gradient = gradient if changed is None else _first(changed)
         return of_output[-1].data if g is None else _data(gradient)

@@ -63,7 +63,7 @@ def test_nothing_is_found_where_all_is_finite(name: str) -> None:
     assert describe(values(model), model, lambda: loss(model), gradients(model)) == ""
     for (_, a), (_, b) in zip(before, gradients(model), strict=True):
         np.testing.assert_array_equal(a.astype(float), b.astype(float))
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m.hooks.after for m in model.modules())
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -200,4 +200,4 @@ def test_hooks_are_taken_away_if_running_fails() -> None:
 
     with pytest.raises(KeyError):
         first_bad_module(model, run)
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m.hooks.after for m in model.modules())

@@ -15,7 +15,5 @@ def replace(model: Module, new: Mapping[int, Module]) -> None:
             if made is None or made is child:
                 continue
             made.training = child.training
-            for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks",
-                          "_backward_hooks"):  # fmt: skip
-                setattr(made, hooks, getattr(child, hooks))
+            made._hooks = child._hooks
             setattr(parent, name, made)
