@@ -2,7 +2,8 @@
 
 `empty` is the one allocator. It hands out plain arrays; the bytes are counted down when the last
 view of them is gone. The account belongs to the thread, since a rank may be a thread; so does its
-limit, beyond which nothing is handed out.
+limit, beyond which nothing is handed out. A thread that works for another counts in the account of
+that one (`standing`, `stand_in`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import ctypes
 import gc
 import math
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -25,55 +27,124 @@ from hpcml.errors import MemoryLimitError, UserError
 CATEGORIES = ("params", "grads", "optim", "activations", "buffers")
 ALIGNMENT = 64  # bytes: a cache line, and an AVX-512 register
 _ALIGN_FROM = 1 << 16  # bytes: below this an unaligned start costs less than finding it out
+_UNSETTLED = 256
+"""Changes that an account leaves to be added up: few enough to take no room."""
 
 
 class Account:
     """Bytes by category: `live[category]` now, `peak[category]` since `reset_peak`.
 
     `total` and `peak_total` are the same over all categories, and `limit` what `total` may reach
-    (0: no limit; see `set_limit`).
+    (0: no limit; see `set_limit`). Any number of threads may count in it at once. A peak is the
+    most that all of them held together, in the order in which they took and gave back: bytes are
+    given back in the moment before their memory is free.
+
+    Changes are noted in a log and added up when somebody asks. Appending to a deque is one step,
+    whichever threads do it, and costs less than a lock; nor could `__del__` wait for a lock, since
+    the garbage collector may call it in a thread that has it.
     """
 
     def __init__(self) -> None:
-        self.live = dict.fromkeys(CATEGORIES, 0)
-        self.peak = dict.fromkeys(CATEGORIES, 0)
-        self.total = self.peak_total = 0
         self.limit = 0
+        self.log: deque[tuple[str, int]] = deque()
+        """Category and bytes (negative if given back) of what has not been added up."""
+        self._live = dict.fromkeys(CATEGORIES, 0)
+        self._peak = dict.fromkeys(CATEGORIES, 0)
+        self._total = self._peak_total = 0
+        self._adding = threading.RLock()  # not Lock: signals and finalizers may ask meanwhile
+
+    @property
+    def live(self) -> dict[str, int]:
+        """Bytes by category now."""
+        self._settle()
+        return dict(self._live)
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """The most bytes of each category."""
+        self._settle()
+        return dict(self._peak)
+
+    @property
+    def total(self) -> int:
+        """Bytes now."""
+        self._settle()
+        return self._total
+
+    @property
+    def peak_total(self) -> int:
+        """The most bytes at once."""
+        self._settle()
+        return self._peak_total
 
     def reset_peak(self) -> None:
         """Start a new measurement of the peaks."""
-        self.peak = dict(self.live)
-        self.peak_total = self.total
+        with self._adding:
+            self._settle()
+            self._peak.update(self._live)
+            self._peak_total = self._total
 
-    def add(self, category: str, nbytes: int) -> None:
-        """Count `nbytes` more (or, if negative, fewer) in `category`."""
-        live = self.live[category] + nbytes
-        self.live[category] = live
-        if live > self.peak[category]:
-            self.peak[category] = live
-        self.total += nbytes
-        if self.total > self.peak_total:
-            self.peak_total = self.total
+    def take(self, category: str, nbytes: int) -> tuple[str, int]:
+        """Count `nbytes` more in `category`; what to append to the log when they are given back.
+
+        Raises MemoryLimitError if they would exceed the limit, KeyError for an unknown category.
+        """
+        if category not in self._live:
+            raise KeyError(category)
+        if self.limit:
+            self._admit(category, nbytes, take=True)
+        else:
+            self.log.append((category, nbytes))
+            if len(self.log) > _UNSETTLED:
+                self._settle()
+        return category, -nbytes
 
     def require(self, category: str, nbytes: int) -> None:
         """Raise MemoryLimitError if `nbytes` more in `category` would exceed the limit."""
-        if self.limit and self.total + nbytes > self.limit:
+        if self.limit:
+            self._admit(category, nbytes, take=False)
+
+    def _admit(self, category: str, nbytes: int, take: bool) -> None:
+        if not self._fit(category, nbytes, take):
             gc.collect()  # arrays in cycles of references are nobody's any more
-            if self.total + nbytes > self.limit:
+            if not self._fit(category, nbytes, take):
                 remedy = "hold less, or set a higher limit"
                 raise self.refusal(category, nbytes, self.limit, "the memory limit of", remedy)
+
+    def _fit(self, category: str, nbytes: int, take: bool) -> bool:
+        """Whether the limit allows `nbytes` more, which are then taken before others may ask."""
+        with self._adding:
+            fit = self.total + nbytes <= self.limit
+            if fit and take:
+                self.log.append((category, nbytes))
+            return fit
+
+    def _settle(self) -> None:
+        """Add up the log."""
+        live, peak, following = self._live, self._peak, self.log.popleft
+        with self._adding, suppress(IndexError):
+            while True:
+                category, nbytes = following()
+                live[category] += nbytes
+                if live[category] > peak[category]:
+                    peak[category] = live[category]
+                self._total += nbytes
+                if self._total > self._peak_total:
+                    self._peak_total = self._total
 
     def refusal(
         self, category: str, nbytes: int, limit: int, what: str, remedy: str
     ) -> MemoryLimitError:
         """The error for `nbytes` of `category` that exceed `what` there is, `limit` bytes."""
-        rows = {**self.live, "in use": self.total, f"asked for ({category})": nbytes,
+        live = self.live
+        total = sum(live.values())
+        rows = {**live, "in use": total, f"asked for ({category})": nbytes,
                 "limit": limit}  # fmt: skip
         return MemoryLimitError(
-            f"{nbytes:,} bytes of {category} exceed {what} {limit:,}, of which {self.total:,} are "
+            f"{nbytes:,} bytes of {category} exceed {what} {limit:,}, of which {total:,} are "
             f"in use: {remedy}\n"
             f"{table({name: (f'{size:,}',) for name, size in rows.items()}, ('bytes',))}",
-            live=self.live, category=category, request=nbytes, limit=limit,
+            live=live, category=category, request=nbytes, limit=limit,
         )  # fmt: skip
 
 
@@ -97,20 +168,18 @@ class _Block(np.ndarray[Any, Any]):
     owner: whose memory it is, where that matters; see `adopt`.
     """
 
-    __slots__ = ("account", "category", "counted", "owner")
-    account: Account | None
-    category: str
-    counted: int
+    __slots__ = ("log", "owner", "returned")
+    log: deque[tuple[str, int]] | None
     owner: Any
+    returned: tuple[str, int]
 
     def __init__(self, *_: Any) -> None:
-        self.account = self.owner = None
+        self.log = self.owner = None
 
     def __del__(self) -> None:
-        account = getattr(self, "account", None)  # a copy of it has none
-        if account is not None:
-            account.live[self.category] -= self.counted
-            account.total -= self.counted
+        log = getattr(self, "log", None)  # a copy of it has none
+        if log is not None:
+            log.append(self.returned)
 
 
 class _Local(threading.local):
@@ -123,8 +192,18 @@ _local = _Local()
 
 
 def account() -> Account:
-    """Return the account of this thread."""
+    """Return the account in which this thread's arrays are counted."""
     return _local.account
+
+
+def standing() -> tuple[Account, str]:
+    """Return this thread's account and category, for `stand_in` of a thread that works for it."""
+    return _local.account, _local.category
+
+
+def stand_in(standing: tuple[Account, str]) -> None:
+    """Count what this thread makes from now on as the thread would that `standing` comes from."""
+    _local.account, _local.category = standing
 
 
 def set_limit(nbytes: int) -> None:
@@ -165,31 +244,30 @@ def empty(
         finally:
             local.category = before
     nbytes = math.prod(shape) * dtype.itemsize
-    if account.limit:
-        account.require(category, nbytes)
-    offset = 0
-    if nbytes >= _ALIGN_FROM:
-        block = _Block(nbytes + ALIGNMENT, np.uint8)
-        offset = -ctypes.addressof(_byte.from_buffer(block)) % ALIGNMENT
-    else:
-        block = _Block(nbytes, np.uint8)
-    _count(block, account, category, nbytes)
+    returned, offset = account.take(category, nbytes), 0
+    try:
+        if nbytes >= _ALIGN_FROM:
+            block = _Block(nbytes + ALIGNMENT, np.uint8)
+            offset = -ctypes.addressof(_byte.from_buffer(block)) % ALIGNMENT
+        else:
+            block = _Block(nbytes, np.uint8)
+    except BaseException:
+        account.log.append(returned)
+        raise
+    block.returned, block.log = returned, account.log
     return np.ndarray(shape, dtype, block, offset)
 
 
 class _DeviceBlock:
     """Memory of a GPU behind arrays, counted until the last of them dies."""
 
-    __slots__ = ("account", "category", "counted", "held")
+    __slots__ = ("held", "log", "returned")
 
-    def __init__(self, held: Any, account: Account, category: str, nbytes: int) -> None:
-        self.held, self.account = held, account
-        self.category, self.counted = category, nbytes
-        account.add(category, nbytes)
+    def __init__(self, held: Any, log: deque[tuple[str, int]], returned: tuple[str, int]) -> None:
+        self.held, self.log, self.returned = held, log, returned
 
     def __del__(self) -> None:
-        self.account.live[self.category] -= self.counted
-        self.account.total -= self.counted
+        self.log.append(self.returned)
 
 
 def count_device(module: ModuleType) -> None:
@@ -202,14 +280,17 @@ def count_device(module: ModuleType) -> None:
 
     def allocate(nbytes: int) -> Any:
         account, category = _local.account, _local.category
-        account.require(category, nbytes)
+        returned = account.take(category, nbytes)
         try:
             held = pool.malloc(nbytes)
-        except cuda.memory.OutOfMemoryError:
+        except BaseException as error:
+            account.log.append(returned)
+            if not isinstance(error, cuda.memory.OutOfMemoryError):
+                raise
             most = account.total + cuda.runtime.memGetInfo()[0]
             what, remedy = "what the GPU has for this rank,", "hold less, or use more GPUs"
             raise account.refusal(category, nbytes, most, what, remedy) from None
-        block = _DeviceBlock(held, account, category, nbytes)
+        block = _DeviceBlock(held, account.log, returned)
         owned = cuda.UnownedMemory(held.ptr, nbytes, block, held.device_id)
         return cuda.MemoryPointer(owned, 0)
 
@@ -245,10 +326,10 @@ def adopt(
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     account = _local.account
-    account.require(category, nbytes)
     block = _Block(nbytes, np.uint8, region, offset)
     block.owner = owner
-    _count(block, account, category, nbytes)
+    block.returned = account.take(category, nbytes)
+    block.log = account.log  # last: what was not taken is not given back either
     return np.ndarray(shape, dtype, block)
 
 
@@ -258,12 +339,6 @@ def owner_of(array: Array) -> Any:
     while type(base) is np.ndarray:
         base = base.base
     return base.owner if type(base) is _Block else None
-
-
-def _count(block: _Block, account: Account, category: str, nbytes: int) -> None:
-    block.category, block.counted = category, nbytes
-    account.add(category, nbytes)
-    block.account = account  # last: what was not added is not taken off either
 
 
 def zeros(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcml import memory
 from hpcml.backend import is_half, xp
 from hpcml.comm.reduction import OPS
 from hpcml.comm.staging import as_array, on_device, room
@@ -97,7 +98,8 @@ def operands(
     if not receives:
         return Operands(source, None, None)
     if out is None:
-        fresh = (xp(source) if on_device(source) else np).empty(expected, source.dtype)
+        device = "cuda" if on_device(source) else "cpu"
+        fresh = memory.empty(expected, source.dtype, device=device)
         return Operands(source, fresh, fresh)
     if out is x and not isinstance(x, np.generic):
         target = given
@@ -169,8 +171,8 @@ def _disentangled(source: Array, target: Array, home: int | None) -> Array:
 
 
 def _address(x: Array) -> int:
-    memory: Any = x
-    return int(memory.data.ptr if on_device(x) else x.__array_interface__["data"][0])
+    array: Any = x
+    return int(array.data.ptr if on_device(x) else x.__array_interface__["data"][0])
 
 
 def blocks_of(

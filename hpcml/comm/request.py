@@ -19,6 +19,7 @@ from types import CodeType, FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from hpcml import memory
 from hpcml.comm.ambient import here
 from hpcml.comm.positions import is_program, place_of
 from hpcml.comm.transport import Pending, Transport
@@ -133,10 +134,14 @@ def _test(pending: Pending) -> bool:
 
 
 class Task(Request):
-    """A call that the communication thread makes."""
+    """A call that the communication thread makes for the thread that starts it.
+
+    Memory that it takes counts in the account of that one, as it would had that one called.
+    """
 
     def __init__(self, call: Callable[[], Any], origin: Origin) -> None:
         self.origin = origin
+        self._standing = memory.standing()
         self.error: BaseException | None = None
         """What the call raised."""
         self.told = False
@@ -149,6 +154,7 @@ class Task(Request):
         """Make the call, unless an earlier one has failed. By the thread only."""
         assert self._call is not None
         here.place = self.origin.place
+        memory.stand_in(self._standing)
         try:
             if earlier is not None:
                 raise RuntimeError("an earlier operation of this axis failed") from earlier

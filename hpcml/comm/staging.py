@@ -70,12 +70,11 @@ def as_array(x: Any, read: bool = True) -> Array:
 def room(like: Array, count: int, dtype: Any = None) -> Array:
     """A flat array of `count` elements for an algorithm's own use, on the device of `like`.
 
-    Memory of a GPU is of CuPy's pool, counted among "buffers".
+    Counted among "buffers". Raises MemoryLimitError.
     """
     dtype = like.dtype if dtype is None else dtype
-    if not on_device(like):
-        return np.empty(count, dtype)
-    made: Array = memory.empty((count,), dtype, "buffers", "cuda")
+    device = "cuda" if on_device(like) else "cpu"
+    made: Array = memory.empty((count,), dtype, "buffers", device)
     return made
 
 
@@ -193,8 +192,9 @@ def _paired(buffer: Array) -> list[tuple[Any, Array]]:
     """The buffer's pieces, each with as many bytes of pinned memory of the host."""
     if not buffer.size:
         return []
+    memory.account().require("buffers", buffer.nbytes)
     pinned = _cupy().cuda.alloc_pinned_memory(buffer.nbytes)
-    host = np.frombuffer(pinned, np.uint8, buffer.nbytes)
+    host: Array = memory.adopt(pinned, 0, (buffer.nbytes,), np.uint8, "buffers", None)
     parts: list[Any] = pieces(buffer, CHUNK)
     return list(zip(parts, pieces(host, CHUNK), strict=True))
 

@@ -14,6 +14,7 @@ import hpcml
 from hpcml import backend, memory, nn
 from hpcml.autograd import Tensor
 from hpcml.comm import Mesh
+from hpcml.comm.reduction import _BLOCK
 from hpcml.models import GPT, NextTokenLoss
 from hpcml.optim import AdamW
 from hpcml.parallel import Step
@@ -22,6 +23,16 @@ from hpcml.parallel.states import STAGES, model_states
 cases = pytest.mark.parametrize
 WIDTH, LAYERS, BLOCK = 128, 4, 8
 KINDS = ("params", "grads", "optim")
+
+
+def scratch(nbytes: int, itemsize: int, ranks: int) -> int:
+    """Bytes beside so many that ranks add up in their order, each a part of them.
+
+    The same part of all others, and what is added up at once: in float32, for 16 bits widened.
+    """
+    part = nbytes // ranks
+    at_once = (10 if itemsize == 2 else 4) * min(_BLOCK, part // itemsize)
+    return (ranks - 1) * part + (at_once if ranks > 1 else 0)
 
 
 @dataclass
@@ -47,6 +58,11 @@ class Measured:
     def bucket(self) -> int:
         """Bytes of the largest."""
         return max(b.size for b in self.step.optimizer.storage.buckets) * self.itemsize
+
+    @property
+    def beside(self) -> int:
+        """Bytes that are taken beside it while it is reduced by messages."""
+        return scratch(self.bucket, self.itemsize, self.step.axis.size)
 
     def units(self) -> list[int]:
         """Bytes of each."""
@@ -129,7 +145,8 @@ def test_what_is_held_for_a_moment(
 ) -> None:
     """A bucket of gradients, and two units of parameters: one in use and one that comes.
 
-    In the background two buckets, within `bucket_mb`: one is filled, the other is reduced.
+    In the background two buckets, within `bucket_mb`: one is filled, the other is reduced. Either
+    way messages need room beside the bucket that is reduced.
     What is small beside the blocks, the embeddings, has memory of its own for values and gradients.
     A tied embedding is fetched at both ends, and the bucket of its gradient is in use between them.
     """
@@ -139,6 +156,7 @@ def test_what_is_held_for_a_moment(
     small = sum(unit for unit in units if 4 * unit < max(units))
     assert small < 0.1 * found.params * found.itemsize
     bound = gradients + (2 * max(units) if stage == 3 else 0) + (3 if tied else 2) * small
+    bound += found.beside
     assert held <= 1.01 * bound  # buckets are of unlike sizes, and what is used again the largest
     assert held >= found.bucket + (max(units) if stage == 3 else 0)
 
@@ -173,8 +191,8 @@ def test_the_first_step_learns_the_order(mesh: Mesh, stage: int, overlap: bool) 
     account.reset_peak()
     step((x, x))
     layer = 4 * max(bucket.size for bucket in step.optimizer.storage.buckets)
-    most = (stage - 1) * (2 if overlap else 1)
-    assert layer <= account.peak["buffers"] - before <= most * layer
+    most = (stage - 1) * (2 if overlap else 1) * layer + scratch(layer, 4, mesh.size)
+    assert layer <= account.peak["buffers"] - before <= most
 
 
 @cases("overlap", [False, True])
@@ -200,7 +218,8 @@ def test_never_more_than_a_bucket_and_two_units(
     found = made(mesh, 3, vocab=vocab, width=width, tied=tied, overlap=overlap, bucket_mb=0.4)
     third = max(b.size for b in found.step.optimizer.storage.buckets if len(b.parameters) > 1)
     most = max(found.bucket, int(0.4 * 2**20)) + 2 * max(found.units())
-    assert found.buffers() <= most + (2 * third * found.itemsize if overlap and tied else 0)
+    most += 2 * third * found.itemsize if overlap and tied else 0
+    assert found.buffers() <= most + found.beside
 
 
 @cases("overlap", [False, True])
@@ -211,7 +230,7 @@ def test_a_large_bucket_is_on_its_way_once(mesh: Mesh, overlap: bool) -> None:
     """
     found = made(mesh, 2, vocab=4096, width=64, overlap=overlap, bucket_mb=0.3)
     embedding = max(found.units())
-    assert embedding <= found.buffers() <= embedding + 0.3 * 2**20
+    assert embedding <= found.buffers() <= embedding + found.beside + 0.3 * 2**20
 
 
 @cases("precision", ["fp32", "bf16"])

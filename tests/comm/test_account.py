@@ -1,0 +1,92 @@
+"""Memory that communication takes beside its arguments is the rank's, whichever thread takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hpcml
+from hpcml import memory
+from hpcml.comm import Axis, Mesh
+from hpcml.errors import MemoryLimitError
+from tests.comm.jobs import Job
+from tests.ranks import OnRanks, on_ranks_of
+
+on_ranks = on_ranks_of(lambda: Mesh()["dp"])
+
+
+def taken(call: Callable[[], Any]) -> int:
+    """Bytes of buffers that a call holds at its peak, and no more afterwards."""
+    account = memory.account()
+    before = account.live
+    account.reset_peak()
+    call()
+    assert account.live == before
+    return account.peak["buffers"] - before["buffers"]
+
+
+def test_scratch_of_both_threads_is_counted(on_ranks: OnRanks) -> None:
+    def program(axis: Axis) -> None:
+        x = np.ones(12_000)
+        axis.iallreduce(x, out=x, algorithm="ordered").wait()  # makes what is made once
+        here = taken(lambda: axis.allreduce(x, out=x, algorithm="ordered"))
+        there = taken(lambda: axis.iallreduce(x, out=x, algorithm="ordered").wait())
+        assert here == there
+        assert here >= x.nbytes * (axis.size - 1) // axis.size  # the blocks of the others
+
+    on_ranks(program)
+
+
+def test_results_are_the_callers(on_ranks: OnRanks) -> None:
+    def program(axis: Axis) -> None:
+        account = memory.account()
+        before = account.live
+        with memory.category("grads"):
+            result = axis.iallgather(np.ones(5)).wait()
+        assert account.live == before | {"grads": before["grads"] + 40 * axis.size}
+        assert result.size == 5 * axis.size
+
+    on_ranks(program)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_limit_holds_in_the_background(ranks: int, first: int) -> None:
+    """All ranks are told, or those who are not exceeded are woken; each where it waits."""
+
+    def program() -> None:
+        axis, x = Mesh()["dp"], np.ones(12_000)
+        if axis.rank >= first:
+            memory.set_limit(1000)
+        request = axis.iallreduce(x, out=x, algorithm="ordered")
+        request.wait()
+
+    with pytest.raises(MemoryLimitError) as caught:
+        hpcml.run(program, ranks=ranks, timeout=30)
+    text = str(caught.value)
+    assert "bytes of buffers exceed the memory limit of 1,000" in text
+    assert "where did all the memory go" in text
+    assert any("started at" in n and "in program" in n for n in caught.value.__notes__)
+
+
+PROGRAM = """
+import numpy as np, hpcml
+axis, x = hpcml.Mesh()["dp"], np.ones(12_000)
+if axis.rank == 1:
+    hpcml.memory.set_limit(1000)
+request = axis.iallreduce(x, out=x, algorithm="ordered")
+axis.barrier()
+request.wait()
+"""
+
+
+def test_under_mpiexec_a_limit_in_the_background_ends_the_job(job: Job) -> None:
+    process = job(3, PROGRAM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, text
+    assert text.count("where did all the memory go") == 1
+    assert "bytes of buffers exceed the memory limit of 1,000" in text
+    assert 'File "<string>", line 6, in <module>' in text
