@@ -14,7 +14,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -80,7 +80,7 @@ class Account:
     def reset_peak(self) -> None:
         """Start a new measurement of the peaks."""
         with self._adding:
-            self._settle()
+            self._add_up()
             self._peak.update(self._live)
             self._peak_total = self._total
 
@@ -114,23 +114,34 @@ class Account:
     def _fit(self, category: str, nbytes: int, take: bool) -> bool:
         """Whether the limit allows `nbytes` more, which are then taken before others may ask."""
         with self._adding:
-            fit = self.total + nbytes <= self.limit
+            self._add_up()
+            fit = self._total + nbytes <= self.limit
             if fit and take:
                 self.log.append((category, nbytes))
             return fit
 
     def _settle(self) -> None:
-        """Add up the log."""
-        live, peak, following = self._live, self._peak, self.log.popleft
-        with self._adding, suppress(IndexError):
-            while True:
-                category, nbytes = following()
-                live[category] += nbytes
-                if live[category] > peak[category]:
-                    peak[category] = live[category]
-                self._total += nbytes
-                if self._total > self._peak_total:
-                    self._peak_total = self._total
+        with self._adding:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """Empty the log into the sums; while nobody else does."""
+        log, live, peak = self.log, self._live, self._peak
+        before, change, most = self._total, 0, 0
+        try:
+            while log:
+                category, nbytes = log.popleft()
+                own = live[category] = live[category] + nbytes
+                change += nbytes
+                if own > peak[category]:
+                    peak[category] = own
+                if change > most:
+                    most = change
+        except IndexError:  # a finalizer has asked meanwhile
+            pass
+        finally:
+            self._total += change
+            self._peak_total = max(self._peak_total, before + most)
 
     def refusal(
         self, category: str, nbytes: int, limit: int, what: str, remedy: str

@@ -26,13 +26,12 @@ KINDS = ("params", "grads", "optim")
 
 
 def scratch(nbytes: int, itemsize: int, ranks: int) -> int:
-    """Bytes beside so many that ranks add up in their order, each a part of them.
+    """Bytes that a reduce-scatter of so many takes beside them, at most.
 
-    The same part of all others, and what is added up at once: in float32, for 16 bits widened.
+    As many for messages, whatever the algorithm; and those of 16 bits are widened, a part at once.
     """
-    part = nbytes // ranks
-    at_once = (10 if itemsize == 2 else 4) * min(_BLOCK, part // itemsize)
-    return (ranks - 1) * part + (at_once if ranks > 1 else 0)
+    widened = 10 * min(_BLOCK, nbytes // itemsize // ranks) if itemsize == 2 else 0
+    return widened + (nbytes if ranks > 1 else 0)
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Measured:
 
     @property
     def beside(self) -> int:
-        """Bytes that are taken beside it while it is reduced by messages."""
+        """Bytes that are taken beside it while it is reduced."""
         return scratch(self.bucket, self.itemsize, self.step.axis.size)
 
     def units(self) -> list[int]:
@@ -145,8 +144,8 @@ def test_what_is_held_for_a_moment(
 ) -> None:
     """A bucket of gradients, and two units of parameters: one in use and one that comes.
 
-    In the background two buckets, within `bucket_mb`: one is filled, the other is reduced. Either
-    way messages need room beside the bucket that is reduced.
+    In the background two buckets, within `bucket_mb`: one is filled, the other is reduced.
+    Either way that needs scratch memory.
     What is small beside the blocks, the embeddings, has memory of its own for values and gradients.
     A tied embedding is fetched at both ends, and the bucket of its gradient is in use between them.
     """
