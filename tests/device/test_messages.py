@@ -180,15 +180,26 @@ def test_the_ledger_counts_as_on_the_host(way: str, device: Any) -> None:
     run(program, ranks=3, timeout=30)
 
 
-def test_scratch_is_counted_among_buffers(device: Any) -> None:
-    def program() -> int:
-        axis, account = Mesh()["dp"], memory.account()
-        x = device.ones(1000)
-        account.reset_peak()
-        axis.allreduce(x, out=x, algorithm="recursive_doubling")
-        return account.peak["buffers"] - account.live["buffers"]
+@pytest.mark.parametrize(("how", "pinned"), [("device", 0), ("staged", 16_000)])
+def test_scratch_is_counted_among_buffers(
+    how: str, pinned: int, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the background too; and the pinned memory of a message that comes and one that goes."""
+    monkeypatch.setenv(VARIABLE, how)
 
-    assert run(program, ranks=2) == [8000, 8000]
+    def program() -> list[int]:
+        axis, account = Mesh()["dp"], memory.account()
+        x, found = device.ones(1000), []
+        for reduce in (axis.allreduce, axis.iallreduce):
+            account.reset_peak()
+            made = reduce(x, out=x, algorithm="recursive_doubling")
+            if made is not x:
+                made.wait()
+            found.append(account.peak["buffers"] - account.live["buffers"])
+            assert account.live["buffers"] == 0
+        return found
+
+    assert run(program, ranks=2) == [[8000 + pinned] * 2] * 2
 
 
 def test_arrays_of_the_host_and_of_a_gpu_do_not_mix(
