@@ -66,7 +66,8 @@ def interrupted() -> Iterator[None]:
 
 
 def test_a_thread_counts_for_the_one_for_which_it_works(account: memory.Account) -> None:
-    mine, made = empty((100,), np.uint8, "params"), []
+    mine = empty((100,), np.uint8, "params")
+    made: list[Any] = []
     with memory.category("grads"):
         beside(lambda: made.extend((empty((5,), np.uint8), empty((40,), np.uint8, "buffers"))))
     assert account.live == NOTHING | {"params": 100, "grads": 5, "buffers": 40}
