@@ -86,7 +86,7 @@ class TorchGPT(nn.Module):
     def forward(self, tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Tokens and targets (B, T) -> mean cross-entropy."""
         t = self.transformer
-        x = t["wte"](tokens) + t["wpe"](torch.arange(tokens.shape[1]))
+        x = t["wte"](tokens) + t["wpe"](torch.arange(tokens.shape[1], device=tokens.device))
         for block in t["h"]:
             x = block(x)
         logits = self.lm_head(t["ln_f"](x))
