@@ -1,6 +1,7 @@
 """Runs the parts of the check of the GPU, each with a time limit, and writes what came of them.
 
-Called by gpu_check.sh; the parts that measure are in gpu_parts.py.
+Called by gpu_check.sh. Parts share the time: each may take its share of what is left, so that what
+one does not need goes to those after it. All that parts print is in gpu.log, as it comes.
 """
 
 from __future__ import annotations
@@ -17,99 +18,156 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpu_rows import END, ROOT, end, marked, parsed, reason
+
 HERE = Path(__file__).resolve().parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "--maxfail=40", "-p", "no:cacheprovider",
-          "--no-header", "--tb=line", "-rf"]  # fmt: skip
-_ALL = 595  # seconds of all parts and what comes before them
-_MARK = "HPCML_GPU_PART"
-KERNELS = ("kernels", "attention", "images", "cudnn", "primitives")
-MEASURED = [sys.executable, str(HERE / "gpu_parts.py")]
+COMPILE = """
+import numpy as np
+from hpcml import kernels
+for array in np.empty(0, np.float32), np.empty(0, np.float64):
+    kernels.of(array), kernels.images(array)
+"""
+"""Compiles the kernels of the CPU, those that most parts need first."""
+_ALL = 585  # seconds of all parts and what comes before them
+_GRACE = 3.0
+"""Seconds for a part that is interrupted to say where it was."""
+
+
+def _script(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(HERE / f"{name}.py"), *arguments]
 
 
 class Part(NamedTuple):
-    """A part of the check: what is run, for how many seconds at most, and what it shows."""
+    """A part of the check: what is run, its share of the time in seconds, and what it shows."""
 
     command: list[str]
-    limit: int
+    share: int
     shows: str
 
 
 PARTS = {
-    "machine": Part([*MEASURED, "machine"], 20, "what is installed"),
-    "kernels": Part([*PYTEST, *(f"tests/device/test_{name}.py" for name in KERNELS)], 105,
-                    "every kernel against its specification in float64 and every primitive "
+    "machine": Part(_script("gpu_machine"), 15, "what is installed, and the GPU as it was found"),
+    "kernels": Part(_script("gpu_tests", "kernels", "attention", "images", "cudnn", "primitives"),
+                    85, "every kernel against its specification in float64 and every primitive "
                     "beside the CPU, all types"),
-    "ranks": Part([*PYTEST, "tests/device/test_training.py", "tests/device/test_messages.py"], 90,
-                  "training with dp, ZeRO 0-3, tp, pp, cp beside the CPU; collectives, halos and "
-                  "adjoints, direct and staged; ranks are threads"),
-    "processes": Part([*MEASURED, "processes"], 85,
-                      "hpcml train under mpiexec with 2 and 4 ranks on the GPU beside one"),
-    "ways": Part([sys.executable, str(HERE / "gpu_ways.py")], 45,
-                 "attention and convolutions of GPT-2 and ResNet-50 by cuDNN and by our own "
-                 "kernels: which was taken, how they differ, milliseconds of both"),
-    "collectives": Part([sys.executable, str(HERE / "gpu_messages.py")], 85,
+    "gpt2": Part(_script("gpu_steps", "gpt2"), 105,
+                 "a training step of GPT-2 124M, bf16, block 1024, beside PyTorch"),
+    "ranks": Part(_script("gpu_tests", "training", "messages"), 60,
+                  "training with dp, ZeRO 0-3, tp, pp, cp, spatial beside the CPU; collectives, "
+                  "halos and adjoints, direct and staged; ranks are threads"),
+    "resnet50": Part(_script("gpu_steps", "resnet50"), 75,
+                     "a training step of ResNet-50, bf16, beside PyTorch"),
+    "mpi": Part(_script("gpu_messages", "ways"), 45,
+                "whether ranks start, and whether MPI takes memory of the GPU"),
+    "processes": Part(_script("gpu_processes"), 100,
+                      "training with dp, ZeRO 1-3, tp, pp, cp, spatial by 2 and 4 processes, "
+                      "direct and staged, and hpcml train, beside one rank"),
+    "collectives": Part(_script("gpu_messages", "collectives"), 60,
                         "collectives between 2 and 4 processes, direct and staged: values of all "
                         "types, bandwidth"),
-    "gpt2": Part([*MEASURED, "gpt2"], 105,
-                 "a training step of GPT-2 124M, bf16, block 1024, beside PyTorch"),
-    "resnet50": Part([*MEASURED, "resnet50"], 60, "a training step of ResNet-50 beside PyTorch"),
+    "ways": Part(_script("gpu_ways"), 40,
+                 "attention and convolutions of GPT-2 and ResNet-50 by cuDNN and by our own "
+                 "kernels: which was taken, how they differ, milliseconds of both"),
 }  # fmt: skip
 
 
-def run(name: str, part: Part, left: float = math.inf) -> dict[str, Any]:
-    """Run one part, in the seconds that are left; what it found, or why it failed."""
-    start, limit = time.monotonic(), max(int(min(part.limit, left)), 1)
-    mark = f"{os.getpid()}.{name}"
-    job = subprocess.Popen(
-        part.command, cwd=HERE.parent, env=os.environ | {"HPCML_GPU": "1", _MARK: mark}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+def run(name: str, part: Part, log: Path, limit: float = math.inf) -> dict[str, Any]:
+    """Run one part for at most `limit` seconds; what it found, and why it failed if it did.
+
+    What it prints is added to `log`.
+    """
+    start, limit = time.monotonic(), max(limit, 1.0)
+    environment, mark = marked(os.environ | {"HPCML_GPU": "1", END: str(start + limit)})
+    with log.open("ab") as output:
+        output.write(f"== {name}\n".encode())
+        output.flush()
+        begin = output.tell()
+        job = subprocess.Popen(
+            part.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
     try:
-        output, _ = job.communicate(timeout=limit)
-        failure = "" if job.returncode == 0 else f"exit code {job.returncode}"
+        code = job.wait(limit if math.isfinite(limit) else None)
+        ended = f"exit code {code}" if code else ""
     except subprocess.TimeoutExpired:
-        _end(mark)
-        output, _ = job.communicate()
-        failure = f"not done after {limit} s"
-    lines = [line for line in output.splitlines() if line.strip()]
-    found = None
-    for line in [line for line in lines if line.startswith("{")]:
-        with contextlib.suppress(ValueError):  # the last one counts; a part may be ended before
-            found = json.loads(line)
-            lines.remove(line)
-    last = lines[-1] if lines else ""
-    result = {"ok": not failure, "shows": part.shows, "found": found, "last_line": last[:200],
-              "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
-    if failure:
-        result |= {"failure": failure, "output": lines[-60:]}
-    print(f"{name}: {failure or 'ok'} ({result['seconds']} s) {last[:120]}", flush=True)
+        ended = f"not done after {limit:.0f} s"
+        with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
+            os.killpg(job.pid, signal.SIGINT)
+            job.wait(_GRACE)
+    finally:
+        end(mark)
+        job.wait(_GRACE)
+    with log.open("rb") as output:
+        output.seek(begin)
+        lines = output.read().decode(errors="replace").splitlines()
+    result = {"shows": part.shows, **_told(lines), "seconds": round(time.monotonic() - start, 1)}
+    printed = [line for line in lines if line.strip() and not parsed(line)][-60:]
+    why = [f"{ended}: {reason(printed)}"] if ended else []
+    result["failure"] = "; ".join(why + _faults(result))
+    result["ok"] = not result["failure"]
+    if result["failure"]:
+        result["output"] = printed
+    print(f"{name}: {result['failure'] or 'ok'} ({result['seconds']} s)", flush=True)
     return result
 
 
-def _end(mark: str) -> None:
-    """End a part and all it has started, which may have sessions of their own."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it may have ended, or be another user's
-            if f"{_MARK}={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)
+def _told(lines: list[str]) -> dict[str, Any]:
+    """What the lines of JSON among these say (see gpu_rows)."""
+    told: dict[str, Any] = {"found": {}, "asked": [], "rows": []}
+    for line in lines:
+        match parsed(line):
+            case {"row": row}:
+                told["rows"].append(row)
+            case {"asked": asked}:
+                told["asked"].append(asked)
+            case found:
+                told["found"] |= found
+    return told
+
+
+def _faults(told: dict[str, Any]) -> list[str]:
+    """What is wrong with what a part told."""
+    rows = told["rows"]
+    bad = [row for row in rows if row.get("error") or row.get("agrees") is False]
+    found = [f"{len(bad)} of {len(rows)} rows failed"] if bad else []
+    found += [
+        f"{asked['verdict']}: {asked['what']}: {asked['reached']}, asked {asked['at least']}"
+        for asked in told["asked"] if asked["verdict"] != "held"
+    ]  # fmt: skip
+    return found if rows or told["found"] else [*found, "showed nothing"]
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as a page of Markdown."""
-    machine = report["parts"].get("machine", {}).get("found") or {}
+    parts = report["parts"]
+    machine = parts.get("machine", {}).get("found") or {}
     lines = [f"# GPU check of {report['date']}", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items()]
-    lines += ["", "| part | shows | result | seconds |", "|---|---|---|---|"]
-    for name, part in report["parts"].items():
-        result = part.get("failure", "ok") + (f": {part['last_line']}" if part["last_line"] else "")
-        lines.append(f"| {name} | {part['shows']} | {result} | {part['seconds']} |")
-    for name, part in report["parts"].items():
-        rows = (part["found"] or {}).get("rows", [])
-        if rows:
-            keys = list(dict.fromkeys(key for row in rows for key in row))
-            lines += ["", f"## {name}", "", f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
-            lines += [f"| {' | '.join(str(row.get(key, '')) for key in keys)} |" for row in rows]
+    lines += _rows([
+        {"part": name, "shows": part["shows"], "result": part["failure"] or "ok",
+         "seconds": part["seconds"]} for name, part in parts.items()
+    ])  # fmt: skip
+    lines += _rows([{"part": name, **row} for name, part in parts.items() for row in part["asked"]])
+    for name, part in parts.items():
+        notes = part["found"] if name != "machine" else {}
+        if part["rows"] or notes:
+            lines += ["", f"## {name}"]
+        lines += ["", *(f"- {about}: {value}" for about, value in notes.items())] if notes else []
+        lines += _rows(part["rows"])
     return "\n".join(lines) + "\n"
+
+
+def _rows(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows as lines of Markdown, below an empty one."""
+    if not rows:
+        return []
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[str(row.get(key, "")).replace("|", "/") for key in keys] for row in rows]
+    return ["", *(f"| {' | '.join(line)} |" for line in [keys, ["---"] * len(keys), *cells])]
+
+
+def _stop(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def main() -> int:
@@ -119,21 +177,41 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--spent", type=int, default=0, help="seconds since it was called")
     asked = parser.parse_args()
-    end = time.monotonic() + _ALL - asked.spent
+    until = time.monotonic() + _ALL - asked.spent
     if unknown := set(asked.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    signal.signal(signal.SIGTERM, _stop)  # what is under way ends with this
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     report["parts"] = {}
     asked.out.mkdir(parents=True, exist_ok=True)
-    for name in asked.parts or PARTS:
-        report["parts"][name] = run(name, PARTS[name], end - time.monotonic())
-        # Written after each part: what is known is there even if this is stopped.
-        (asked.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-        (asked.out / "gpu.md").write_text(table(report))
+    environment, mark = marked(os.environ)
+    # What tests compare with and first values are made by takes a minute once: it begins now.
+    with subprocess.Popen([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):  # fmt: skip
+        try:
+            measure(asked.parts or list(PARTS), asked.out, report, until)
+        finally:
+            end(mark)
     print(table(report))
     failed = [name for name, part in report["parts"].items() if not part["ok"]]
     print("failed: " + ", ".join(failed) if failed else "all parts passed")
     return 1 if failed else 0
+
+
+def measure(names: list[str], out: Path, report: dict[str, Any], until: float) -> None:
+    """Run the parts of these names and add what came of them to the report."""
+    log = out / "gpu.log"
+    log.write_bytes(b"")
+    if "mpi" not in names and {"processes", "collectives"} & set(names):
+        names = ["mpi", *names]  # they take the ways that it finds
+    for position, name in enumerate(names):
+        weights = [PARTS[other].share for other in names[position:]]
+        limit = (until - time.monotonic()) * weights[0] / sum(weights)
+        report["parts"][name] = found = run(name, PARTS[name], log, limit)
+        os.environ.update(found["found"].get("environment", {}))
+        # Written after each part: what is known is there even if this is stopped.
+        (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        (out / "gpu.md").write_text(table(report))
 
 
 if __name__ == "__main__":

@@ -1,59 +1,86 @@
-"""Collectives of a GPU's arrays between processes: values in every type, and bandwidth.
+"""Parts of the check of the GPU: the ways of messages, and collectives between processes.
 
-`python scripts/gpu_messages.py` starts jobs of 2 and 4 ranks, for each way that messages take on
-this machine (`hpcml.comm.direct`), and prints a line of JSON.
+`python scripts/gpu_messages.py ways` finds out, once for all parts, whether MPI takes memory of the
+GPU; `... collectives` looks at values in every type and measures bandwidth, each way.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from functools import partial
-from typing import Any
+
+from gpu_rows import Row, in_turn, ranks, say, shares, tell
 
 from hpcml.comm import child, direct
 
 RANKS = (2, 4)
-LIMIT = 20.0
-"""Seconds for a job."""
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "alltoall")
 DTYPES = ("float32", "float64", "bfloat16", "float16", "int32")
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 27)
 CHECKED = (96, 12 << 16)
 """Elements of the arrays whose values are looked at: one message, and more than a chunk."""
 ROUNDS = 5
+WORLD = """
+from mpi4py import MPI
+world = MPI.COMM_WORLD
+library = MPI.Get_library_version().split(chr(10))[0].strip(chr(0))
+assert world.size == 2, f"a world of {world.size} rank: mpiexec is not that of {library}"
+if world.rank == 0:
+    import json
+    print(json.dumps({"row": {"what": "two ranks start", "agrees": True, "says": library}}))
+"""
 
 
-def ways() -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """The environment of each way that works here, and what trials of MPI on GPU memory said."""
-    found = {"staged": {direct.VARIABLE: "staged"}}
-    said = {}
-    for name, env in (("as it is", {}), ("with the UCX of a wheel", direct.recipe())):
-        if name == "as it is" or env:
-            trial = direct.probe(env)
-            said[name] = trial.failure or "right"
-            if trial.found and "device" not in found:
-                found["device"] = {**env, direct.VARIABLE: "device"}
-    return found, said
+def ways() -> None:
+    """Tell whether ranks start and whether MPI takes memory of the GPU; the answer for all others.
+
+    An answer that the environment has already is taken.
+    """
+    print(f"mpiexec: {child.find_mpiexec()}", flush=True)
+    known = direct.asked()
+    trials = {"as it is": {}, "with the UCX of a wheel": direct.recipe()}
+    tried = [name for name, env in trials.items() if env or name == "as it is"]
+    limits = shares(["start", *tried], [1, *(2 for _ in tried)])  # CuPy is slow to begin
+    failure = ranks(2, ["-c", WORLD], next(limits)[1], {})
+    if failure:
+        tell({"what": "two ranks start", "error": failure[:300]})
+    for name, limit in limits:
+        if known != "auto" or failure:
+            break
+        start = time.monotonic()
+        trial = direct.probe(trials[name], limit)
+        # That MPI does not take it is an answer, and no failure: messages are staged.
+        tell({"what": f"memory of the GPU given to MPI, {name}",
+              "says": "right" if trial.found else trial.failure,
+              "seconds": round(time.monotonic() - start, 1)})  # fmt: skip
+        if trial.found:
+            say(environment={**trials[name], direct.VARIABLE: "device"})
+            return
+    if known != "device":
+        say(note="messages are staged: nothing below shows the direct way")
+    say(environment={direct.VARIABLE: "device" if known == "device" else "staged"})
 
 
-def collectives() -> dict[str, Any]:
-    """All jobs: rows of payload per second, and what failed."""
-    found, said = ways()
-    rows: list[dict[str, Any]] = []
-    failures = {}
-    for way, env in found.items():
-        for ranks in RANKS:
-            command = [child.find_mpiexec(), "-n", str(ranks), sys.executable, __file__, "rank"]
-            job = child.run(command, LIMIT, child.PERMISSIVE | env)
-            if job.failure:
-                failures[f"{way}, {ranks} ranks"] = job.failure
-            rows += [{"ranks": ranks, "way": way, **row} for row in job.found.get("rows", [])]
-    return {"mpi on GPU memory": said, "failures": failures, "rows": rows, "ok": not failures}
+def possible() -> list[str]:
+    """The ways that messages may take here, as the environment says: see `ways`."""
+    return ["staged", "device"] if direct.asked() == "device" else ["staged"]
 
 
-def rank() -> None:
+def jobs() -> list[tuple[int, str]]:
+    """The jobs of a part: how many ranks, and which way messages take."""
+    return [(count, way) for count in RANKS for way in possible()]
+
+
+def collectives() -> None:
+    """Tell a row for each operation, way, number of ranks and payload."""
+    for (count, way), limit in shares(jobs()):
+        about = {"ranks": count, "way": way}
+        env = {direct.VARIABLE: way}
+        in_turn(count, [__file__, "rank"], OPERATIONS, about, limit, env)
+
+
+def rank(operations: list[str]) -> None:
     """What each rank of a job does. Collective."""
     import cupy
 
@@ -65,14 +92,18 @@ def rank() -> None:
     axis = mesh["dp"]
     backend.use_device("cuda", mesh.node.local_rank)
     wait = cupy.cuda.get_current_stream().synchronize
-    for dtype in DTYPES:
-        for operation in OPERATIONS:
+
+    def speak(row: Row) -> None:
+        if axis.rank == 0:
+            tell(row)
+
+    for operation in operations:
+        for dtype in DTYPES:
             for count in CHECKED:
                 empty = partial(cupy.empty, dtype=backend.dtype(dtype))
                 case = Case(operation, axis, count, empty)
                 case.check(f"messages of {dtype}", case.call(None))
-    rows = []
-    for operation in OPERATIONS:
+        speak({"name": operation, "values": f"right in {len(DTYPES)} types", "agrees": True})
         for nbytes in SIZES:
             case = Case(operation, axis, nbytes // 4, partial(cupy.zeros, dtype="f4"))
             call = case.call(None)
@@ -84,19 +115,13 @@ def rank() -> None:
                 call()
             wait()
             seconds = (time.perf_counter() - start) / ROUNDS
-            rows.append(
-                {"operation": operation, "bytes": case.payload, "us": round(1e6 * seconds, 1),
-                 "GB/s": round(case.payload / seconds / 1e9, 3)}
-            )  # fmt: skip
-    if axis.rank == 0:
-        print(json.dumps({"rows": rows}))
+            speak({"name": operation, "bytes": case.payload, "us": round(1e6 * seconds, 1),
+                   "GB/s": round(case.payload / seconds / 1e9, 3)})  # fmt: skip
+        speak({"name": operation, "done": True})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["rank"]:
-        rank()
+    if sys.argv[1] == "rank":
+        rank(sys.argv[2:])
     else:
-        found = collectives()
-        good = found.pop("ok")
-        print(json.dumps(found))
-        sys.exit(not good)
+        {"ways": ways, "collectives": collectives}[sys.argv[1]]()

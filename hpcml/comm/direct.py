@@ -106,10 +106,10 @@ def _tried() -> int:
         return _Known.verdict
 
 
-def probe(env: Mapping[str, str] | None = None) -> Outcome:
+def probe(env: Mapping[str, str] | None = None, limit: float = child.LIMIT) -> Outcome:
     """Have a job of two ranks send arrays of the GPU; what it found, or why it failed.
 
-    `env`: what is added to the environment.
+    `env`: what is added to the environment. `limit`: seconds that it may take.
     """
     mpiexec = child.find_mpiexec()
     if not mpiexec:
@@ -117,7 +117,7 @@ def probe(env: Mapping[str, str] | None = None) -> Outcome:
     # MPICH's launcher would go by way of the batch system, in whose job step this may be.
     extra = child.PERMISSIVE | {"HYDRA_LAUNCHER": "fork"} | dict(env or {})
     program = [sys.executable, "-m", "hpcml.comm.direct_probe"]
-    return child.run([mpiexec, "-n", str(RANKS), *program], env=extra)
+    return child.run([mpiexec, "-n", str(RANKS), *program], limit, extra)
 
 
 def recipe() -> dict[str, str]:

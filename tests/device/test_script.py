@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.device import standin
+import hpcml
+from hpcml.comm.child import Outcome, find_mpiexec
+from tests.device import emulator, standin
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+ON_STAND_IN = """
+import sys
+from tests.device import emulator, standin
+emulator.Kernel.orders = (0,)
+with standin.installed():
+    import {module}
+    {module}.rank(sys.argv[1:])
+"""
+needs_mpi = pytest.mark.skipif(not find_mpiexec(), reason="no mpiexec")
 
 
-def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import scripts by name, here and in what is started."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    before = [str(SCRIPTS), str(SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(before))
+    return importlib.import_module
+
+
+def told(text: str, kind: str = "row") -> list[Any]:
+    """What lines of JSON say under a name."""
+    found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    return [line[kind] for line in found if kind in line]
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU here")
@@ -35,35 +53,96 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     assert done.stdout == "" and done.stderr.count("\n") == 1 and "no NVIDIA GPU" in done.stderr
 
 
-def test_a_part_that_fails_or_hangs_is_told_and_stops_no_other() -> None:
-    check = loaded("gpu_check")
-    programs = {
-        "good": "print('{\"rows\": [{\"a\": 1}]}')", "bad": "print('why'); raise SystemExit(3)",
-        "long": "import time; print('{\"rows\": []}\\nso far', flush=True); time.sleep(600)",
-    }  # fmt: skip
+@pytest.fixture
+def pretended(tmp_path: Path) -> Path:
+    """A folder with a nvidia-smi that shows a GPU, and a Python that installs and checks nothing.
+
+    It does not install the wheel named "bad".
+    """
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200'\n")
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\ncase "$*" in *pip*bad-1*) exit 1 ;; *pip*) ;; *) echo "$*" ;; esac\n'
+    )
+    for name in ("nvidia-smi", "python"):
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def test_folders_are_the_callers_and_a_wheel_that_does_not_fit_stops_nothing(
+    pretended: Path,
+) -> None:
+    (pretended / "wheels").mkdir()
+    for name in ("bad-1.whl", "good-1.whl"):
+        (pretended / "wheels" / name).touch()
+    done = subprocess.run(
+        [str(SCRIPTS / "gpu_check.sh"), "--wheels", "wheels", "--out", "found", "gpt2"],
+        cwd=pretended, capture_output=True, text=True, check=False,
+        env=os.environ | {"PATH": f"{pretended}:{os.environ['PATH']}",
+                          "HPCML_PYTHON": str(pretended / "python")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "gpu_check.sh: left out: bad-1.whl\n"
+    assert f"--out {pretended / 'found'} --spent" in done.stdout and "gpt2" in done.stdout
+
+
+PROGRAMS = {
+    "good": 'print(\'{"row": {"a": 1}}\\n{"b": 2}\')',
+    "bad": "raise ValueError('why')",
+    "wrong": 'print(\'{"row": {"agrees": true}}\\n{"row": {"agrees": false}}\')',
+    "broken": 'print(\'{"row": {"error": "no"}}\')',
+    "slow": 'print(\'{"asked": {"what": "speed", "at least": 1, "reached": 0.5, '
+            '"verdict": "missed"}}\\n{"b": 1}\')',
+    "silent": "print('2 skipped')",
+    "long": "import time; print('{\"row\": {}}\\nso far', flush=True); time.sleep(600)",
+}  # fmt: skip
+
+
+def test_a_part_that_fails_or_shows_nothing_is_told_and_stops_no_other(
+    scripts: Any, tmp_path: Path
+) -> None:
+    check = scripts("gpu_check")
     report: dict[str, Any] = {"date": "today", "parts": {}}
-    for name, program in programs.items():
-        limit = 1 if name == "long" else 60
-        part = check.Part([sys.executable, "-c", program], limit, "something")
-        report["parts"][name] = check.run(name, part)
+    log = tmp_path / "log"
+    for name, program in PROGRAMS.items():
+        part = check.Part([sys.executable, "-c", program], 1, "something")
+        report["parts"][name] = check.run(name, part, log, 2 if name == "long" else 60)
+    failures = {name: part["failure"] for name, part in report["parts"].items()}
+    assert failures.pop("long").startswith("not done after 2 s: ")
+    assert failures == {
+        "good": "", "bad": "exit code 1: ValueError: why; showed nothing",
+        "wrong": "1 of 2 rows failed", "broken": "1 of 1 rows failed",
+        "slow": "missed: speed: 0.5, asked 1", "silent": "showed nothing",
+    }  # fmt: skip
     parts = report["parts"]
-    assert parts["good"]["ok"] and parts["good"]["found"] == {"rows": [{"a": 1}]}
-    assert parts["bad"]["failure"] == "exit code 3" and parts["bad"]["last_line"] == "why"
-    assert parts["long"]["failure"] == "not done after 1 s"
-    assert parts["long"]["found"] == {"rows": []} and parts["long"]["last_line"] == "so far"
+    assert parts["good"]["ok"] and parts["good"]["rows"] == [{"a": 1}]
+    assert parts["good"]["found"] == {"b": 2} and not parts["slow"]["ok"]
+    assert parts["long"]["rows"] == [{}] and "so far" in log.read_text()
     page = check.table(json.loads(json.dumps(report)))
-    assert "| bad | something | exit code 3: why |" in page and "## good" in page
+    assert "| slow | speed | 1 | 0.5 | missed |" in page and "## good\n\n- b: 2\n" in page
+    assert "| bad | something | exit code 1: ValueError: why" in page
 
 
-def test_limits_of_all_parts_leave_ten_minutes() -> None:
-    assert sum(part.limit for part in loaded("gpu_check").PARTS.values()) < 600
+def test_shares_of_all_parts_leave_ten_minutes_and_pass_on_what_is_not_needed(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = scripts("gpu_check")
+    assert sum(part.share for part in check.PARTS.values()) == check._ALL < 600
+    limits = []
+
+    def run(name: str, part: Any, log: Path, limit: float) -> Any:
+        limits.append(round(limit))
+        return {"shows": "", "failure": "", "asked": [], "rows": [], "found": {}, "seconds": 0}
+
+    monkeypatch.setattr(check, "run", run)
+    check.measure(["gpt2", "ways"], tmp_path, {"date": "", "parts": {}}, time.monotonic() + 270)
+    assert limits == [196, 270]  # 105 and 40 seconds are their shares
 
 
 def test_the_report_goes_through_a_pipe_and_nothing_outlives_its_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Copying it to /dev/stdout did not; children with a session of their own stayed on the GPU."""
-    check = loaded("gpu_check")
+    check = scripts("gpu_check")
     child = "import time; open('pid', 'w').write(str(__import__('os').getpid())); time.sleep(600)"
     program = (
         f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}], "
@@ -71,12 +150,19 @@ def test_the_report_goes_through_a_pipe_and_nothing_outlives_its_part(
     )
     part = check.Part([sys.executable, "-c", program], 60, "nothing")
     monkeypatch.setattr(check, "PARTS", {"long": part})
+    monkeypatch.setattr(check, "COMPILE", "")
     monkeypatch.setattr(check, "_ALL", 8)  # seconds are left for all parts
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--spent", "4"])
+    monkeypatch.setattr(check.signal, "signal", lambda *_: None)
     assert check.main() == 1
     printed = capfd.readouterr().out
-    assert "not done after 3 s" in printed and printed.endswith("failed: long\n")
-    process = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    assert "not done after 4 s" in printed and printed.endswith("failed: long\n")
+    ended(int((tmp_path / "pid").read_text()))
+
+
+def ended(pid: int) -> None:
+    """Fail unless a process ends soon."""
+    process = Path("/proc", str(pid), "stat")
     for _ in range(100):  # it may be there until somebody has looked at how it ended
         if not process.exists() or process.read_text().rsplit(")")[-1].split()[0] == "Z":
             return
@@ -84,29 +170,292 @@ def test_the_report_goes_through_a_pipe_and_nothing_outlives_its_part(
     pytest.fail("a child of the part is still there")
 
 
-def test_our_step_of_gpt2_is_measured(standing_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the stand-in, tiny; PyTorch has no GPU here, and that is a row of its own."""
-    parts = loaded("gpu_parts")
-    monkeypatch.setattr(parts, "STEPS", 1)
-    monkeypatch.setattr(parts, "WARM", 1)
-    monkeypatch.setattr(parts, "machine", lambda: {"gpu": "an H200 of the tests"})
-    found = parts.gpt2(1, 4, 11, 1, 1, 8)
-    assert found["ok"] and found["rows"][0]["contender"] == "hpcml"
-    assert found["rows"][0]["ours is faster by"] == 1
-    assert [row["contender"] for row in found["rows"][1:]] == ["PyTorch eager", "torch.compile"]
+def test_a_check_that_is_terminated_ends_its_part(scripts: Any, tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys, gpu_check as g\n"
+        "code = \"import os, time; print('{}'); open('pid', 'w').write(str(os.getpid()));"
+        ' time.sleep(600)"\n'
+        "g.COMPILE = ''\n"
+        f"g.ROOT = pathlib.Path({str(tmp_path)!r})\n"
+        "g.PARTS = {'long': g.Part([sys.executable, '-c', code], 1, '')}\n"
+        f"sys.argv = ['gpu_check.py', '--out', {str(tmp_path)!r}]\n"
+        "sys.exit(g.main())"
+    )
+    check = subprocess.Popen([sys.executable, "-c", program])
+    place = tmp_path / "pid"
+    while not place.exists() or not place.read_text():
+        assert check.poll() is None
+        time.sleep(0.05)
+    check.terminate()
+    assert check.wait(20) == 143
+    ended(int(place.read_text()))
+
+
+def test_tests_after_one_that_ends_its_process_are_run(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A lost context of the GPU fails what comes after it too, unless it has another process."""
+    tests = scripts("gpu_tests")
+    (tmp_path / "tests" / "device").mkdir(parents=True)
+    (tmp_path / "tests" / "device" / "test_few.py").write_text(
+        "import os, sys, types\n"
+        "def test_good(): pass\n"
+        "def test_wrong(): assert 1 == 2, 'not so'\n"
+        "def test_dies(): os._exit(3)\n"
+        "def lost(): raise RuntimeError('illegal address')\n"
+        "def test_loses():\n"
+        "    runtime = types.SimpleNamespace(deviceSynchronize=lost)\n"
+        "    cuda = types.SimpleNamespace(runtime=runtime)\n"
+        "    sys.modules['cupy'] = types.SimpleNamespace(cuda=cuda)\n"
+        "def test_after(): pass\n"
+    )
+    monkeypatch.setattr(scripts("gpu_rows"), "ROOT", tmp_path)
+    ours = ("-m", "not mpi", "-o", "test_limit=75")  # of this repository's tests
+    options = tests.PYTEST[3:]
+    plain = [part for part in options if part not in ours]
+    monkeypatch.setattr(tests, "PYTEST", [*tests.PYTEST[:3], *plain])
+    assert tests.main(["few"]) == 0
+    printed = capfd.readouterr().out
+    (row,) = told(printed)
+    assert (row["passed"], row["failed"], row["not run"], row["agrees"]) == (2, 3, 0, False)
+    assert row["failures"] == (
+        "test_wrong: AssertionError: not so; test_dies: ended its process; "
+        "test_loses: the GPU's context was lost: illegal address"
+    )
+    assert "FAILED tests/device/test_few.py::test_wrong" in printed  # at once, with all of it
+
+
+def test_a_file_of_which_nothing_was_run_shows_nothing(scripts: Any) -> None:
+    summary = scripts("gpu_tests").summary
+    skipped = {"count": 1, "ended": True, "tests": {"a::b": ("skipped", "no CuPy")}}
+    assert summary("kernels", skipped, "")["agrees"] is False
+    assert summary("cudnn", skipped, "")["agrees"] == "not shown"
+    assert summary("kernels", {"tests": {}}, "exit code 4: usage")["failures"] == (
+        "exit code 4: usage"
+    )
+
+
+@pytest.mark.parametrize(
+    ("works", "answer"),
+    [(["as it is"], {"HPCML_GPU_MPI": "device"}), ([], {"HPCML_GPU_MPI": "staged"}),
+     (["wheel"], {"HPCML_GPU_MPI": "device", "LD_LIBRARY_PATH": "wheel"})],
+)  # fmt: skip
+@needs_mpi
+def test_the_way_of_messages_is_found_out_once_for_all_parts(
+    works: list[str], answer: dict[str, str], scripts: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    messages, check = scripts("gpu_messages"), scripts("gpu_check")
+    tried = []
+
+    def probe(env: dict[str, str], limit: float) -> Outcome:
+        tried.append(env.get("LD_LIBRARY_PATH", "as it is"))
+        return Outcome({"devices": [0, 0]}) if tried[-1] in works else Outcome(failure="died")
+
+    monkeypatch.setattr(messages.direct, "probe", probe)
+    monkeypatch.setattr(messages.direct, "recipe", lambda: {"LD_LIBRARY_PATH": "wheel"})
+    monkeypatch.setenv("HPCML_GPU_MPI", "auto")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "")
+    messages.ways()
+    printed = capfd.readouterr().out
+    assert told(printed, "environment") == [answer]
+    assert told(printed)[0]["what"] == "two ranks start"
+    assert len(tried) == (1 if works == ["as it is"] else 2)
+    # The check hands it on, and later parts ask nobody.
+    program = f"print('''{printed}''')"
+    asks = (
+        "import gpu_messages as g; g.direct.probe = None; print('{\"jobs\":', len(g.jobs()), '}')"
+    )
+    parts = {
+        "mpi": check.Part([sys.executable, "-c", program], 1, ""),
+        "collectives": check.Part([sys.executable, "-c", asks], 1, ""),
+    }
+    monkeypatch.setattr(check, "PARTS", parts)
+    report: dict[str, Any] = {"date": "", "parts": {}}
+    check.measure(["collectives"], tmp_path, report, time.monotonic() + 60)
+    assert report["parts"]["collectives"]["found"] == {"jobs": 4 if works else 2}
+
+
+@needs_mpi
+def test_rows_of_ranks_are_told_at_once_and_a_job_that_dies_loses_one(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = scripts("gpu_rows")
+    program = (
+        "import os, sys, time; from gpu_rows import tell\n"
+        "assert os.environ['OMPI_ALLOW_RUN_AS_ROOT'] == '1'\n"
+        "for name in sys.argv[1:]:\n"
+        "    if name == 'dies': raise ValueError('it died')\n"
+        "    if name == 'hangs': time.sleep(600)\n"
+        "    tell({'name': name, 'a': 1}); tell({'name': name, 'done': True})\n"
+    )
+    names = ["first", "dies", "third", "hangs", "last"]
+    rows.in_turn(1, ["-c", program], names, {"ranks": 1}, 6, {})
+    found = told(capfd.readouterr().out)
+    assert [(row["name"], row.get("a")) for row in found] == [
+        ("first", 1), ("dies", None), ("third", 1), ("hangs", None), ("last", None),
+    ]  # fmt: skip
+    assert found[1]["error"].endswith("ValueError: it died")
+    assert all("not done after" in row["error"] for row in found[3:])
+
+
+@needs_mpi
+def test_losses_of_processes_are_held_beside_those_of_one_rank(
+    scripts: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Here the losses are made up: NaN agrees with nothing."""
+    losses = "g.losses = lambda layout, count: [float('nan') if layout == 'cp' else 1.0]"
+    program = f"import gpu_processes as g; {losses}\n{ON_STAND_IN.format(module='gpu_processes')}"
+    scripts("gpu_rows").in_turn(2, ["-c", program], ["dp", "cp"], {}, 60, os.environ)
+    rows = told(capfd.readouterr().out)
+    assert [(row["name"], row["agrees"]) for row in rows] == [("dp", True), ("cp", False)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_layout_that_was_asked_for_gives_the_losses_of_one_rank(
+    count: int, scripts: Any
+) -> None:
+    """On the CPU: the same code but for the device."""
+    processes = scripts("gpu_processes")
+    assert {"dp", "ZeRO 1", "ZeRO 2", "ZeRO 3", "tp", "pp", "spatial"} <= set(processes.LAYOUTS)
+    for layout in processes.LAYOUTS:
+        one = hpcml.run(processes.losses, layout, 1, "cpu", ranks=1)[0]
+        found = hpcml.run(processes.losses, layout, count, "cpu", ranks=count)[0]
+        assert len(set(one)) == processes.STEPS
+        assert processes.compared(found, one, processes.TOLERANCE)["agrees"], layout
+
+
+@needs_mpi
+def test_collectives_of_processes_are_measured(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if reason := emulator.missing():
+        pytest.skip(reason)
+    small = "import gpu_messages as g; g.SIZES = (1024,); g.CHECKED = (96,); g.ROUNDS = 1"
+    program = ["-c", f"{small}\n{ON_STAND_IN.format(module='gpu_messages')}"]
+    env = os.environ | {"HPCML_GPU_MPI": "staged"}
+    scripts("gpu_rows").in_turn(2, program, ["allreduce"], {}, 100, env)
+    values, speed = told(capfd.readouterr().out)
+    assert values["agrees"] and speed["bytes"] == 1024 and speed["us"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+     ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA GH200 480GB", 989e12),
+     ("NVIDIA GH200 144G HBM3e", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+     ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA B200", 2250e12), ("NVIDIA GB200", 2500e12),
+     ("NVIDIA H100", 0), ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 0), ("NVIDIA H20", 0),
+     ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 0), ("NVIDIA GeForce RTX 4090", 0)],
+)  # fmt: skip
+def test_a_utilisation_is_of_the_gpu_that_the_name_says(
+    name: str, peak: float, scripts: Any
+) -> None:
+    steps = scripts("gpu_steps")
+    assert steps.peak_of(name)[0] == peak
+    row = steps.measured(steps.Work((0, 0), 1e12, 1, "tokens"), 0.01, 0, 1.0, name)
+    assert row["MFU %"] == (round(1e16 / peak, 1) if peak else "")
+    assert ("data sheet" if peak else repr(name)) in steps.peak_of(name)[1]
+
+
+def test_our_steps_are_measured(
+    standing_in: Any, scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = scripts("gpu_steps")
+    monkeypatch.setattr(steps, "STEPS", 1)
+    monkeypatch.setattr(steps, "WARM", 1)
+    monkeypatch.setattr(emulator.Kernel, "orders", (0,))
+    standing_in.cuda.runtime.getDeviceProperties = lambda _: {"name": b"NVIDIA H200"}
+    row = steps.of_hpcml(steps.Gpt(1, 4, 11, 1, 1, 8))
+    assert row["agrees"] and row["ms"] > 0 and row["tokens/s"] > 0 and row["MFU %"] != ""
+
+
+@pytest.mark.parametrize("task", ["gpt2", "resnet50"])
+def test_pytorchs_steps_are_measured(
+    task: str, scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU: the same code but for the device."""
+    pytest.importorskip("torch")
+    steps = scripts("gpu_steps")
+    monkeypatch.setattr(steps, "STEPS", 1)
+    monkeypatch.setattr(steps, "WARM", 1)
+    tasks = {"gpt2": steps.Gpt(1, 4, 11, 1, 1, 8), "resnet50": steps.Resnet(2, 32, 18)}
+    row = steps.of_torch(tasks[task], False, "cpu")
+    assert row["agrees"] and row["ms"] > 0
+
+
+def test_pytorchs_model_counts_positions_on_the_device_of_its_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the CPU are refused on a GPU: there every step of PyTorch had failed."""
+    torch = pytest.importorskip("torch")
+    from hpcml.bench.step import Size
+    from hpcml.bench.torch_peer import TorchGPT
+
+    model, tokens = TorchGPT(Size(1, 1, 8, 4, 1), 11), torch.zeros((1, 4), dtype=torch.int64)
+    places, arange = [], torch.arange
+    monkeypatch.setattr(
+        torch, "arange", lambda n, device=None: places.append(device) or arange(n, device=device)
+    )
+    model(tokens, tokens)
+    assert places == [tokens.device]
+
+
+@pytest.mark.parametrize(
+    ("eager", "verdict"),
+    [({"ms": 9.0}, "missed"), ({"ms": 10.0}, "held"), (None, "not shown")],
+)
+def test_contenders_have_processes_of_their_own_and_what_was_asked_stands_beside(
+    eager: Any, verdict: str, scripts: Any, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    steps = scripts("gpu_steps")
+    rows = {"hpcml": {"ms": 10.0}, "PyTorch eager": eager, "torch.compile": {"ms": 5.0}}
+    started = []
+
+    def follow(command: list[str], limit: float, env: Any, each: Any) -> str:
+        started.append(command[2:])
+        if rows[command[-1]] is None:
+            return "exit code 1: CUDA out of memory"
+        each({"contender": command[-1], **rows[command[-1]]})
+        return ""
+
+    monkeypatch.setattr(steps, "follow", follow)
+    steps.compare("gpt2")
+    printed = capsys.readouterr().out
+    assert started == [["gpt2", contender] for contender in rows]
+    found = told(printed)
+    assert [row["contender"] for row in found] == list(rows) and found[2][
+        "ours is faster by"
+    ] == 0.5
+    assert [asked["verdict"] for asked in told(printed, "asked")] == [verdict]
+    if eager is None:
+        assert found[1]["error"] == "exit code 1: CUDA out of memory"
 
 
 def test_both_ways_of_an_operator_are_compared(
-    standing_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ways = loaded("gpu_ways")
+    standing_in: Any, scripts: Any, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    ways = scripts("gpu_ways")
     monkeypatch.setattr(ways, "STEPS", 1)
     monkeypatch.setattr(ways, "ATTENTION", (1, 1, 64, 16))
     monkeypatch.setattr(ways, "LAYERS", ((2, 5, 3, 8, 3, 2),))
     monkeypatch.setenv("HPCML_CUDNN", "auto")  # to be put back
     with standin.with_cudnn():
-        assert ways.main() == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        ways.main()
+    rows = told(capsys.readouterr().out)
     assert [row["type"] for row in rows] == ["bf16"] * 5 + ["fp32"] * 3
-    assert all(row["way"].startswith("cuDNN") for row in rows)
+    assert all(row["way"].startswith("cuDNN") and row["agrees"] for row in rows)
     assert any(row["difference"] > 0 for row in rows)
+
+
+def test_where_cudnn_takes_nothing_no_row_agrees(
+    standing_in: Any, scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = scripts("gpu_ways")
+    monkeypatch.setattr(ways, "STEPS", 1)
+    monkeypatch.setenv("HPCML_CUDNN", "auto")
+    (_, compute), *_ = ways.of_layer(ways.np.float32, 2, 5, 3, 8, 3, 2).items()
+    row = ways.compared("fp32", compute)
+    assert "agrees" not in row and "cudnn" in row["way"].lower()
