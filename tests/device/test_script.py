@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -51,6 +51,18 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     done = subprocess.run([script], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.count("\n") == 1 and "no NVIDIA GPU" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
+def test_where_a_gpu_is_to_be_tested_a_missing_cupy_is_no_skip() -> None:
+    """Skipped tests pass: on a machine whose CuPy is broken all would."""
+    test = "tests/device/test_messages.py::test_16_bits_are_added_in_float32"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        cwd=SCRIPTS.parent, env=os.environ | {"HPCML_GPU": "1"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "No module named 'cupy'" in done.stdout
 
 
 @pytest.fixture
