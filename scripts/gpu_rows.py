@@ -31,7 +31,7 @@ MARK = "HPCML_GPU_JOB"
 ROOT = Path(__file__).resolve().parent.parent
 _LAST = 5.0
 """Seconds before its end in which a part tells what came of its jobs."""
-_ERROR = re.compile(r"[\w.]*(Error|Exception)\b|.{0,40}\berror: ")
+_ERROR = re.compile(r"[\w.]*(Error|Exception)\b|.{0,40}\berror: |.*EXIT STRING: ")
 _number = itertools.count()
 
 Row = dict[str, Any]
