@@ -6,7 +6,7 @@ again, by what is alive at a time, instead of fragments from the system.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from hpcml.backend import Array
 
@@ -18,14 +18,13 @@ class Arena:
     places, as memory that they share needs it.
     """
 
-    def __init__(self, allocate: Callable[[int], Array], number: int = 0, size: int = 0) -> None:
+    def __init__(self, allocate: Callable[[int], Array], sizes: Sequence[int] = ()) -> None:
         """Make one without any memory yet.
 
-        allocate: of a number of elements, makes a flat array. The first `number` arrays have `size`
-        elements at least.
+        allocate: of a number of elements, makes a flat array. sizes: elements that the first arrays
+        have at least, the largest first.
         """
-        self._allocate = allocate
-        self._number, self._size = number, size
+        self._allocate, self._sizes = allocate, sizes
         self._chunks: list[_Chunk] = []
         self._lent: dict[int, tuple[_Chunk, int, int]] = {}
 
@@ -37,14 +36,14 @@ class Arena:
         if not any(self._places(size, apart)):
             # The new one takes the place of smaller ones that nobody uses.
             self._chunks = [chunk for chunk in self._chunks if chunk.taken or chunk.apart]
-            more = 0 if apart or not self._is_of_first() else self._size
-            self._chunks.append(_Chunk(self._allocate(max(size, more)), apart))
+            planned = 0 if apart else self._planned()
+            self._chunks.append(_Chunk(self._allocate(max(size, planned)), apart))
         _, number, start = min(self._places(size, apart))
         return self._lend(self._chunks[number], start, size)
 
     def fits(self, size: int) -> bool:
         """Whether there is a place for so much, or will be in one of the first arrays."""
-        return any(self._places(size)) or self._is_of_first()
+        return any(self._places(size)) or size <= self._planned()
 
     def part(self, array: Array, place: slice) -> Array:
         """A part of an array that `take` gave, the same object each time."""
@@ -61,15 +60,22 @@ class Arena:
         self._chunks = [chunk for chunk in self._chunks if chunk.taken]
 
     def _places(self, size: int, apart: bool = False) -> Iterator[tuple[int, int, int]]:
-        """Free elements, number of the chunk and start of each place for `size` elements."""
+        """Free elements, number of the chunk and start of each place for `size` elements.
+
+        At the end of an array where that is free and its beginning is not: what lies at either end
+        leaves one gap when it is given back, whichever goes first.
+        """
         for number, chunk in enumerate(self._chunks):
             if chunk.apart is apart:
-                for free, start in chunk.gaps():
-                    if free >= size:
-                        yield free, number, start
+                for start, end in chunk.gaps():
+                    if end - start >= size:
+                        at_end = start > 0 and end == chunk.array.size
+                        yield end - start, number, end - size if at_end else start
 
-    def _is_of_first(self) -> bool:
-        return sum(not chunk.apart for chunk in self._chunks) < self._number
+    def _planned(self) -> int:
+        """Elements of the next of the first arrays; 0 if all are there."""
+        there = sum(not chunk.apart for chunk in self._chunks)
+        return self._sizes[there] if there < len(self._sizes) else 0
 
     def _lend(self, chunk: _Chunk, start: int, size: int) -> Array:
         end = start + size
@@ -89,10 +95,10 @@ class _Chunk:
         self._views: dict[tuple[int, int], Array] = {}
 
     def gaps(self) -> Iterator[tuple[int, int]]:
-        """How many elements are free and where they begin, of each part that nobody has."""
+        """Start and end of each part that nobody has."""
         start = 0
         for low, high in [*self.taken, (self.array.size, self.array.size)]:
-            yield low - start, start
+            yield start, low
             start = high
 
     def view(self, start: int, end: int) -> Array:

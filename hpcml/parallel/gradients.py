@@ -30,11 +30,10 @@ from hpcml.parallel.groups import Groups
 class Gradients:
     """Collects the gradients of one step after the other.
 
-    most: elements that are on their way at once, unless a bucket is larger: three buckets of usual
-    size, of which one is filled and one is reduced. Those of tied parameters, which wait for their
-    second use, come in addition. overlap: reduce in the background. ordered: deterministic mode.
-    stages: those of a pipeline that this rank has, each with its buckets: a backward is through one
-    of them. tied: buckets that are in use from their first contribution to the second.
+    arena: has room for one bucket at least. overlap: reduce in the background, one bucket beside
+    that which is filled, if there is room for two. ordered: deterministic mode. stages: those of a
+    pipeline that this rank has, each with its buckets: a backward is through one of them. tied:
+    buckets that are in use from their first contribution to the last, in memory of their own.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class Gradients:
         storage: FlatStorage,
         groups: Groups,
         arena: Arena,
-        most: int,
         overlap: bool,
         ordered: bool,
         stages: Mapping[int, Sequence[Bucket]],
@@ -64,8 +62,6 @@ class Gradients:
         self._slots: dict[Bucket, Array] = {}
         self._own = {bucket: self._part(bucket) for bucket in storage.trained}
         self._pending: list[tuple[Request, Array]] = []
-        largest = max((b.size for b in storage.trained if b not in tied), default=0)
-        self._most, self._beside = max(most, largest), most // 3
         self._active = False
         self._real = self._first = True
         if self.on_way or ordered or self.overlap:
@@ -176,11 +172,9 @@ class Gradients:
         return self._slots[bucket]
 
     def _make_room(self, size: int) -> None:
-        """Wait for reductions until so much more is not too much, and has a place."""
-        slots, missing = self._slots, self._missing
-        used = sum(one.size for one in slots if missing[one] and one not in self._tied)
-        self._wait(max(self._most - used - size, self._beside if used else 0), 1)
-        if not used and not self.arena.fits(size):
+        """Wait for reductions until one at most is under way, and so much more has a place."""
+        self._wait(1)
+        if not self.arena.fits(size):
             self._wait()
 
     def _forget(self, bucket: Bucket) -> Array:
@@ -288,10 +282,9 @@ class Gradients:
         whole = self.sharding.whole("grads")
         return bucket.grad[self.sharding.block(bucket)] if whole else bucket.grad
 
-    def _wait(self, most: int = 0, count: int = 0) -> None:
-        """Until at most `count` reductions are under way, of at most so many elements."""
-        pending = self._pending
-        while len(pending) > count or sum(source.size for _, source in pending) > most:
+    def _wait(self, count: int = 0) -> None:
+        """Until at most `count` reductions are under way."""
+        while len(self._pending) > count:
             request, source = self._pending.pop(0)
             request.wait()
             if self.on_way:

@@ -9,6 +9,7 @@ until another is fetched: backward begins with the one with which forward ended.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from math import prod
 
 import numpy as np
@@ -28,21 +29,22 @@ class Shards:
     """Fetches units and lets them go; all ranks do so in the same order.
 
     prefetch: fetch the unit that came next in the last pass while this one is in use, as soon as
-    the arena has a place for it: it is made for two units, and backward may use two at once.
+    the arena has a place for it. most: elements for which there is a place beside a unit in use; a
+    larger unit is fetched in parts, so that those of the next one come as those of this one go.
     """
 
     def __init__(
-        self, model: Module, storage: FlatStorage, axis: Axis, arena: Arena, prefetch: bool
-    ) -> None:
+        self, model: Module, storage: FlatStorage, axis: Axis, arena: Arena, prefetch: bool,
+        most: int,
+    ) -> None:  # fmt: skip
         self.axis, self.sharding = axis, storage.sharding
         self.arena, self.prefetch = arena, prefetch
         self.units: list[Unit] = []
         self._parked: list[Unit] = []  # whose memory is free to use, but still holds their values
         self._seen: list[Unit] = []  # fetched in this pass
         self._order: list[Unit] = []  # fetched in the last whole pass
-        numbers = dict.fromkeys(bucket.unit for bucket in storage.buckets)
-        for number in numbers:
-            self.units.append(Unit(self, [b for b in storage.buckets if b.unit == number]))
+        for _, buckets in groupby(storage.buckets, key=lambda bucket: bucket.unit):
+            self.units += [Unit(self, part) for part in _parts(buckets, most)]
         for module, parameters in units.users(model):
             fetched = dict.fromkeys(p.unit for p in parameters if isinstance(p.unit, Unit))
             if fetched:
@@ -186,6 +188,19 @@ class Unit:
         if self.slots:
             self.shards.arena.give_back(self._room)
         self.slots, self._room = [], None
+
+
+def _parts(buckets: Iterable[Bucket], most: int) -> list[list[Bucket]]:
+    """Neighbours of at most so many elements together, or a bucket that is larger by itself."""
+    parts: list[list[Bucket]] = []
+    room = 0
+    for bucket in buckets:
+        if not parts or bucket.size > room:
+            parts.append([])
+            room = most
+        parts[-1].append(bucket)
+        room -= bucket.size
+    return parts
 
 
 HeldOf = Callable[[Bucket], tuple[Array, bool]]

@@ -27,6 +27,7 @@ from hpcml.parallel.held import Held
 from hpcml.parallel.limits import advised
 from hpcml.parallel.norm import norm
 from hpcml.parallel.pipeline.actions import Kind
+from hpcml.parallel.rooms import rooms
 from hpcml.parallel.shards import HeldOf, Shards, assemble, detach, gather, gathered
 
 
@@ -86,24 +87,19 @@ class Zero:
         def alone(size: int) -> Array:
             return memory.empty((size,), storage.dtype, "buffers", where)
 
-        tied = self._tied()
-        largest = max((bucket.size for bucket in storage.trained if bucket not in tied), default=0)
-        own = Arena(alone, 1, max(min(most, 2 * largest), largest) if overlap else largest)
-        stages = self.held.by_stage(storage.trained)
-        self._gradients = Gradients(
-            storage, groups, own, most, overlap, deterministic, stages, tied
-        )
+        tied, stages = self._tied(), self.held.by_stage(storage.trained)
+        sharded = not groups.sharding.whole("params")
+        ahead = sharded and overlap and groups.pp.size == 1  # in a pipeline passes are not alike
+        room = rooms(storage.buckets, tied, most if overlap else 0, ahead=ahead)
+        own = Arena(alone, [room.gradients])
+        self._gradients = Gradients(storage, groups, own, overlap, deterministic, stages, tied)
         self._shards: Shards | None = None
-        if not groups.sharding.whole("params"):
+        if sharded:
             # Processes share no memory of a GPU.
             together = partial(groups.shard.empty, dtype=storage.dtype)
-            ahead = overlap and groups.pp.size == 1  # in a pipeline passes are not alike
-            size = Counter[int]()
-            for bucket in storage.buckets:
-                size[bucket.unit] += bucket.size
-            places = (2, max(size.values())) if ahead else (0, 0)
-            shared = Arena(together if where == "cpu" else alone, *places)
-            self._shards = Shards(model, storage, groups.shard, shared, ahead)
+            places = [room.unit, room.ahead] if ahead else []
+            shared = Arena(together if where == "cpu" else alone, places)
+            self._shards = Shards(model, storage, groups.shard, shared, ahead, room.ahead)
 
     def _tied(self) -> set[Bucket]:
         """Buckets with a parameter that several modules use."""

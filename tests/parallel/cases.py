@@ -139,6 +139,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "2 layers": {"zero": 2, "zero_split": "layers"},
     "3 layers": {"zero": 3, "zero_split": "layers"},
     "3 layers overlap": {"zero": 3, "zero_split": "layers", "overlap": True},
+    "3 overlap, small buckets": {"zero": 3, "overlap": True, "bucket_mb": 1e-4},
 }
 """Stages and forms of ZeRO, as options of `parallelize`."""
 

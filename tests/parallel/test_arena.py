@@ -24,7 +24,7 @@ def test_places_are_used_again_and_never_twice_at_once() -> None:
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 100, 20)
     allocate = Counted()
-    arena = Arena(allocate, 2, int(sizes.max()))
+    arena = Arena(allocate, [int(sizes.max())] * 2)
     before = arena.take(int(sizes[0]))
     before[...] = 0
     for number, size in enumerate(sizes[1:], 1):
@@ -38,7 +38,7 @@ def test_places_are_used_again_and_never_twice_at_once() -> None:
 
 def test_the_place_where_least_is_left() -> None:
     """Something small does not take the place of the next large one."""
-    arena = Arena(allocate := Counted(), 2, 100)
+    arena = Arena(allocate := Counted(), [100, 100])
     head = arena.take(90)
     norm = arena.take(10)
     assert arena.fits(100)
@@ -52,9 +52,35 @@ def test_the_place_where_least_is_left() -> None:
     assert allocate.sizes == [100, 100, 200, 100]
 
 
+def test_what_lies_at_either_end_leaves_one_gap() -> None:
+    """A bucket that outlived the one before it lay in the middle, and the next had no place."""
+    arena = Arena(allocate := Counted(), [100])
+    reduced, filled = arena.take(30), arena.take(40)
+    arena.give_back(reduced)
+    assert arena.fits(60)
+    arena.take(60)
+    arena.give_back(filled)
+    arena.take(40)
+    assert allocate.sizes == [100]
+
+
+def test_places_of_unlike_sizes() -> None:
+    """The second has room for a part only; what is larger waits until the first is free."""
+    arena = Arena(allocate := Counted(), [100, 60])
+    assert arena.fits(100)
+    unit = arena.take(90)
+    assert not arena.fits(61)
+    assert arena.fits(60)
+    arena.take(30)
+    arena.take(30)
+    arena.give_back(unit)
+    assert arena.fits(100)
+    assert allocate.sizes == [100, 60]
+
+
 def test_what_stays_long_is_apart() -> None:
     """It would keep the large array from what passes through it."""
-    arena = Arena(allocate := Counted(), 1, 100)
+    arena = Arena(allocate := Counted(), [100])
     tied = arena.take(5, apart=True)
     for _ in range(3):
         arena.give_back(arena.take(100))

@@ -66,7 +66,8 @@ def test_bits_do_not_depend_on_ranks_and_stage(
 @cases(
     "options",
     [{"zero": 3, "bucket_mb": 1e-4}, {"zero": 2, "overlap": True}, {"zero": 3, "overlap": True},
-     {"zero": 0, "overlap": True}, {"zero": 1, "overlap": True}]
+     {"zero": 3, "overlap": True, "bucket_mb": 1e-4}, {"zero": 0, "overlap": True},
+     {"zero": 1, "overlap": True}]
     + [{"zero": stage, "shard_ranks": shards} for stage in (1, 2, 3) for shards in (1, 2)],
     ids=str,
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from hpcml.comm.reduction import _BLOCK
 from hpcml.models import GPT, NextTokenLoss
 from hpcml.optim import AdamW
 from hpcml.parallel import Step
+from hpcml.parallel.gradients import Gradients
+from hpcml.parallel.shards import Unit
 from hpcml.parallel.states import STAGES, model_states
 
 cases = pytest.mark.parametrize
@@ -204,21 +207,60 @@ def test_nothing_is_held_for_a_moment_where_ranks_hold_all(
 
 @cases("tied", [False, True])
 @cases(
-    ("overlap", "vocab", "width"), [(False, 4096, 64), (True, 4096, 64), (True, 300, 64)]
+    ("overlap", "precision", "vocab", "width", "bucket_mb"),
+    [
+        (False, "fp32", 4096, 64, 0.4), (True, "fp32", 4096, 64, 0.4), (True, "fp32", 300, 64, 0.4),
+        (True, "fp32", 301, 64, 0.05), (True, "fp32", 65, 96, 0.15), (True, "bf16", 1153, 96, 0.15),
+    ],
 )  # fmt: skip
 def test_never_more_than_a_bucket_and_two_units(
-    mesh: Mesh, overlap: bool, vocab: int, width: int, tied: bool
+    mesh: Mesh, overlap: bool, precision: str, vocab: int, width: int, bucket_mb: float, tied: bool
 ) -> None:
-    """Whatever the sizes of units; with a tied embedding in the background two buckets more.
+    """Whatever the sizes, in the background and with a tied embedding too.
 
     In backward the last norm makes its result again for the head; and units that come and go leave
-    gaps of unlike sizes. Both took half a unit more.
+    gaps of unlike sizes: both took half a unit more. The gradient of a tied embedding waits beside
+    the others, and a weight larger than a bucket lies apart from its bias, which is filled at the
+    same time: in the background both took up to a quarter more.
     """
-    found = made(mesh, 3, vocab=vocab, width=width, tied=tied, overlap=overlap, bucket_mb=0.4)
-    third = max(b.size for b in found.step.optimizer.storage.buckets if len(b.parameters) > 1)
-    most = max(found.bucket, int(0.4 * 2**20)) + 2 * max(found.units())
-    most += 2 * third * found.itemsize if overlap and tied else 0
-    assert found.buffers() <= most + found.beside
+    found = made(
+        mesh, 3, precision, vocab=vocab, width=width, tied=tied, overlap=overlap,
+        bucket_mb=bucket_mb,
+    )  # fmt: skip
+    bound = max(found.bucket, int(bucket_mb * 2**20)) + 2 * max(found.units())
+    assert found.buffers() <= bound + found.beside
+
+
+@pytest.mark.mpi(min_size=2)
+@cases(("vocab", "width", "bucket_mb"), [(301, 64, 0.05), (1153, 96, 0.3), (4099, 64, 0.4)])
+def test_units_come_before_their_use_though_a_tied_gradient_waits(
+    monkeypatch: pytest.MonkeyPatch, vocab: int, width: int, bucket_mb: float
+) -> None:
+    """All but the first of a microbatch, in parts where there is no place for a whole one.
+
+    All ranks fetch and reduce in one order.
+    """
+    calls: list[tuple[str, int, bool]] = []
+
+    def noted(kind: type, name: str, of: Callable[..., tuple[int, bool]]) -> None:
+        before = getattr(kind, name)
+
+        def call(self: Any, *args: Any, **options: Any) -> None:
+            calls.append((name, *of(self, *args, **options)))
+            before(self, *args, **options)
+
+        monkeypatch.setattr(kind, name, call)
+
+    noted(Unit, "start", lambda unit, background: (unit.size, background))
+    noted(Gradients, "_start", lambda _, bucket, source, background: (source.size, background))
+    found = made(Mesh(), 3, vocab=vocab, width=width, overlap=True, bucket_mb=bucket_mb)
+    found.train(2)
+    first = len(calls)
+    found.train(2)
+    late = [size for _, size, background in calls[first:] if not background]
+    embedding = found.step.model.transformer.wte.weight.unit.size
+    assert late == [embedding] * 2
+    assert all(other == calls for other in found.step.axis.allgather_object(calls))
 
 
 @cases("overlap", [False, True])

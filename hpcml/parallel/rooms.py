@@ -1,0 +1,66 @@
+"""How much memory there is for what lives briefly, so that its bound holds whatever the sizes.
+
+Beside the model states a step holds at most a bucket of gradients, or what `bucket_mb` allows where
+that is more, and at stage 3 two units of parameters, one in use and one that comes. The gradient of
+a tied weight is under way from its first use in backward to its last, beside those of all others:
+what is too much then is taken off the place of the unit that comes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from hpcml.optim.buckets import ALIGNMENT, Bucket
+
+
+class Rooms(NamedTuple):
+    """Elements of each place; gradients of tied weights have memory of their own."""
+
+    gradients: int
+    """For buckets on their way: those filled at once, and as a rule one that is reduced."""
+    unit: int
+    """For the unit in use."""
+    ahead: int
+    """For what is fetched before its use."""
+
+
+def rooms(buckets: Sequence[Bucket], tied: Collection[Bucket], most: int, *, ahead: bool) -> Rooms:
+    """The places for buckets and units of these sizes.
+
+    tied: buckets whose gradients stay. most: elements of gradients that are on their way at once,
+    if no bucket is larger. ahead: units are fetched before their use; what that has room for is
+    half a unit at least, unless what is filled at once leaves less.
+    """
+    sizes = Counter[int]()
+    for bucket in buckets:
+        sizes[bucket.unit] += bucket.size
+    unit = max(sizes.values())
+    trained = [bucket for bucket in buckets if bucket.trained]
+    passing = [bucket for bucket in trained if bucket not in tied]
+    largest, least = max((bucket.size for bucket in passing), default=0), _filled_at_once(passing)
+    gradients = max(least, min(_aligned(most), least + largest))
+    if not ahead:
+        return Rooms(gradients, unit, unit)
+    left = max([_aligned(most), *(bucket.size for bucket in trained)])
+    left -= sum(bucket.size for bucket in tied)
+    gradients = max(least, min(gradients, left + _aligned(unit // 2)))
+    return Rooms(gradients, unit, unit - min(max(gradients - left, 0), unit))
+
+
+def _filled_at_once(buckets: Sequence[Bucket]) -> int:
+    """Elements of the largest bucket, or of the two with the parameters of one layer."""
+    layers = [{p.name.rpartition(".")[0] for p in bucket.parameters} for bucket in buckets]
+    both = [
+        one.size + other.size
+        for (one, of_one), (other, of_other) in pairwise(zip(buckets, layers, strict=True))
+        if one.unit == other.unit and of_one & of_other
+    ]
+    return max([*both, *(bucket.size for bucket in buckets)], default=0)
+
+
+def _aligned(size: int) -> int:
+    """Down to where arrays of any type may end, so that what lies there begins as they do."""
+    return size - size % ALIGNMENT

@@ -1,0 +1,76 @@
+"""Places for gradients and units: within the bound by construction, whatever the sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from hpcml.nn import Parameter
+from hpcml.optim.buckets import Bucket, Sharding, plan
+from hpcml.parallel.rooms import Rooms, rooms
+
+cases = pytest.mark.parametrize
+
+
+def buckets(units: Sequence[dict[str, int]], most: int) -> list[Bucket]:
+    """Of layers by name and size, in thirds of `most` elements."""
+    made = []
+    for unit in units:
+        made.append([])
+        for name, size in unit.items():
+            parameter = Parameter(shape=(size,))
+            parameter.name = name
+            made[-1].append((parameter, 0))
+    return plan(made, 4 * most // 3, Sharding())
+
+
+def laid_out(units: Sequence[dict[str, int]], most: int, *, tied: int) -> tuple[Rooms, int]:
+    """Places where the first so many units are tied, and what the bound leaves beside them."""
+    found = buckets(units, most)
+    of_tied = [bucket for bucket in found if bucket.unit < tied]
+    sizes = np.bincount([b.unit for b in found], [b.size for b in found])
+    bound = max(most, *(bucket.size for bucket in found)) + 2 * int(sizes.max())
+    room = rooms(found, of_tied, most, ahead=True)
+    return room, bound - sum(room) - sum(bucket.size for bucket in of_tied)
+
+
+BLOCK = {"a.weight": 3000, "a.bias": 300, "b.weight": 4000, "b.bias": 400}
+
+
+@cases("most", [300, 3000, 12000, 50000])
+@cases("vocab", [100, 2000, 7700, 30000])
+def test_a_tied_gradient_is_within_the_bound(vocab: int, most: int) -> None:
+    """It waits beside the others. What is too much is taken off what comes.
+
+    That keeps half, unless a layer of which weight and bias are filled at once needs more.
+    """
+    room, left = laid_out([{"wte.weight": vocab}, BLOCK, BLOCK], most, tied=1)
+    assert left >= 0
+    assert room.gradients >= 4000 + 400
+    assert room.ahead >= min(room.unit // 2, room.unit - room.gradients)
+
+
+@cases("most", [13500, 50000])
+def test_nothing_is_taken_off_without_need(most: int) -> None:
+    """Two buckets pass and two whole units have places, with a small tied one too."""
+    for tied in (0, 1):
+        room, left = laid_out([{"wte.weight": 100}, BLOCK, BLOCK], most, tied=tied)
+        assert left >= 0
+        assert room.unit == room.ahead
+        assert room.gradients >= min(2 * 4000, most)
+
+
+def test_where_no_unit_can_come() -> None:
+    """A bucket of gradients, a tied one and a unit are all that the bound allows: none is ahead."""
+    layers = [{name: 6400} for name in ("wte.weight", "a.weight", "b.weight")]
+    room, left = laid_out(layers, 3000, tied=1)
+    assert (room, left) == ((6400, 6400, 0), 0)
+
+
+def test_several_tied_gradients_at_once_may_be_more() -> None:
+    """All of them wait: the second is beyond the bound, whoever lays them out."""
+    layers = [{name: 6400} for name in ("source.weight", "target.weight", "a.weight")]
+    room, left = laid_out(layers, 3000, tied=2)
+    assert (room, left) == ((6400, 6400, 0), -6400)
