@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.device import emulator, standin
+from tests.device.standin import order
 from tests.device.support import DTYPES, Numbers
 
 
@@ -21,6 +22,14 @@ def standing_in() -> Iterator[Any]:
     standin.used.clear()
     with standin.installed() as module:
         yield module
+
+
+@pytest.fixture
+def watch(device: Any) -> Iterator[None]:
+    """On the stand-in, fail where a stream uses what it has not waited for (`standin.order`)."""
+    with order.watched() as found:
+        yield
+    assert not found.races
 
 
 @pytest.fixture

@@ -171,14 +171,18 @@ template <class... P> int launch(void (*kernel)(P...), const Call& c) {
     return unpack(kernel, c, std::index_sequence_for<P...>());
 }
 
-// The type of a parameter: of NumPy's character and size, after "*" for a pointer.
+// The type of a parameter: of NumPy's character and size, after "*" for a pointer, or "c*" for one
+// to what is only read.
 template <class P> std::string type_of() {
     typedef std::remove_cv_t<std::remove_pointer_t<P>> V;
     const char* kind = std::is_same_v<V, bool>             ? "b"
                        : std::is_floating_point_v<V>       ? "f"
                        : std::is_integral_v<V>             ? (std::is_signed_v<V> ? "i" : "u")
                                                            : "V";
-    return (std::is_pointer_v<P> ? "*" : "") + (kind + std::to_string(sizeof(V)));
+    const char* pointer = !std::is_pointer_v<P>                              ? ""
+                          : std::is_const_v<std::remove_pointer_t<P>> ? "c*"
+                                                                      : "*";
+    return pointer + (kind + std::to_string(sizeof(V)));
 }
 
 template <class... P> std::string types(void (*)(P...)) {

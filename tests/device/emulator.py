@@ -1,8 +1,8 @@
 """CUDA sources compiled by the C++ compiler of the host, and their kernels called on host memory.
 
 `RawModule` and the kernels it gives stand for CuPy's, with more checks: an argument must be exactly
-of the type that the kernel declares, and each kernel runs twice, with its threads in opposite
-order (`Kernel.orders`), and must write the same bits.
+of the type that the kernel declares, a launch within CUDA's limits, and each kernel runs twice,
+with its threads in opposite order (`Kernel.orders`), and must write the same bits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hpcml.kernels.cuda.launch import FOLDER, text
+from tests.device.standin import streams
 
 HEADER = Path(__file__).with_name("emulate.hpp")
 FLAGS = (
@@ -30,6 +31,14 @@ FLAGS = (
     # What is out of bounds or not aligned ends the process at once.
     "-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-error",
 )  # fmt: skip
+
+
+# "CUDA C++ Programming Guide", technical specifications: of every compute capability from 8.0 on.
+GRID = (1 << 31) - 1, 65535, 65535
+BLOCK = 1024, 1024, 64
+THREADS = 1024
+SHARED, MOST_SHARED = 48 << 10, 227 << 10
+"""Bytes of shared memory of a block unless its kernel asks for more, and that it can ask for."""
 
 
 def missing() -> str:
@@ -78,25 +87,51 @@ def library(sources: tuple[str, ...], options: tuple[str, ...]) -> ctypes.CDLL:
     return ctypes.CDLL(str(made))
 
 
-class Kernel:
+class Limits:
+    """What CUDA refuses of launches of a kernel."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._shared = name, SHARED
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        """Bytes of shared memory that a launch can have."""
+        return self._shared
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, nbytes: int) -> None:
+        assert nbytes <= MOST_SHARED, f"{self.name}: no device has {nbytes} bytes of shared memory"
+        self._shared = nbytes
+
+    def check(self, grid: Any, block: Any, shared_mem: int) -> None:
+        """Fail if it refuses this one."""
+        _within(f"{self.name}: grid", grid, GRID)
+        _within(f"{self.name}: block", block, BLOCK)
+        assert np.prod(block) <= THREADS, f"{self.name}: a block of {block} threads is too large"
+        assert shared_mem <= self._shared, (
+            f"{self.name}: {shared_mem} bytes of shared memory, but {self._shared} asked for"
+        )
+
+
+class Kernel(Limits):
     """A kernel: call it with a grid, a block and arguments as CuPy's."""
 
-    max_dynamic_shared_size_bytes = 48 << 10
     orders: ClassVar[tuple[int, ...]] = (0, 1)
     """The orders of threads to run in: upwards and downwards."""
 
     def __init__(self, loaded: ctypes.CDLL, name: str) -> None:
-        self.name, self._run = name, getattr(loaded, f"run_{name}")
-        describe = getattr(loaded, f"types_{name}")
+        super().__init__(name)
+        self._run, describe = getattr(loaded, f"run_{name}"), getattr(loaded, f"types_{name}")
         describe.restype = ctypes.c_char_p
         self.types = describe().decode().split()
 
     def __call__(self, grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
-        assert min(grid) > 0 and len(grid) <= 3 and max([0, *grid[1:]]) <= 65535, grid
-        assert 0 < np.prod(block) <= 1024 and shared_mem <= self.max_dynamic_shared_size_bytes
+        self.check(grid, block, shared_mem)
         assert len(args) == len(self.types), f"{self.name}: {len(args)} of {self.types}"
         for number, (arg, declared) in enumerate(zip(args, self.types, strict=True)):
             assert _type(arg, declared), f"{self.name}: argument {number}, {declared}, is {arg!r}"
+            if hasattr(arg, "memory"):
+                streams.touch(arg.memory, write=not declared.startswith("c"))
         arrays = [arg.memory for arg in args if hasattr(arg, "memory")]
         before = [array.copy() for array in arrays]
         results = []
@@ -123,8 +158,14 @@ class Kernel:
         )
 
 
+def _within(what: str, sizes: Any, limits: tuple[int, ...]) -> None:
+    fits = all(0 < size <= limit for size, limit in zip(sizes, limits, strict=False))
+    assert 0 < len(sizes) <= 3 and fits, f"{what} {sizes} is not within {limits}"
+
+
 def _type(arg: Any, declared: str) -> bool:
     """Whether an argument is what a kernel declares: "*f4", "i8", "V96", ..."""
+    declared = declared.removeprefix("c")
     pointer = declared.startswith("*")
     if pointer != hasattr(arg, "memory"):
         return False

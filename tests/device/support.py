@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from typing import Any
 
@@ -17,8 +18,15 @@ TOLERANCE = {"float32": 2e-6, "float64": 1e-12, "bfloat16": 2.0**-8, "float16": 
 KEY, FIRST = np.uint64(0xFEDCBA9876543210), np.uint64((1 << 33) + 5)
 """Of random numbers: a key, and a sample with bits beyond the lowest 32."""
 
-few = pytest.mark.parametrize("numbers", ["float32", "bfloat16"], indirect=True)
-"""For what all types have in common, to spare compiling it for each."""
+
+def of_types(*names: str) -> pytest.MarkDecorator:
+    """Numbers of these types only, to spare compiling kernels for the others; on a GPU of all."""
+    chosen = DTYPES if os.environ.get("HPCML_GPU") == "1" else names
+    return pytest.mark.parametrize("numbers", chosen, indirect=True)
+
+
+few = of_types("float32", "bfloat16")
+"""For what all types have in common."""
 
 
 class Numbers:

@@ -13,7 +13,7 @@ from tests.device import emulator
 from tests.device.support import FIRST, KEY, Numbers, few
 
 ATTENTION = [  # batch, heads, queries, keys, depth
-    (1, 1, 1, 1, 1), (1, 1, 66, 70, 16), (2, 2, 5, 33, 24), (1, 1, 66, 3, 7), (0, 1, 4, 4, 4),
+    (1, 1, 1, 1, 1), (1, 2, 66, 70, 16), (2, 2, 5, 33, 24), (1, 1, 66, 3, 7), (0, 1, 4, 4, 4),
 ]  # fmt: skip
 PLAIN = 0, 0, 0, 0, 0, 0
 MASKED = KEY, FIRST, np.uint32(0.3 * 2**32), 2, 7, 5

@@ -54,6 +54,7 @@ CONVOLUTIONS: list[Any] = [
     ((2, 6, 5, 6), (8, 3, 3, 2), ((2, 1), (1, 0), (2, 3), 2)),
     ((3, 3, 4, 9), (5, 9, 1, 1), ((1, 1), (0, 0), (1, 1), 1)),
     ((1, 3, 5, 4, 2), (3, 2, 2, 3, 3), ((1, 2, 1), (1, 1, 1), (1, 1, 2), 1)),
+    ((1, 3, 3, 1), (1, 1, 1, 1), ((2, 2), (0, 0), (1, 1), 1)),  # fewer columns than a pack has
 ]
 
 
@@ -156,6 +157,6 @@ def test_resampling_and_transposing(numbers: Numbers, cuda: Any) -> None:
     images.resample(x[0], first, count, weights, out[0])
     generic_images.resample(x[1], first, count, weights, out[1])
     numbers.close(*out, 2)
-    out = numbers.empty(3, 40, 21)
+    x, out = numbers.normal(3, 40, 70), numbers.empty(3, 70, 40)
     images.transpose(x[0], out[0])
     assert (host(out[0]).astype(float) == x[1].swapaxes(1, 2)).all()

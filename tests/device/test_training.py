@@ -15,7 +15,8 @@ import pytest
 
 import hpcml
 from hpcml import backend, memory, nn
-from hpcml.comm import staging
+from hpcml.comm import axis, staging
+from hpcml.comm.staging import beside
 from hpcml.errors import MemoryLimitError
 from hpcml.models.gpt import GPT, NextTokenLoss
 from tests.device import emulator
@@ -109,39 +110,50 @@ def test_ranks_that_divide_the_context(device: Any) -> None:
     same(found, "float64", 1e-10)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(
     ("mesh", "zero", "reads"),
     [({"dp": 1}, 0, [2]), ({"dp": 2}, 0, [2, 2]), ({"dp": 2}, 3, [2, 2]), ({"tp": 2}, 0, [2, 2]),
      ({"pp": 2}, 0, [1, 2])],
 )  # fmt: skip
 def test_a_step_waits_for_the_device_as_often_as_it_must(
-    mesh: dict[str, int], zero: int, reads: list[int], standing_in: Any,
+    mesh: dict[str, int], zero: int, reads: list[int], overlap: bool, standing_in: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Once for the losses of its microbatches, after all work was started, and once for the norm.
 
     The first stage of a pipeline has no losses. Beside that, once for each message that is sent or
-    received; what threads wait for, to copy from one to the other, processes do not.
+    received, and in the background once at the end of an operation; what threads wait for, to copy
+    from one to the other, processes do not.
     """
-    messages: Counter[int] = Counter()
+    started: Counter[int] = Counter()
     for name in ("isend", "irecv"):
-        monkeypatch.setattr(staging, name, counting(getattr(staging, name), messages))
+        monkeypatch.setattr(staging, name, counting(getattr(staging, name), started))
+    monkeypatch.setattr(axis, "beside", lambda x, call: beside(x, counting(call, started)))
+    before_all = streams.count.copy()
 
     def program() -> tuple[int, int]:
         made = model(dropout=0.1)
         made.to(np.float32).to("cuda")
         step = hpcml.parallelize(
             made, loss=NextTokenLoss(), optimizer=hpcml.optim.AdamW, lr=1e-2,
-            mesh=hpcml.Mesh(**mesh), microbatch=2, seed=5, grad_clip=1.0, zero=zero, overlap=False,
+            mesh=hpcml.Mesh(**mesh), microbatch=2, seed=5, grad_clip=1.0, zero=zero,
+            overlap=overlap,
         )  # fmt: skip
         step(tokens())
-        before, sent = streams.here(), messages[threading.get_ident()]
+        before, begun = streams.here(), started[threading.get_ident()]
         step(tokens())
         spent = streams.here() - before
-        waits = spent["syncs"] - spent["whole device"] - spent["reads"]
-        return spent["reads"], waits - (messages[threading.get_ident()] - sent)
+        return spent["reads"], stray(spent) - (started[threading.get_ident()] - begun)
 
     assert hpcml.run(program, ranks=len(reads)) == [(count, 0) for count in reads]
+    # The same for all threads together, those in the background included.
+    assert stray(streams.count - before_all) == started.total()
+
+
+def stray(spent: Counter[str]) -> int:
+    """Waits that are neither for values nor of threads that copy to another's memory."""
+    return spent["syncs"] - spent["whole device"] - spent["reads"]
 
 
 def counting(call: Callable[..., Any], calls: Counter[int]) -> Callable[..., Any]:

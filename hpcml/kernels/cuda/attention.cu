@@ -3,14 +3,8 @@
 // A block goes over the rows of the other side: queries over keys in forward and for dq, keys over
 // queries for dk and dv, so that no two blocks add to the same number.
 #include "tiles.cuh"
+#include "heads.cuh"
 #include "philox.cuh"
-
-// x[b, h, t, :] of an array whose last dimension alone is contiguous.
-struct Strides {
-    i64 b, h, t;
-};
-
-__device__ inline i64 start_of(const Strides& s, i64 b, i64 h) { return b * s.b + h * s.h; }
 
 // Which rows of a batch and head there are, and what the mask of dropout depends on.
 struct Shape {
@@ -19,18 +13,17 @@ struct Shape {
     i64 threshold;
 };
 
-// Of a block its sample, head and first row; of a thread its row, and 8 further on, and the first of
-// its columns in each 8, halved.
+// Of a block its sample, head, their number and the first of its rows; of a thread its row, and 8
+// further on, and the first of its columns in each 8, halved.
 struct Place {
-    i64 b, h, first, row;
+    i64 b, h, number, first, row;
     int t;
 };
 
-__device__ inline Place place_of(const Shape& s) {
-    i64 first = i64(blockIdx.x) * ROWS;
+__device__ inline Place place_of(i64 heads, i64 rows) {
+    auto [b, h, number, first] = part_of(heads, rows, ROWS);
     int lane = threadIdx.x % WARP;
-    return {blockIdx.y / s.heads, blockIdx.y % s.heads, first,
-            first + threadIdx.x / WARP * 16 + lane / 4, lane % 4};
+    return {b, h, number, first, first + threadIdx.x / WARP * 16 + lane / 4, lane % 4};
 }
 
 __device__ inline Sum kept_scale(const Shape& s) {
@@ -73,7 +66,7 @@ KERNEL attention(
     DYNAMIC_SHARED(memory);
     T *q_tile = reinterpret_cast<T*>(memory), *k_tile = q_tile + ROWS * PITCH;
     T* v_tile = k_tile + COLUMNS * PITCH;
-    auto [b, h, first, row, t] = place_of(s);
+    auto [b, h, number, first, row, t] = place_of(s.heads, s.queries);
     i64 end = s.causal && first + ROWS < s.keys ? first + ROWS : s.keys;
     Mask mask(s, b, h);
     Sum most[2] = {-infinity(Sum(0)), -infinity(Sum(0))}, sum[2] = {0, 0};
@@ -130,24 +123,10 @@ KERNEL attention(
         for (int lanes = 1; lanes < 4; lanes *= 2) sum[i] += shuffle_xor(sum[i], lanes);
         factor[i] = kept_scale(s) / sum[i];
         i64 r = row + 8 * i;
-        if (t == 0 && r < s.queries) lse[blockIdx.y * s.queries + r] = most[i] + log(sum[i]);
+        if (t == 0 && r < s.queries) lse[number * s.queries + r] = most[i] + log(sum[i]);
     }
     T* place = out + start_of(os, b, h);
     store(place, os.t, first, s.queries, s.depth, total, factor[0], factor[1], false);
-}
-
-// delta = sum of g * out for each query, by a warp.
-KERNEL attention_delta(
-    const T* g, const T* out, Sum* delta, Strides gs, Strides os, i64 heads, i64 queries, i64 depth
-) {
-    i64 r = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
-    if (r >= queries) return;
-    i64 b = blockIdx.y / heads, h = blockIdx.y % heads;
-    const T *x = g + start_of(gs, b, h) + r * gs.t, *y = out + start_of(os, b, h) + r * os.t;
-    Sum sum = 0;
-    for (i64 j = threadIdx.x % WARP; j < depth; j += WARP) sum += widen(x[j]) * widen(y[j]);
-    sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) delta[blockIdx.y * queries + r] = sum;
 }
 
 // Of scores and of the gradient dp of probabilities: p, with the mask, and the gradient ds.
@@ -168,13 +147,13 @@ KERNEL attention_queries(
     DYNAMIC_SHARED(memory);
     T *q_tile = reinterpret_cast<T*>(memory), *g_tile = q_tile + ROWS * PITCH;
     T *k_tile = g_tile + ROWS * PITCH, *v_tile = k_tile + COLUMNS * PITCH;
-    auto [b, h, first, row, t] = place_of(s);
+    auto [b, h, number, first, row, t] = place_of(s.heads, s.queries);
     i64 end = s.causal && first + ROWS < s.keys ? first + ROWS : s.keys;
     Mask mask(s, b, h);
     Sum shift[2], mean[2], total[DEPTH / 8][4] = {}, p[COLUMNS / 8][4], dp[COLUMNS / 8][4];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        i64 r = row + 8 * i, place = blockIdx.y * s.queries + r;
+        i64 r = row + 8 * i, place = number * s.queries + r;
         shift[i] = r < s.queries ? lse[place] : Sum(0);
         mean[i] = r < s.queries ? delta[place] : Sum(0);
     }
@@ -210,7 +189,7 @@ KERNEL attention_keys(
     __shared__ Sum shift[COLUMNS], mean[COLUMNS];
     T *k_tile = reinterpret_cast<T*>(memory), *v_tile = k_tile + ROWS * PITCH;
     T *q_tile = v_tile + ROWS * PITCH, *g_tile = q_tile + COLUMNS * PITCH;
-    auto [b, h, first, row, t] = place_of(s);  // rows are keys
+    auto [b, h, number, first, row, t] = place_of(s.heads, s.keys);  // rows are keys
     Mask mask(s, b, h);
     Sum of_k[DEPTH / 8][4] = {}, of_v[DEPTH / 8][4] = {};
     Sum p[COLUMNS / 8][4], dp[COLUMNS / 8][4];
@@ -222,7 +201,7 @@ KERNEL attention_keys(
         load_tile<COLUMNS>(q_tile, q + start_of(qs, b, h), qs.t, start, s.queries, s.depth);
         load_tile<COLUMNS>(g_tile, g + start_of(gs, b, h), gs.t, start, s.queries, s.depth);
         if (threadIdx.x < COLUMNS) {
-            i64 r = start + threadIdx.x, place = blockIdx.y * s.queries + r;
+            i64 r = start + threadIdx.x, place = number * s.queries + r;
             shift[threadIdx.x] = r < s.queries ? lse[place] : Sum(0);
             mean[threadIdx.x] = r < s.queries ? delta[place] : Sum(0);
         }
@@ -245,22 +224,4 @@ KERNEL attention_keys(
     }
     store(dk + start_of(dks, b, h), dks.t, first, s.keys, s.depth, of_k, 1, 1, more);
     store(dv + start_of(dvs, b, h), dvs.t, first, s.keys, s.depth, of_v, 1, 1, more);
-}
-
-// Of attention to some keys (out, lse) that to these and others (other, total): a mean weighted by
-// the sums of exponentials (Milakov and Gimelshein 2018), by a warp for each query.
-KERNEL join_attention(
-    T* out, Sum* lse, const T* other, const Sum* total, Strides os, Strides rs, i64 heads,
-    i64 queries, i64 depth
-) {
-    i64 r = i64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
-    if (r >= queries) return;
-    i64 b = blockIdx.y / heads, h = blockIdx.y % heads, place = blockIdx.y * queries + r;
-    Sum x = shuffle(lse[place], 0), y = total[place], most = x > y ? x : y;  // read by all by then
-    Sum first = exp(x - most), second = exp(y - most), both = first + second;
-    T* row = out + start_of(os, b, h) + r * os.t;
-    const T* more = other + start_of(rs, b, h) + r * rs.t;
-    for (i64 j = threadIdx.x % WARP; j < depth; j += WARP)
-        row[j] = narrow((first * widen(row[j]) + second * widen(more[j])) / both);
-    if (threadIdx.x % WARP == 0) lse[place] = most + log(both);
 }

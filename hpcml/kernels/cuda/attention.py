@@ -15,15 +15,16 @@ from hpcml import backend
 from hpcml.backend import Array, xp
 from hpcml.kernels import generic
 from hpcml.kernels.cuda import cudnn
-from hpcml.kernels.cuda.launch import launch, share, sum_type
+from hpcml.kernels.cuda.launch import WARP, launch, share, sum_type
 
-_SOURCE = "attention.cu"
+_TILES, _QUERIES = "attention.cu", "queries.cu"
 _ROWS, _COLUMNS, _THREADS = 64, 32, 128  # as in the source
-_DEPTHS = (32, 64, 128)
-_MOST_SHARED = 163 << 10
+DEPTHS = (32, 64, 128)
+"""Sizes of heads that tiles are compiled for; smaller ones take the next."""
+MOST_SHARED = 163 << 10
 """No more bytes of shared memory are asked for, as compute capability 8.0 has them; others have
 from 99 KiB on ("CUDA C++ Programming Guide", technical specifications)."""
-_FIXED = 2 * _COLUMNS * 8
+FIXED = 2 * _COLUMNS * 8
 """Bytes of shared memory that a kernel has beside its tiles, at most."""
 
 STRIDES = np.dtype([(name, np.int64) for name in "bht"])
@@ -38,16 +39,21 @@ SHAPE = np.dtype(
 def _most_shared(device: int) -> int:
     """Bytes of shared memory that a block can have on a device, if its kernel asks for them."""
     found = backend.device_module("cuda").cuda.Device(device).attributes
-    return min(int(found["MaxSharedMemoryPerBlockOptin"]), _MOST_SHARED)
+    return min(int(found["MaxSharedMemoryPerBlockOptin"]), MOST_SHARED)
 
 
 def takes(depth: int, dtype: np.dtype[Any], device: int = 0) -> bool:
     """Whether heads of this size are computed in tiles on a device."""
-    return _depth(depth) > 0 and _shared(_depth(depth), dtype, 2) + _FIXED <= _most_shared(device)
+    return 0 < needed(_depth(depth), dtype) <= _most_shared(device)
+
+
+def needed(depth: int, dtype: np.dtype[Any]) -> int:
+    """Bytes of shared memory that tiles of this depth take; none for no depth."""
+    return _shared(depth, dtype, 2) + FIXED if depth else 0
 
 
 def _depth(depth: int) -> int:
-    return next((d for d in _DEPTHS if depth <= d), 0)
+    return next((d for d in DEPTHS if depth <= d), 0)
 
 
 def _shared(depth: int, dtype: np.dtype[Any], sides: int) -> int:
@@ -64,7 +70,7 @@ def _strides(x: Array) -> Any:
 def _start(name: str, q: Array, rows: int, arrays: tuple[Any, ...], *more: Any, sides: int) -> None:
     batch, heads, _, depth = q.shape
     launch(
-        _SOURCE, name, q, (-(-rows // _ROWS), batch * heads), (_THREADS,), *arrays, *more,
+        _TILES, name, q, (-(-rows // _ROWS) * batch * heads,), (_THREADS,), *arrays, *more,
         depth=_depth(depth), shared=_shared(_depth(depth), q.dtype, sides),
     )  # fmt: skip
 
@@ -101,10 +107,8 @@ def _over_queries(name: str, q: Array, *args: Any) -> None:
     """Start a kernel with a warp for each query."""
     batch, heads, queries, depth = q.shape
     sizes = np.int64(heads), np.int64(queries), np.int64(depth)
-    launch(
-        _SOURCE, name, q, (-(-queries // 4), batch * heads), (_THREADS,), *args, *sizes,
-        depth=_depth(min(depth, _DEPTHS[-1])),
-    )  # fmt: skip
+    blocks = -(-queries * WARP // _THREADS) * batch * heads
+    launch(_QUERIES, name, q, (blocks,), (_THREADS,), *args, *sizes)
 
 
 def join_attention(out: Array, lse: Array, other: Array, total: Array) -> None:

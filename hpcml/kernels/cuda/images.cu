@@ -159,12 +159,15 @@ KERNEL resample(
     }
 }
 
-// out[n, j, i] = x[n, i, j], by tiles: both sides are read and written along rows.
+// out[n, j, i] = x[n, i, j], by tiles: both sides are read and written along rows. All tiles lie
+// along x: in y and z a grid has no more than 65,535.
 KERNEL transpose(const T* x, i64 rows, i64 columns, T* out) {
     __shared__ T tile[WARP][WARP + 1];
-    const T* from = x + i64(blockIdx.z) * rows * columns;
-    T* to = out + i64(blockIdx.z) * rows * columns;
-    i64 left = i64(blockIdx.x) * WARP, top = i64(blockIdx.y) * WARP;
+    i64 across = (columns + WARP - 1) / WARP, down = (rows + WARP - 1) / WARP;
+    i64 n = blockIdx.x / (across * down);
+    i64 left = blockIdx.x % across * WARP, top = blockIdx.x / across % down * WARP;
+    const T* from = x + n * rows * columns;
+    T* to = out + n * rows * columns;
     for (int k = threadIdx.y; k < WARP; k += blockDim.y) {
         i64 i = top + k, j = left + threadIdx.x;
         if (i < rows && j < columns) tile[k][threadIdx.x] = from[i * columns + j];

@@ -6,10 +6,8 @@ of batch normalisation are of the type of sums: float32 beside 16-bit elements.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from hpcml.kernels.cuda.columns import (
     column_variances,
     wide_column_sums,
 )
-from hpcml.kernels.cuda.launch import WARP, aligned, launch, over, share, sum_type
+from hpcml.kernels.cuda.launch import WARP, aligned, constant, launch, over, share, sum_type
 from hpcml.kernels.cuda.products import product
 
 Sizes = tuple[int, ...]
@@ -83,9 +81,9 @@ class _Plan:
             matrix = image.reshape(self.samples * self.count, image.shape[-1])
             return matrix[:, group * self.channels : (group + 1) * self.channels]
         made = self.empty(image, some)
-        packed, pack = self.packed(image, made)
+        packed = self.packed(image, made)
         over(
-            _SOURCE, "gather_columns", image, made.size // pack * pack,
+            _SOURCE, "gather_columns", image, made.size,
             image[first : first + some], np.int64(some), np.int64(image.shape[-1]),
             np.int64(group * self.channels), np.int64(self.channels), self.record,
             np.bool_(packed), made,
@@ -96,11 +94,11 @@ class _Plan:
         """Columns of so many samples."""
         return share((some * self.count, self.taps * self.channels), like, like.dtype)
 
-    def packed(self, image: Array, *others: Array) -> tuple[bool, int]:
-        """Whether channels can be moved by packs of 16 bytes, and how many these are."""
+    def packed(self, image: Array, *others: Array) -> bool:
+        """Whether channels can be moved by packs of 16 bytes."""
         pack = 16 // image.dtype.itemsize
         fits = self.channels % pack == 0 and image.shape[-1] % pack == 0
-        return fits and aligned(image, *others), pack
+        return fits and aligned(image, *others)
 
     def by_tap(self, weight: Array) -> Array:
         """Weights (F, C / groups, *K) as a matrix (F, taps * C / groups), in that order."""
@@ -146,7 +144,7 @@ def convolve_input_gradient(
         product(plan.rows(g, first, some, group), plan.of_group(weights, group), columns)
         target = out[first : first + some]
         before_it = start[first : first + some] if kind == 2 else start
-        packed, _ = plan.packed(target, columns, *([before_it] if kind else []))
+        packed = plan.packed(target, columns, *([before_it] if kind else []))
         over(
             _SOURCE, "collect_columns", out, some * plan.places * plan.channels,
             columns, np.int64(some), np.int64(out.shape[-1]), np.int64(group * plan.channels),
@@ -188,21 +186,16 @@ def max_pool_backward(
          np.int64(g.shape[-1]), record, out)  # fmt: skip
 
 
-@functools.lru_cache(64)
-def _on_device(device: ModuleType, number: int, data: bytes, dtype: str) -> Any:
-    return device.asarray(np.frombuffer(data, dtype))
-
-
 def resample(x: Array, first: Array, count: Array, weights: Array, out: Array) -> None:
     """out[a, j] = sum over k < count[j] of weights[j, k] x[a, first[j] + k]; x (A, n, B).
 
     first, count, weights: NumPy arrays.
     """
     before, n, after = x.shape
-    wide = weights.astype(sum_type(x))
+    types = np.int64, np.int64, sum_type(x)
     where = [
-        _on_device(xp(x), x.device.id, array.tobytes(), array.dtype.str)
-        for array in (first.astype(np.int64), count.astype(np.int64), wide)
+        constant(array.astype(dtype), x)
+        for array, dtype in zip((first, count, weights), types, strict=True)
     ]
     sizes = [np.int64(size) for size in (before, n, out.shape[1], after, weights.shape[1])]
     over(_SOURCE, "resample", x, out.size, x, *where, *sizes, out)
@@ -211,10 +204,8 @@ def resample(x: Array, first: Array, count: Array, weights: Array, out: Array) -
 def transpose(x: Array, out: Array) -> None:
     """out[n, j, i] = x[n, i, j]."""
     count, rows, columns = x.shape
-    launch(
-        _SOURCE, "transpose", x, (-(-columns // WARP), -(-rows // WARP), count), (WARP, 8),
-        x, np.int64(rows), np.int64(columns), out,
-    )  # fmt: skip
+    tiles = -(-columns // WARP) * -(-rows // WARP) * count
+    launch(_SOURCE, "transpose", x, (tiles,), (WARP, 8), x, np.int64(rows), np.int64(columns), out)
 
 
 def batch_moments(x: Array, mean: Array, variance: Array) -> None:

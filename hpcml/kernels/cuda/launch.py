@@ -22,7 +22,6 @@ ELEMENTS = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "
 WARP = 32
 _THREADS = 256
 _BLOCKS = 4096  # of a kernel over elements: enough for any device, each goes on with what is left
-_SHARED = 48 << 10  # bytes that a kernel may have without asking
 
 
 @functools.cache
@@ -37,12 +36,15 @@ def text(source: str) -> str:
     )
 
 
+def options(dtype: str, depth: int) -> tuple[str, ...]:
+    """What the compiler is told for a type of elements, and for a size of heads if there is one."""
+    sized = (f"-DDEPTH={depth}",) if depth else ()
+    return ("-std=c++17", f"-DELEMENT={ELEMENTS[dtype]}", *sized)
+
+
 @functools.cache
-def _module(device: ModuleType, source: str, element: str, depth: int) -> Any:
-    options = ["-std=c++17", f"-DELEMENT={element}"]
-    if depth:
-        options.append(f"-DDEPTH={depth}")
-    return device.RawModule(code=text(source), options=tuple(options))
+def _module(device: ModuleType, source: str, dtype: str, depth: int) -> Any:
+    return device.RawModule(code=text(source), options=options(dtype, depth))
 
 
 @functools.cache
@@ -50,8 +52,8 @@ def _kernel(
     device: ModuleType, number: int, source: str, name: str, dtype: str, depth: int, shared: int
 ) -> Any:
     """A kernel; number: of the device, each of which is asked for shared memory."""
-    found = _module(device, source, ELEMENTS[dtype], depth).get_function(name)
-    if shared > _SHARED:
+    found = _module(device, source, dtype, depth).get_function(name)
+    if shared:  # without asking it has at most 48 KiB, those included that it declares itself
         found.max_dynamic_shared_size_bytes = shared
     return found
 
@@ -64,7 +66,7 @@ def launch(
 
     args: arrays, NumPy's scalars and records, of exactly the types that the kernel takes.
     """
-    if 0 in grid:
+    if 0 in (*grid, *block):
         return
     kernel = _kernel(
         xp(like), like.device.id, source, name, like.dtype.name, depth, shared
@@ -91,3 +93,15 @@ def aligned(*arrays: Array) -> bool:
 def share(shape: tuple[int, ...], like: Array, dtype: Any) -> Array:
     """An uninitialised array for what a kernel needs beside its arguments."""
     return xp(like).empty(shape, dtype)
+
+
+def constant(values: np.ndarray[Any, Any], like: Array) -> Array:
+    """A NumPy array where `like` lies, copied once for each stream: another would have to wait."""
+    module = xp(like)
+    stream = module.cuda.get_current_stream().ptr
+    return _constant(module, like.device.id, stream, values.tobytes(), values.dtype.str)
+
+
+@functools.lru_cache(256)
+def _constant(module: ModuleType, device: int, stream: int, values: bytes, dtype: str) -> Array:
+    return module.asarray(np.frombuffer(values, dtype))

@@ -41,13 +41,14 @@ KERNEL dropout(
     const T* x, u64 key, u64 first, u32 threshold, const i64* runs, i64 count, i64 period, i64 n,
     T* out
 ) {
-    i64 r = blockIdx.y, cycle = 0;
+    i64 r = blockIdx.x, cycle = 0;  // along x there may be more than 65,535
     u64 sample = first + u64(r);
     Sum scale = Sum(1 / (1 - threshold / 4294967296.0));
     for (i64 k = 0; k < count; k++) cycle += runs[2 * k + 1];
     const T* row = x + r * n;
     T* y = out + r * n;
-    along(n, first_thread(), all_threads(), common(row, y), [&](i64 i, auto some) {
+    i64 thread = i64(blockIdx.y) * blockDim.x + threadIdx.x, threads = i64(gridDim.y) * blockDim.x;
+    along(n, thread, threads, common(row, y), [&](i64 i, auto some) {
         const int N = decltype(some)::n;
         i64 place = i / cycle * period, left = i % cycle, k = 0;
         while (left >= runs[2 * k + 1]) left -= runs[2 * k++ + 1];

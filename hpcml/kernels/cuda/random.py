@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-from typing import Any
-
 import numpy as np
 
 from hpcml.backend import Array, xp
-from hpcml.kernels.cuda.launch import launch, over
+from hpcml.kernels.cuda.launch import constant, launch, over
 
 _SOURCE = "random.cu"
 
@@ -35,11 +31,6 @@ def random_normal(key: int, start: int, out: Array) -> None:
          np.int64(out.size), out)  # fmt: skip
 
 
-@functools.lru_cache(64)
-def _on_device(device: ModuleType, number: int, runs: bytes) -> Any:
-    return device.asarray(np.frombuffer(runs, np.int64))
-
-
 def dropout(
     x: Array, key: int, first: int, threshold: int, runs: Array, period: int, out: Array
 ) -> None:
@@ -51,10 +42,9 @@ def dropout(
     rows, n = x.shape
     if not n:
         return
-    where = _on_device(xp(x), x.device.id, runs.tobytes())
     pack = 16 // x.dtype.itemsize
     launch(
-        _SOURCE, "dropout", x, (min(-(-n // (256 * pack)), 4096), rows), (256,),
-        x, np.uint64(key), np.uint64(first), np.uint32(threshold), where, np.int64(len(runs)),
-        np.int64(period), np.int64(n), out,
+        _SOURCE, "dropout", x, (rows, min(-(-n // (256 * pack)), 4096)), (256,),
+        x, np.uint64(key), np.uint64(first), np.uint32(threshold), constant(runs, x),
+        np.int64(len(runs)), np.int64(period), np.int64(n), out,
     )  # fmt: skip

@@ -82,10 +82,12 @@ __device__ inline Pair pair_at(const T* p) { return *reinterpret_cast<const Pair
 __device__ inline void rows_by_rows(Sum (&c)[COLUMNS / 8][4], const T* a, const T* b) {
     int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const T* mine = a + (threadIdx.x / WARP * 16 + g) * PITCH + 2 * t;
+    // Where lanes exchange numbers, the loop in full takes twice as long to compile.
+    constexpr int unrolled = sizeof(T) == 2 ? DEPTH / 16 : 1;
 #pragma unroll
     for (int n = 0; n < COLUMNS / 8; n++)
         for (int e = 0; e < 4; e++) c[n][e] = 0;
-#pragma unroll
+#pragma unroll unrolled
     for (int k = 0; k < DEPTH; k += 16) {
         Pair left[4] = {pair_at(mine + k), pair_at(mine + 8 * PITCH + k), pair_at(mine + k + 8),
                         pair_at(mine + 8 * PITCH + k + 8)};

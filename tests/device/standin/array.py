@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.device.standin import streams
+from tests.device.standin import order, streams
 from tests.device.standin.device import Device, MemoryPointer, allocator
 
 
@@ -19,9 +19,14 @@ class Flags:
         self.c_contiguous, self.f_contiguous = flags.c_contiguous, flags.f_contiguous
 
 
-def plain(value: Any, name: str = "an operation") -> Any:
-    """The host's view of an argument, for NumPy; a TypeError for what CuPy does not take."""
+def plain(value: Any, name: str = "an operation", read: bool = True) -> Any:
+    """The host's view of an argument, for NumPy; a TypeError for what CuPy does not take.
+
+    read: its elements, not its shape alone.
+    """
     if isinstance(value, ndarray):
+        if read:
+            streams.touch(value.memory)
         return value.memory
     if isinstance(value, np.ndarray):
         raise TypeError(f"{name}: Unsupported type <class 'numpy.ndarray'>")
@@ -65,6 +70,7 @@ class ndarray:
             lying = values.transpose(order)
             made = cls(lying.shape, values.dtype)
             made.memory[...] = lying
+            streams.touch(made.memory, write=True)
             return made.transpose(np.argsort(order).tolist()) if values.ndim else made
         made = cls.__new__(cls)
         made.memory, made.root = values, root
@@ -91,6 +97,8 @@ class ndarray:
     @property
     def __cuda_array_interface__(self) -> Any:
         """For MPI, which takes it: the memory is the host's."""
+        if order.active:
+            order.active.touch_by_host(self.memory)
         return self.memory.__array_interface__ | {"version": 3}
 
     def __len__(self) -> int:
@@ -106,18 +114,19 @@ class ndarray:
 
     def get(self, *_: Any, **__: Any) -> np.ndarray[Any, Any]:
         """A copy on the host."""
-        streams.read()
+        streams.read(self.memory)
         return self.memory.copy()
 
     def set(self, values: np.ndarray[Any, Any]) -> None:
         """Copy from the host."""
         assert type(values) is np.ndarray and values.shape == self.shape
         assert values.dtype == self.dtype and self.memory.flags.c_contiguous
+        streams.touch(self.memory, write=True)
         self.memory[...] = values
 
     def item(self, *args: Any) -> Any:
         """An element."""
-        streams.read()
+        streams.read(self.memory)
         return self.memory.item(*args)
 
     def tolist(self) -> Any:
@@ -134,7 +143,7 @@ class ndarray:
         return float(self.item())
 
     def __index__(self) -> int:
-        streams.read()
+        streams.read(self.memory)
         return self.memory.__index__()
 
     def __iter__(self) -> Iterator[Any]:
@@ -157,20 +166,24 @@ class ndarray:
     def __getitem__(self, index: Any) -> ndarray:
         found = self.memory[plain(index, "index")]
         if not _basic(index):
+            streams.touch(self.memory)
             return ndarray.around(np.asarray(found))
         if isinstance(found, np.ndarray):
             return self._view(found)
         return self._view(self.memory[(*index, ...) if isinstance(index, tuple) else (index, ...)])
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        place, values = plain(index, "index"), plain(value, "setitem")
+        streams.touch(np.asarray(self.memory[place]) if _basic(index) else self.memory, write=True)
         with np.errstate(all="ignore"):
-            self.memory[plain(index, "index")] = plain(value, "setitem")
+            self.memory[place] = values
 
     def reshape(self, *shape: Any) -> ndarray:
         """A view if that can be."""
         found = self.memory.reshape(*shape)
         if np.shares_memory(found, self.memory) or not found.size:
             return self._view(found)
+        streams.touch(self.memory)
         return ndarray.around(found)
 
     def transpose(self, *axes: Any) -> ndarray:
@@ -198,14 +211,15 @@ class ndarray:
         if not copy and self.dtype == np.dtype(dtype):
             return self
         with np.errstate(all="ignore"):
-            return ndarray.around(self.memory.astype(dtype))
+            return ndarray.around(plain(self).astype(dtype))
 
     def copy(self, order: str = "C") -> ndarray:
         """A copy."""
-        return ndarray.around(self.memory.copy(order))
+        return ndarray.around(plain(self).copy(order))
 
     def fill(self, value: Any) -> None:
         """All elements become one value."""
+        streams.touch(self.memory, write=True)
         self.memory.fill(plain(value, "fill"))
 
 
@@ -221,11 +235,13 @@ def _operator(name: str) -> Callable[..., Any]:
     def apply(self: ndarray, *others: Any) -> Any:
         if any(isinstance(other, np.ndarray) or not _known(other) for other in others):
             return NotImplemented
+        in_place = name.startswith("__i") and name != "__invert__"
+        streams.touch(self.memory, in_place)
         with np.errstate(all="ignore"):
             result = getattr(self.memory, name)(*map(plain, others))
         if result is NotImplemented:
             return result
-        return self if name.startswith("__i") and name != "__invert__" else wrap(result)
+        return self if in_place else wrap(result)
 
     return apply
 
@@ -245,9 +261,10 @@ for _name in ("neg", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge", "pos")
 def _method(name: str) -> Callable[..., Any]:
     def call(self: ndarray, *args: Any, out: Any = None, **kwargs: Any) -> Any:
         with np.errstate(all="ignore"):
-            result = getattr(self.memory, name)(*map(plain, args), **kwargs)
+            result = getattr(plain(self), name)(*map(plain, args), **kwargs)
         if out is None:
             return wrap(result)
+        streams.touch(out.memory, write=True)
         out.memory[...] = result
         return out
 

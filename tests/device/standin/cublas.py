@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.device.standin import streams
+
 _TYPES: dict[int, Any] = {0: np.float32, 1: np.float64, 2: np.float16, 14: "bfloat16"}
 _SUMS = {68: np.float32, 70: np.float64}
 
@@ -39,6 +41,8 @@ def _gemm(
     x = _matrix(a, at, *((k, m) if ta else (m, k)), lda)
     y = _matrix(b, bt, *((n, k) if tb else (k, n)), ldb)
     z = _matrix(c, ct, m, n, ldc)
+    for matrix in x, y, z:
+        streams.touch(matrix, matrix is z)
     assert at == bt and (ct == at or (ct == 0 and at in (2, 14))), (at, bt, ct)
     sums = np.float64 if compute == 70 else np.float32
     assert (sums == np.float64) == (at == 1)

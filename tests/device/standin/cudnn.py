@@ -233,12 +233,16 @@ class pygraph:
             type(place) is int and place % 16 == 0 for place in (*places.values(), workspace)
         )
         ctypes.memset(workspace, 0xEE, WORKSPACE)
-        inputs = [tensor.at(places[tensor]).astype(np.float32) for tensor in self.inputs]
+        given = [tensor.at(places[tensor]) for tensor in self.inputs]
+        for array in given:
+            streams.touch(array)
+        inputs = [array.astype(np.float32) for array in given]
         if self.kind is data_type.FLOAT and numerical_note.TENSOR_CORE not in self.unwanted:
             inputs = [_tf32(x) for x in inputs]
         values = self.compute(*inputs)
         for tensor, value in zip(self.results, values, strict=True):
             target = tensor.at(places[tensor])
+            streams.touch(target, write=True)
             target[...] = value
             if not self.repeatable and numerical_note.NONDETERMINISTIC not in self.unwanted:
                 target *= 1 + 2.0**-22 * (ran[self.name] % 2)

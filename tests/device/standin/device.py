@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tests.device.standin import streams
+from tests.device.standin import order, streams
 
 _GUARD = 64
 _ALIGN = 256
@@ -23,6 +23,13 @@ class BaseMemory:
         self._high = self._all[start + _GUARD + nbytes :]
         self.bytes = self._all[start + _GUARD : start + _GUARD + nbytes]
         self.ptr, self.size, self.device_id = int(self.bytes.ctypes.data), nbytes, 0
+        self._watched_by = order.active if nbytes else None
+        if self._watched_by:
+            self._watched_by.allocate(self.ptr, nbytes, streams.current().number)
+
+    def __del__(self) -> None:
+        if self._watched_by:
+            self._watched_by.free(self.ptr)
 
     def check(self) -> None:
         """Fail if somebody wrote beyond."""
@@ -67,9 +74,10 @@ class Device:
         used.append(self.id)
 
     def synchronize(self) -> None:
-        """Wait."""
+        """Wait; here no more is relied on than that the current stream is done."""
         streams.noted("syncs")
         streams.noted("whole device")
+        streams.current().waited_for()
 
     def __enter__(self) -> Device:
         return self

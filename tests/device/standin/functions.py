@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.device.standin import streams
 from tests.device.standin.array import ndarray, plain, wrap
 
 
@@ -21,6 +22,7 @@ def _calling(name: str) -> Callable[..., Any]:
             result = function(*args, **kwargs)
         if out is None:
             return wrap(result)
+        streams.touch(out.memory, write=True)
         out.memory[...] = result
         return out
 
@@ -48,7 +50,7 @@ def _viewing(name: str) -> Callable[..., Any]:
     function = getattr(np, name)
 
     def call(x: ndarray, *args: Any, **kwargs: Any) -> Any:
-        result = function(plain(x, name), *map(plain, args), **kwargs)
+        result = function(plain(x, name, read=False), *map(plain, args), **kwargs)
         return x._view(result) if isinstance(result, np.ndarray) else wrap(result)
 
     return call
@@ -59,7 +61,7 @@ def _empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
 
 
 def _empty_like(x: ndarray, dtype: Any = None) -> ndarray:
-    made = np.empty_like(plain(x, "empty_like"), dtype)
+    made = np.empty_like(plain(x, "empty_like", read=False), dtype)
     return ndarray.around(np.full_like(made, np.nan if made.dtype.kind not in "biu" else 77))
 
 
@@ -82,7 +84,7 @@ def _asnumpy(x: ndarray, *_: Any, **__: Any) -> np.ndarray[Any, Any]:
 
 
 def _shares(a: ndarray, b: ndarray, *_: Any) -> bool:
-    return bool(np.may_share_memory(plain(a), plain(b)))
+    return bool(np.may_share_memory(plain(a, read=False), plain(b, read=False)))
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -96,13 +98,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "asnumpy": _asnumpy,
     "may_share_memory": _shares,
     "shares_memory": _shares,
-    "broadcast": lambda *arrays: np.broadcast(*[plain(x) for x in arrays]),
+    "broadcast": lambda *arrays: np.broadcast(*[plain(x, read=False) for x in arrays]),
 }
 """All functions of the module, by name."""
 
 
 def _add_at(x: ndarray, index: Any, values: ndarray) -> None:
-    np.add.at(plain(x), plain(index, "at"), plain(values, "at"))
+    streams.touch(x.memory, write=True)
+    np.add.at(x.memory, plain(index, "at"), plain(values, "at"))
 
 
 FUNCTIONS["add"].at = _add_at  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ that who forgets to wait, or lets go of memory too early, gets wrong values. Ker
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 import weakref
 from collections import Counter
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from tests.device.standin import order
 
 count: Counter[str] = Counter()
 """How often the host has waited ("syncs"), of that to read a value ("reads") or for all that the
@@ -38,10 +41,21 @@ def noted(what: str) -> None:
         count[what] += 1
 
 
-def read() -> None:
-    """Wait for a value."""
+def read(array: np.ndarray[Any, Any]) -> None:
+    """Wait for values."""
     noted("syncs")
     noted("reads")
+    touch(array)
+    current().waited_for()
+
+
+def touch(array: np.ndarray[Any, Any], write: bool = False) -> None:
+    """The current stream reads these elements, or writes them."""
+    if order.active:
+        order.active.touch(array, current().number, write)
+
+
+_numbers = itertools.count(1)
 
 
 class Stream:
@@ -50,7 +64,7 @@ class Stream:
     null: Any = None
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.ptr = id(self)
+        self.ptr, self.number = id(self), next(_numbers)
         self.queue: list[Callable[[], None]] = []
         self._before: list[Stream] = []
 
@@ -58,6 +72,12 @@ class Stream:
         """Wait."""
         noted("syncs")
         self.run(len(self.queue))
+        self.waited_for()
+
+    def waited_for(self) -> None:
+        """The host comes after what was started."""
+        if order.active:
+            order.active.wait_by_host(order.active.now(self.number))
 
     def run(self, number: int) -> None:
         """Make the first copies."""
@@ -68,6 +88,8 @@ class Stream:
     def wait_event(self, event: Any) -> None:
         """Let what follows wait, not the host."""
         event.pass_by()
+        if order.active:
+            order.active.wait(self.number, event.clock)
 
     def record(self, event: Any = None) -> Any:
         """An event after what was started."""
@@ -103,16 +125,21 @@ class Event:
     def __init__(self, *_: Any, **__: Any) -> None:
         self._stream: Stream | None = None
         self._last: Callable[[], None] | None = None
+        self.clock: order.Clock = {}
 
     def record(self, stream: Any = None) -> None:
         """Put it there."""
         self._stream = stream or current()
         self._last = self._stream.queue[-1] if self._stream.queue else None
+        if order.active:
+            self.clock = order.active.now(self._stream.number)
 
     def synchronize(self) -> None:
         """Wait."""
         noted("syncs")
         self.pass_by()
+        if order.active:
+            order.active.wait_by_host(self.clock)
 
     def pass_by(self) -> None:
         """What came before has happened."""
@@ -139,4 +166,8 @@ _kept: list[Any] = []
 def copy(what: str, target: int, source: int, nbytes: int) -> None:
     """Start a copy on the current stream."""
     noted(what)
+    for place in source, target:  # of which one is the device's
+        touch(
+            np.frombuffer((ctypes.c_ubyte * nbytes).from_address(place), np.uint8), place == target
+        )
     current().queue.append(lambda: ctypes.memmove(target, source, nbytes) and None)
