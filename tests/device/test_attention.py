@@ -10,7 +10,7 @@ import pytest
 
 from hpcml.kernels import generic
 from tests.device import emulator
-from tests.device.support import FIRST, KEY, Numbers, few
+from tests.device.support import FIRST, KEY, Numbers, few, of_types
 
 ATTENTION = [  # batch, heads, queries, keys, depth
     (1, 1, 1, 1, 1), (1, 2, 66, 70, 16), (2, 2, 5, 33, 24), (1, 1, 66, 3, 7), (0, 1, 4, 4, 4),
@@ -66,9 +66,10 @@ def test_attention_without_tensor_cores(standing_in: Any, cuda: Any, monkeypatch
     emulator.library.cache_clear()
 
 
+@of_types("bfloat16")
 @pytest.mark.parametrize("depth", [40, 80])
-def test_attention_with_larger_heads(device: Any, cuda: Any, depth: int) -> None:
-    test_attention((1, 1, 40, 33, depth), True, PLAIN, Numbers(device, "bfloat16"), cuda)
+def test_attention_with_larger_heads(depth: int, numbers: Numbers, cuda: Any) -> None:
+    test_attention((1, 1, 40, 33, depth), True, PLAIN, numbers, cuda)
 
 
 def test_heads_that_are_too_large_take_the_long_way(numbers: Numbers, cuda: Any) -> None:

@@ -24,7 +24,7 @@ from tests.device.test_images import CONVOLUTIONS, convolved
 
 PLAIN = 0, 0, 0, 0, 0, 0
 halves = pytest.mark.parametrize("numbers", ["bfloat16", "float16"], indirect=True)
-floats = pytest.mark.parametrize("numbers", ["float32", "bfloat16"], indirect=True)
+floats = pytest.mark.parametrize("numbers", ["float32", "bfloat16", "float16"], indirect=True)
 
 
 @pytest.fixture(autouse=True)

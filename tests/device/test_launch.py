@@ -10,7 +10,7 @@ import pytest
 
 from hpcml.kernels.cuda.attention import takes
 from tests.device import emulator
-from tests.device.support import DTYPES, Numbers
+from tests.device.support import DTYPES, Numbers, of_types
 from tests.device.test_attention import PLAIN
 
 MANY = 65_537
@@ -113,3 +113,10 @@ def test_no_kernel_asks_for_more_shared_memory_than_there_is() -> None:
     kernel.check((1,), (32,), 227 << 10)
     with pytest.raises(AssertionError, match="no device has"):
         kernel.max_dynamic_shared_size_bytes = (227 << 10) + 1
+
+
+def test_on_a_gpu_kernels_are_tried_with_all_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCML_GPU", "1")
+    assert of_types("float32").args == ("numbers", DTYPES)
+    monkeypatch.delenv("HPCML_GPU")
+    assert of_types("float32").args == ("numbers", ("float32",))
