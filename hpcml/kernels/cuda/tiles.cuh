@@ -83,7 +83,7 @@ __device__ inline void rows_by_rows(Sum (&c)[COLUMNS / 8][4], const T* a, const 
     int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const T* mine = a + (threadIdx.x / WARP * 16 + g) * PITCH + 2 * t;
     // Where lanes exchange numbers, the loop in full takes twice as long to compile.
-    constexpr int unrolled = sizeof(T) == 2 ? DEPTH / 16 : 1;
+    [[maybe_unused]] constexpr int unrolled = sizeof(T) == 2 ? DEPTH / 16 : 1;
 #pragma unroll
     for (int n = 0; n < COLUMNS / 8; n++)
         for (int e = 0; e < 4; e++) c[n][e] = 0;

@@ -25,7 +25,7 @@ class BaseMemory:
         self.ptr, self.size, self.device_id = int(self.bytes.ctypes.data), nbytes, 0
         self._watched_by = order.active if nbytes else None
         if self._watched_by:
-            self._watched_by.allocate(self.ptr, nbytes, streams.current().number)
+            self._watched_by.allocate(self.ptr, nbytes, streams.current().ptr)
 
     def __del__(self) -> None:
         if self._watched_by:

@@ -52,7 +52,7 @@ def read(array: np.ndarray[Any, Any]) -> None:
 def touch(array: np.ndarray[Any, Any], write: bool = False) -> None:
     """The current stream reads these elements, or writes them."""
     if order.active:
-        order.active.touch(array, current().number, write)
+        order.active.touch(array, current().ptr, write)
 
 
 _numbers = itertools.count(1)
@@ -64,7 +64,7 @@ class Stream:
     null: Any = None
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.ptr, self.number = id(self), next(_numbers)
+        self.ptr = next(_numbers)
         self.queue: list[Callable[[], None]] = []
         self._before: list[Stream] = []
 
@@ -77,7 +77,7 @@ class Stream:
     def waited_for(self) -> None:
         """The host comes after what was started."""
         if order.active:
-            order.active.wait_by_host(order.active.now(self.number))
+            order.active.wait_by_host(order.active.now(self.ptr))
 
     def run(self, number: int) -> None:
         """Make the first copies."""
@@ -89,7 +89,7 @@ class Stream:
         """Let what follows wait, not the host."""
         event.pass_by()
         if order.active:
-            order.active.wait(self.number, event.clock)
+            order.active.wait(self.ptr, event.clock)
 
     def record(self, event: Any = None) -> Any:
         """An event after what was started."""
@@ -132,7 +132,7 @@ class Event:
         self._stream = stream or current()
         self._last = self._stream.queue[-1] if self._stream.queue else None
         if order.active:
-            self.clock = order.active.now(self._stream.number)
+            self.clock = order.active.now(self._stream.ptr)
 
     def synchronize(self) -> None:
         """Wait."""
