@@ -91,7 +91,8 @@ def targets(dtype: str, depth: int) -> list[str]:
         return [f"sm_{architecture}" for architecture in ARCHITECTURES]
     if depth and dtype not in HALVES:
         return ["compute_80"] if depth == DEPTHS[0] else []
-    return [f"sm_{ARCHITECTURES[dtype == HALVES[1]]}"]
+    kind = "sm" if depth in (0, DEPTHS[-1]) else "compute"
+    return [f"{kind}_{ARCHITECTURES[dtype == HALVES[1]]}"]
 
 
 @pytest.mark.parametrize(("dtype", "depth"), CASES)
