@@ -153,7 +153,7 @@ class _Pinned(np.ndarray[Any, Any]):
 
 def alloc_pinned_memory(nbytes: int) -> Any:
     """Pinned memory of the host."""
-    memory = np.empty(nbytes, np.uint8)
+    memory = np.full(nbytes, 0xEE, np.uint8)  # not what was there before, which may be right
     handle = memory.view(_Pinned)
     _kept.append(memory)
     weakref.finalize(handle, memory.fill, 0xEE)
