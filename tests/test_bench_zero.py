@@ -40,7 +40,13 @@ def test_states_and_traffic_of_every_case() -> None:
             assert formula <= row["states"][kind] < 1.01 * formula
         assert zero.moved(row) == pytest.approx(row["payload_formula"], rel=0.05)
         # What a block or two of three leave of the model for a moment, in units that are blocks.
-        assert row["buffers"] == pytest.approx(max(0, stage - 1) * row["unit"], rel=0.1)
+        held = max(0, stage - 1) * row["unit"]
+        assert held <= row["buffers"] <= held + 2 * row["unit"]
+        if precision == "fp32" and stage >= 2:
+            # And what these messages need: half a block that comes, and as much again to be added
+            # to the sum of the microbatches before.
+            beside = row["unit"] / 2 * min(microbatches, 2)
+            assert row["buffers"] == pytest.approx(held + beside, rel=0.05)
         itemsize = {"fp32": 4, "bf16": 2}[precision]
         assert row["bucket"] == row["unit"] >= 12 * 192**2 * itemsize
     assert [cases["fp32", s, "blocks", 4]["payload_formula"] for s in range(4)] == [2, 2, 5, 12]
