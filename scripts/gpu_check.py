@@ -48,21 +48,23 @@ class Part(NamedTuple):
 PARTS = {
     "machine": Part(_script("gpu_machine"), 15, "what is installed, and the GPU as it was found"),
     "kernels": Part(_script("gpu_tests", "kernels", "attention", "images", "cudnn", "primitives"),
-                    85, "every kernel against its specification in float64 and every primitive "
+                    80, "every kernel against its specification in float64 and every primitive "
                     "beside the CPU, all types"),
-    "gpt2": Part(_script("gpu_steps", "gpt2"), 105,
+    "gpt2": Part(_script("gpu_steps", "gpt2"), 100,
                  "a training step of GPT-2 124M, bf16, block 1024, beside PyTorch"),
+    "profile": Part(_script("gpu_profile"), 25,
+                    "where the time of our step of GPT-2 124M goes, by operator"),
     "ranks": Part(_script("gpu_tests", "training", "messages"), 60,
                   "training with dp, ZeRO 0-3, tp, pp, cp, spatial beside the CPU; collectives, "
                   "halos and adjoints, direct and staged; ranks are threads"),
-    "resnet50": Part(_script("gpu_steps", "resnet50"), 75,
+    "resnet50": Part(_script("gpu_steps", "resnet50"), 70,
                      "a training step of ResNet-50, bf16, beside PyTorch"),
     "mpi": Part(_script("gpu_messages", "ways"), 45,
                 "whether ranks start, and whether MPI takes memory of the GPU"),
-    "processes": Part(_script("gpu_processes"), 100,
+    "processes": Part(_script("gpu_processes"), 95,
                       "training with dp, ZeRO 1-3, tp, pp, cp, spatial by 2 and 4 processes, "
                       "direct and staged, and hpcml train, beside one rank"),
-    "collectives": Part(_script("gpu_messages", "collectives"), 60,
+    "collectives": Part(_script("gpu_messages", "collectives"), 55,
                         "collectives between 2 and 4 processes, direct and staged: values of all "
                         "types, bandwidth"),
     "ways": Part(_script("gpu_ways"), 40,

@@ -143,28 +143,44 @@ class Profile:
 
         module: the compiled kernels.
         """
-        with ExitStack() as undo:
-
-            def put(owner: Any, name: str, value: Any) -> None:
-                undo.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, value)
-
+        with replacing() as put:
             for name, function in kernels_of(module):
                 put(module, name, self.work(function, name))
             for name, function in array_functions():
                 put(np, name, _with_methods(self.work(function, f"np.{name}", LARGE), function))
-            for primitive in list(Primitive.made):
-                name = primitive.name
-                put(primitive, "forward", self.primitive(primitive.forward, name, "forward"))
-                adjoints = [
-                    self.primitive(adjoint, name, f"adjoint {number}")
-                    for number, adjoint in enumerate(primitive.adjoints)
-                ]
-                put(primitive, "adjoints", adjoints)
-                if primitive.remake is not None:
-                    put(primitive, "remake", self.primitive(primitive.remake, name, "again"))
+            around_primitives(put, self.primitive)
             put(Tensor, "backward", self.backward(Tensor.backward))
             yield
+
+
+Put = Callable[[Any, str, Any], None]
+"""Sets an attribute of an owner, by its name, to a value."""
+
+
+@contextmanager
+def replacing() -> Iterator[Put]:
+    """Inside, attributes are what they are made by what this gives; then all is as it was."""
+    with ExitStack() as undo:
+
+        def put(owner: Any, name: str, value: Any) -> None:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+
+        yield put
+
+
+def around_primitives(put: Put, clocked: Callable[..., Callable[..., Any]]) -> None:
+    """Put `clocked(function, name, part)` in place of each part of all primitives that exist."""
+    for primitive in list(Primitive.made):
+        name = primitive.name
+        put(primitive, "forward", clocked(primitive.forward, name, "forward"))
+        adjoints = [
+            clocked(adjoint, name, f"adjoint {number}")
+            for number, adjoint in enumerate(primitive.adjoints)
+        ]
+        put(primitive, "adjoints", adjoints)
+        if primitive.remake is not None:
+            put(primitive, "remake", clocked(primitive.remake, name, "again"))
 
 
 def kernels_of(module: ModuleType) -> list[tuple[str, Callable[..., Any]]]:

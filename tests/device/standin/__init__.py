@@ -30,7 +30,14 @@ from tests.device.standin.device import (
     used,
 )
 from tests.device.standin.functions import FUNCTIONS
-from tests.device.standin.streams import Event, Stream, alloc_pinned_memory, current, syncs
+from tests.device.standin.streams import (
+    Event,
+    Stream,
+    alloc_pinned_memory,
+    current,
+    get_elapsed_time,
+    syncs,
+)
 
 __all__ = ["cudnn", "installed", "module", "syncs", "used", "with_cudnn"]
 
@@ -55,7 +62,8 @@ def module() -> types.ModuleType:
     made.cuda = types.SimpleNamespace(
         runtime=runtime, Device=Device, Stream=Stream, Event=Event, MemoryPointer=MemoryPointer,
         UnownedMemory=UnownedMemory, set_allocator=allocator.set,
-        get_current_stream=current, alloc_pinned_memory=alloc_pinned_memory,
+        get_current_stream=current, get_elapsed_time=get_elapsed_time,
+        alloc_pinned_memory=alloc_pinned_memory,
         device=types.SimpleNamespace(get_cublas_handle=lambda: 1),
     )  # fmt: skip
     made.cuda.memory = types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -122,13 +123,17 @@ def current() -> Stream:
 class Event:
     """A place in a stream."""
 
+    done = True
+
     def __init__(self, *_: Any, **__: Any) -> None:
         self._stream: Stream | None = None
         self._last: Callable[[], None] | None = None
         self.clock: order.Clock = {}
+        self.seconds = 0.0
 
     def record(self, stream: Any = None) -> None:
         """Put it there."""
+        self.seconds = time.perf_counter()
         self._stream = stream or current()
         self._last = self._stream.queue[-1] if self._stream.queue else None
         if order.active:
@@ -145,6 +150,11 @@ class Event:
         """What came before has happened."""
         if self._stream is not None and self._last in self._stream.queue:
             self._stream.run(self._stream.queue.index(self._last) + 1)
+
+
+def get_elapsed_time(start: Event, end: Event) -> float:
+    """Milliseconds from one event to another."""
+    return 1e3 * (end.seconds - start.seconds)
 
 
 class _Pinned(np.ndarray[Any, Any]):

@@ -1,0 +1,30 @@
+"""Compiles what takes longest, in the background of the check, into the caches that parts read.
+
+`python scripts/gpu_compile.py cpu` for the kernels of the CPU, with which tests compare and which
+make first values; `... float32 64` for attention of this type on the GPU, in tiles of this depth.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from hpcml import backend, kernels
+from hpcml.kernels.cuda import attention, launch
+
+JOBS = [("cpu",), *((dtype, str(depth)) for depth in attention.DEPTHS for dtype in launch.ELEMENTS)]
+"""Arguments of this script: each a process of its own, since NVRTC uses one core."""
+
+
+def main(what: str, depth: str = "") -> None:
+    """Compile the kernels of the CPU, or attention of a type and a depth."""
+    if what == "cpu":
+        for array in np.empty(0, np.float32), np.empty(0, np.float64):
+            kernels.of(array), kernels.images(array)
+    elif attention.takes(int(depth), backend.dtype(what)):
+        attention.compiled(backend.device_module("cuda"), what, int(depth)).compile()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
