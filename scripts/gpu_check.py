@@ -21,13 +21,6 @@ from typing import Any, NamedTuple
 from gpu_rows import END, ROOT, end, marked, parsed, reason
 
 HERE = Path(__file__).resolve().parent
-COMPILE = """
-import numpy as np
-from hpcml import kernels
-for array in np.empty(0, np.float32), np.empty(0, np.float64):
-    kernels.of(array), kernels.images(array)
-"""
-"""Compiles the kernels of the CPU, those that most parts need first."""
 _ALL = 585  # seconds of all parts and what comes before them
 _GRACE = 3.0
 """Seconds for a part that is interrupted to say where it was."""
@@ -35,6 +28,14 @@ _GRACE = 3.0
 
 def _script(name: str, *arguments: str) -> list[str]:
     return [sys.executable, str(HERE / f"{name}.py"), *arguments]
+
+
+COMPILE = [
+    _script("gpu_compile", "cpu"),
+    *(_script("gpu_compile", dtype, depth)
+      for depth in ("128", "64", "32") for dtype in ("float32", "float64", "bfloat16", "float16")),
+]  # fmt: skip
+"""What takes long once, each a process since compilers use one core; started before the parts."""
 
 
 class Part(NamedTuple):
@@ -187,13 +188,14 @@ def main() -> int:
     report["parts"] = {}
     asked.out.mkdir(parents=True, exist_ok=True)
     environment, mark = marked(os.environ)
-    # What tests compare with and first values are made by takes a minute once: it begins now.
-    with subprocess.Popen([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):  # fmt: skip
-        try:
-            measure(asked.parts or list(PARTS), asked.out, report, until)
-        finally:
-            end(mark)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    compilers = [subprocess.Popen(job, cwd=ROOT, env=environment, **quiet) for job in COMPILE]
+    try:
+        measure(asked.parts or list(PARTS), asked.out, report, until)
+    finally:
+        end(mark)
+        for compiler in compilers:
+            compiler.wait()
     print(table(report))
     failed = [name for name, part in report["parts"].items() if not part["ok"]]
     print("failed: " + ", ".join(failed) if failed else "all parts passed")

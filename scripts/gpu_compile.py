@@ -1,4 +1,4 @@
-"""Compiles what takes longest, in the background of the check, into the caches that parts read.
+"""Compiles what takes longest, into the caches on disk that parts of the check read.
 
 `python scripts/gpu_compile.py cpu` for the kernels of the CPU, with which tests compare and which
 make first values; `... float32 64` for attention of this type on the GPU, in tiles of this depth.
@@ -11,10 +11,8 @@ import sys
 import numpy as np
 
 from hpcml import backend, kernels
-from hpcml.kernels.cuda import attention, launch
-
-JOBS = [("cpu",), *((dtype, str(depth)) for depth in attention.DEPTHS for dtype in launch.ELEMENTS)]
-"""Arguments of this script: each a process of its own, since NVRTC uses one core."""
+from hpcml.kernels.cuda import launch
+from hpcml.kernels.cuda.attention import TILES, takes
 
 
 def main(what: str, depth: str = "") -> None:
@@ -22,8 +20,8 @@ def main(what: str, depth: str = "") -> None:
     if what == "cpu":
         for array in np.empty(0, np.float32), np.empty(0, np.float64):
             kernels.of(array), kernels.images(array)
-    elif attention.takes(int(depth), backend.dtype(what)):
-        attention.compiled(backend.device_module("cuda"), what, int(depth)).compile()
+    elif takes(int(depth), backend.dtype(what)):
+        launch.module(backend.device_module("cuda"), TILES, what, int(depth)).compile()
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_the_report_goes_through_a_pipe_and_nothing_outlives_its_part(
     )
     part = check.Part([sys.executable, "-c", program], 60, "nothing")
     monkeypatch.setattr(check, "PARTS", {"long": part})
-    monkeypatch.setattr(check, "COMPILE", "")
+    monkeypatch.setattr(check, "COMPILE", [])
     monkeypatch.setattr(check, "_ALL", 8)  # seconds are left for all parts
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--spent", "4"])
     monkeypatch.setattr(check.signal, "signal", lambda *_: None)
@@ -186,12 +186,33 @@ def ended(pid: int) -> None:
     pytest.fail("a child of the part is still there")
 
 
+def test_what_is_compiled_beforehand_is_what_attention_asks_for(
+    scripts: Any, standing_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [tuple(command[2:]) for command in scripts("gpu_check").COMPILE]
+    assert jobs[0] == ("cpu",)
+    compiled = []
+    monkeypatch.setattr(standing_in.RawModule, "compile", compiled.append, raising=False)
+    compile_, launch = scripts("gpu_compile"), importlib.import_module("hpcml.kernels.cuda.launch")
+    compile_.main("float32", "32")
+    q = standing_in.zeros((1, 1, 2, 32), np.float32)
+    kernels = importlib.import_module("hpcml.kernels.cuda")
+    out, lse = standing_in.zeros_like(q), standing_in.zeros(q.shape[:3], np.float32)
+    kernels.attention(q, q, q, 1.0, True, 0, 0, 0, 0, 0, 0, out, lse)
+    assert compiled == [launch.module(standing_in, "attention.cu", "float32", 32)]
+    types, depths = (set(each) for each in zip(*jobs[1:], strict=True))
+    assert types == set(launch.ELEMENTS) and depths == {"32", "64", "128"}
+    for dtype, depth in jobs[1:]:  # on a GPU some types have no tiles of some depths
+        compile_.main(dtype, depth)
+    assert len(compiled) > len(types) * 2
+
+
 def test_a_check_that_is_terminated_ends_its_part(scripts: Any, tmp_path: Path) -> None:
     program = (
         "import pathlib, sys, gpu_check as g\n"
         "code = \"import os, time; print('{}'); open('pid', 'w').write(str(os.getpid()));"
         ' time.sleep(600)"\n'
-        "g.COMPILE = ''\n"
+        "g.COMPILE = []\n"
         f"g.ROOT = pathlib.Path({str(tmp_path)!r})\n"
         "g.PARTS = {'long': g.Part([sys.executable, '-c', code], 1, '')}\n"
         f"sys.argv = ['gpu_check.py', '--out', {str(tmp_path)!r}]\n"

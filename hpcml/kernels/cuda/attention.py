@@ -17,7 +17,7 @@ from hpcml.kernels import generic
 from hpcml.kernels.cuda import cudnn
 from hpcml.kernels.cuda.launch import WARP, launch, share, sum_type
 
-_TILES, _QUERIES = "attention.cu", "queries.cu"
+TILES, _QUERIES = "attention.cu", "queries.cu"
 _ROWS, _COLUMNS, _THREADS = 64, 32, 128  # as in the source
 DEPTHS = (32, 64, 128)
 """Sizes of heads that tiles are compiled for; smaller ones take the next."""
@@ -70,7 +70,7 @@ def _strides(x: Array) -> Any:
 def _start(name: str, q: Array, rows: int, arrays: tuple[Any, ...], *more: Any, sides: int) -> None:
     batch, heads, _, depth = q.shape
     launch(
-        _TILES, name, q, (-(-rows // _ROWS) * batch * heads,), (_THREADS,), *arrays, *more,
+        TILES, name, q, (-(-rows // _ROWS) * batch * heads,), (_THREADS,), *arrays, *more,
         depth=_depth(depth), shared=_shared(_depth(depth), q.dtype, sides),
     )  # fmt: skip
 

@@ -43,7 +43,8 @@ def options(dtype: str, depth: int) -> tuple[str, ...]:
 
 
 @functools.cache
-def _module(device: ModuleType, source: str, dtype: str, depth: int) -> Any:
+def module(device: ModuleType, source: str, dtype: str, depth: int) -> Any:
+    """A source for a type of elements, and a size of heads if it asks for one; not compiled yet."""
     return device.RawModule(code=text(source), options=options(dtype, depth))
 
 
@@ -52,7 +53,7 @@ def _kernel(
     device: ModuleType, number: int, source: str, name: str, dtype: str, depth: int, shared: int
 ) -> Any:
     """A kernel; number: of the device, each of which is asked for shared memory."""
-    found = _module(device, source, dtype, depth).get_function(name)
+    found = module(device, source, dtype, depth).get_function(name)
     if shared:  # without asking it has at most 48 KiB, those included that it declares itself
         found.max_dynamic_shared_size_bytes = shared
     return found
