@@ -192,7 +192,11 @@ def test_what_is_compiled_beforehand_is_what_attention_asks_for(
     jobs = [tuple(command[2:]) for command in scripts("gpu_check").COMPILE]
     assert jobs[0] == ("cpu",)
     compiled = []
-    monkeypatch.setattr(standing_in.RawModule, "compile", compiled.append, raising=False)
+
+    def compile(module: Any) -> None:
+        compiled.append(module)
+
+    monkeypatch.setattr(standing_in.RawModule, "compile", compile, raising=False)
     compile_, launch = scripts("gpu_compile"), importlib.import_module("hpcml.kernels.cuda.launch")
     compile_.main("float32", "32")
     q = standing_in.zeros((1, 1, 2, 32), np.float32)
