@@ -238,10 +238,10 @@ class Gradients:
         """Reduce a bucket, or begin to; memory on the way is given back when that is over."""
         shard, sharding = self.groups.shard, self.sharding
         request: Request | None = None
-        if sharding.layers:
-            self._to_owner(bucket, source)
-        elif sharding.stage == 0 and not self.on_way:
+        if sharding.stage == 0 and not self.on_way:
             request = shard.iallreduce(source, out=source)
+        elif sharding.layers:
+            self._to_owner(bucket, source)
         elif self.on_way and self.ordered and self.groups.replica.size > 1:
             self._in_turn(bucket, source)
         else:

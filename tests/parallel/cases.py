@@ -135,6 +135,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "1 overlap": {"zero": 1, "overlap": True},
     "2 overlap": {"zero": 2, "overlap": True},
     "3 overlap": {"zero": 3, "overlap": True},
+    "0 layers overlap": {"zero": 0, "zero_split": "layers", "overlap": True},
     "1 layers": {"zero": 1, "zero_split": "layers"},
     "2 layers": {"zero": 2, "zero_split": "layers"},
     "3 layers": {"zero": 3, "zero_split": "layers"},
