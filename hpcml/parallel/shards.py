@@ -77,6 +77,7 @@ class Shards:
     def forget(self, changed: Iterable[Unit] = ()) -> None:
         """Fetch the units (or all of them) anew when they are needed next: they have changed."""
         for unit in changed or self.units:
+            unit.wait()  # a pass that raised has left it under way
             self.park(unit)
             if unit in self._parked:
                 self._parked.remove(unit)

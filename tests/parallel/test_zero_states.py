@@ -130,3 +130,23 @@ def test_an_overflow_is_skipped_by_all_ranks_alike(mesh: Mesh, stage: int) -> No
     assert all(one == every[0] for one in every)
     assert any((before[name] != array).any() for name, array in values(step).items())
     step.check_replicas()
+
+
+def test_a_state_that_is_loaded_after_an_error_is_what_is_used(mesh: Mesh) -> None:
+    """What the pass that raised had begun to fetch is older, and goes."""
+    step = make("mlp", mesh, zero=3, overlap=True, bucket_mb=1e-4, lr=0.0)
+    batch = KINDS["mlp"].batch(6, 0)
+    for _ in range(2):  # the second knows what comes next
+        step(batch)
+
+    def fail(*_: Any) -> None:
+        raise ValueError("of the user's")
+
+    handle = step.model.layers[0].register_forward_hook(fail)
+    with pytest.raises(ValueError, match="of the user's"):
+        step(batch)
+    handle.remove()
+    step.model.load_state_dict({name: np.zeros_like(array) for name, array in values(step).items()})
+    for name, parameter in step.model.named_parameters():
+        assert not parameter.numpy().any(), name
+    step.zero.end_pass()
