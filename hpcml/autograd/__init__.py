@@ -5,7 +5,7 @@ from hpcml.autograd.gradcheck import gradcheck
 from hpcml.autograd.mode import enable_grad, no_grad, saved_tensors_hooks
 from hpcml.autograd.primitives import Primitive, movement, primitive
 from hpcml.autograd.record import Context
-from hpcml.autograd.tensor import Handle, Tensor, from_dlpack
+from hpcml.autograd.tensor import Handle, Tensor, from_dlpack, while_alive
 
 __all__ = [
     "Context",
@@ -24,4 +24,5 @@ __all__ = [
     "saved_tensors_hooks",
     "stack",
     "where",
+    "while_alive",
 ]

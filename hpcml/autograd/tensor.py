@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,19 @@ class Handle:
         if self._hooks is not None:
             self._hooks.remove(self._hook)
             self._hooks = None
+
+
+def while_alive(
+    register: Callable[[Callable[..., Any]], Handle], method: Callable[..., Any]
+) -> None:
+    """Register a method as a hook that does not keep its object, and ends with it."""
+    weak = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> Any:
+        alive = weak()
+        return handle.remove() if alive is None else alive(*args)
+
+    handle = register(hook)
 
 
 def _array(data: Any) -> Array:

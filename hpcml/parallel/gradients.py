@@ -15,9 +15,10 @@ of backward, or for buckets on the way in between.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from hpcml.autograd import while_alive
 from hpcml.backend import Array
 from hpcml.comm.request import Request
 from hpcml.nn import Parameter
@@ -33,7 +34,8 @@ class Gradients:
     arena: has room for one bucket at least. overlap: reduce in the background, one bucket beside
     that which is filled, if there is room for two. ordered: deterministic mode. stages: those of a
     pipeline that this rank has, each with its buckets: a backward is through one of them. tied:
-    buckets that are in use from their first contribution to the last, in memory of their own.
+    buckets that are in use from their first contribution to the last, in memory of their own; the
+    first backward shows which others are.
     """
 
     def __init__(
@@ -44,18 +46,19 @@ class Gradients:
         overlap: bool,
         ordered: bool,
         stages: Mapping[int, Sequence[Bucket]],
-        tied: Container[Bucket] = (),
+        tied: Collection[Bucket] = (),
     ) -> None:
         self.storage, self.groups, self.arena = storage, groups, arena
         self.overlap, self.ordered = overlap and groups.all.size > 1, ordered
         self.sharding = storage.sharding
         self._let_lie(at_home=self.sharding.whole("grads"))
         # In the order in which they are reduced; `_buckets` are those of the stage in backward.
-        self._tied = tied
+        self._apart = set(tied)
         self._orders = {stage: list(buckets)[::-1] for stage, buckets in stages.items()}
         self._stage, self._buckets = 0, list[Bucket]()
         self._learned: set[int] = set()
         self._begun: set[int] = set()  # of which a microbatch is in the sums
+        self._opened: dict[Bucket, None] = {}  # in this backward, in their order
         self._ready: dict[Bucket, None] = {}
         self._reduced = 0  # of the buckets, in this backward
         self._missing = dict.fromkeys(storage.trained, 0)
@@ -66,7 +69,7 @@ class Gradients:
         self._real = self._first = True
         if self.on_way or ordered or self.overlap:
             for parameter in storage.parameters:
-                parameter.register_post_accumulate_grad_hook(self._arrived)
+                while_alive(parameter.register_post_accumulate_grad_hook, self._arrived)
 
     @property
     def lockstep(self) -> bool:
@@ -79,6 +82,7 @@ class Gradients:
         for bucket in list(self._slots):  # of a backward that raised
             self.arena.give_back(self._forget(bucket))
         self._ready.clear()
+        self._opened.clear()
         self._reduced = 0
         if self.sharding.whole("grads"):
             several = rounds > 1 or self.groups.replica.size > 1
@@ -109,6 +113,7 @@ class Gradients:
         for bucket in self._buckets[self._reduced :]:
             self._reduce(bucket)
         self._ready.clear()
+        self._opened.clear()
         self._begun.add(self._stage)
         self._reduced, self._active = 0, False
 
@@ -159,7 +164,8 @@ class Gradients:
 
     def _open(self, bucket: Bucket) -> Array:
         if bucket not in self._slots:
-            apart = bucket in self._tied
+            self._opened[bucket] = None
+            apart = bucket in self._apart
             if apart:
                 self._wait()  # for what it had in the microbatch before
             else:
@@ -207,10 +213,27 @@ class Gradients:
         self._reduced = len(self._buckets)
         agreed = self.groups.all.broadcast_object([numbers[bucket] for bucket in order])
         learned = [self.storage.trained[number] for number in agreed]
-        if learned != self._buckets:  # buckets that were ready had to wait for their turn
+        beside = self._open_beside_others()
+        if learned != self._buckets or beside:  # those that were ready had to wait for their turn
             self._wait()
             self.arena.shrink()
+        self._apart |= beside
         self._buckets = self._orders[self._stage] = learned
+
+    def _open_beside_others(self) -> set[Bucket]:
+        """Buckets that were open while several others came and went.
+
+        Beside them these would find no place: their parameters are used far apart, as what a model
+        adds first and multiplies by last. One other may be a part of the same layer.
+        """
+        opened = {bucket: number for number, bucket in enumerate(self._opened)}
+        found, before = set[Bucket](), list[int]()
+        for bucket in self._ready:
+            if bucket in opened:
+                if sum(number > opened[bucket] for number in before) > 1:
+                    found.add(bucket)
+                before.append(opened[bucket])
+        return found
 
     def _reduce(self, bucket: Bucket) -> None:
         if not self.on_way:

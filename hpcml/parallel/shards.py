@@ -15,6 +15,7 @@ from math import prod
 import numpy as np
 
 from hpcml import memory
+from hpcml.autograd import while_alive
 from hpcml.backend import Array
 from hpcml.comm import Axis
 from hpcml.comm.request import Request
@@ -43,12 +44,14 @@ class Shards:
         self._parked: list[Unit] = []  # whose memory is free to use, but still holds their values
         self._seen: list[Unit] = []  # fetched in this pass
         self._order: list[Unit] = []  # fetched in the last whole pass
+        self._users: list[_User] = []
         for _, buckets in groupby(storage.buckets, key=lambda bucket: bucket.unit):
             self.units += [Unit(self, part) for part in _parts(buckets, most)]
         for module, parameters in units.users(model):
             fetched = dict.fromkeys(p.unit for p in parameters if isinstance(p.unit, Unit))
             if fetched:
-                module.register_forward_hook(_LetGo(list(fetched)))
+                self._users.append(_User(list(fetched)))
+                while_alive(module.register_forward_hook, self._users[-1].done)
 
     def fetch(self, unit: Unit) -> None:
         """Give the parameters of a unit their values."""
@@ -112,13 +115,14 @@ class Shards:
                 unit.start(background=True)
 
 
-class _LetGo:
-    """A forward hook: the module has used what it holds."""
+class _User:
+    """A module that uses units."""
 
     def __init__(self, fetched: Sequence[Unit]) -> None:
         self.fetched = fetched
 
-    def __call__(self, *_: object) -> None:
+    def done(self, *_: object) -> None:
+        """Called after its forward: it has used what they hold."""
         for unit in self.fetched:
             unit.shards.park(unit)  # backward may begin with it
 

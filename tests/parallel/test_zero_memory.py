@@ -197,6 +197,64 @@ def test_the_first_step_learns_the_order(mesh: Mesh, stage: int, overlap: bool) 
     assert layer <= account.peak["buffers"] - before <= most
 
 
+class Framed(nn.Module):
+    """What is added first and multiplied by last is one unit, and one bucket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(shape=(96,), init=nn.Constant(0.1))
+        self.scale = nn.Parameter(shape=(96,), init=nn.Constant(1.0))
+        self.layers = nn.ModuleList(nn.Linear(96, 96) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position
+        for layer in self.layers:
+            x = layer(x)
+        return x * self.scale
+
+
+@cases("overlap", [False, True])
+@cases("stage", [2, 3])
+def test_a_small_bucket_that_is_long_in_use(mesh: Mesh, stage: int, overlap: bool) -> None:
+    """It lay in the place of the largest, which then had another of its own, in every step."""
+    gc.collect()
+    account = memory.account()
+    before = account.live["buffers"]
+    step = hpcml.parallelize(
+        Framed(), loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, zero=stage, microbatch=1,
+        bucket_mb=0.01, overlap=overlap,
+    )  # fmt: skip
+    x = np.ones((mesh.size, 96), np.float32)
+    step((x, x))
+    account.reset_peak()
+    step((x, x))
+    sizes = [4 * bucket.size for bucket in step.optimizer.storage.buckets]
+    layer, bias, most = max(sizes), 4 * 128, scratch(max(sizes), 4, mesh.size)
+    units = 2 * (layer + bias) if stage == 3 else 0
+    assert account.peak["buffers"] - before <= layer + bias + units + min(sizes) + most
+
+
+@cases("overlap", [False, True])
+@cases("stage", STAGES)
+def test_a_model_that_is_distributed_again(mesh: Mesh, stage: int, overlap: bool) -> None:
+    """Hooks of the modules and parameters kept all that had been made for it before."""
+    gc.collect()
+    account, model, held = memory.account(), Framed(), []
+    before = account.total
+    x = np.ones((mesh.size, 96), np.float32)
+    for _ in range(3):
+        step = hpcml.parallelize(
+            model, loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, zero=stage, overlap=overlap
+        )
+        step((x, x))
+        gc.collect()
+        held.append(account.total - before)
+    assert held[0] == held[1] == held[2]
+    step((x, x))  # those of what is gone go too
+    assert sum(len(m.hooks.after) for m in model.modules()) <= 6
+    assert all(len(p.grad_hooks) <= 1 for p in model.parameters())
+
+
 @cases("overlap", [False, True])
 @cases("stage", [0, 1])
 def test_nothing_is_held_for_a_moment_where_ranks_hold_all(
