@@ -99,7 +99,8 @@ def run(name: str, part: Part, log: Path, limit: float = math.inf) -> dict[str, 
             job.wait(_GRACE)
     finally:
         end(mark)
-        job.wait(_GRACE)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a GPU's memory takes time to free
+            job.wait(_GRACE)
     with log.open("rb") as output:
         output.seek(begin)
         lines = output.read().decode(errors="replace").splitlines()
@@ -188,14 +189,16 @@ def main() -> int:
     report["parts"] = {}
     asked.out.mkdir(parents=True, exist_ok=True)
     environment, mark = marked(os.environ)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    compilers = [subprocess.Popen(job, cwd=ROOT, env=environment, **quiet) for job in COMPILE]
+    with (asked.out / "compile.log").open("wb") as said:
+        how: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdout": said, "stderr": said}
+        compilers = [subprocess.Popen(command, **how) for command in COMPILE]
     try:
         measure(asked.parts or list(PARTS), asked.out, report, until)
     finally:
         end(mark)
         for compiler in compilers:
-            compiler.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                compiler.wait(_GRACE)
     print(table(report))
     failed = [name for name, part in report["parts"].items() if not part["ok"]]
     print("failed: " + ", ".join(failed) if failed else "all parts passed")

@@ -5,8 +5,8 @@
 #
 # It needs no network: Python with NumPy, CuPy, mpi4py and PyTorch must be there, and what else is
 # missing is taken from the wheels in FOLDER, which a machine with a network and the same Python
-# fills by `pip download -d FOLDER '.[mpich,test]'` (cudnn13 too, for cuDNN). Wheels take the place
-# of what the machine has, so leave out those of packages that it has. Every part has its share of
+# fills by `pip download -d FOLDER --no-deps mpich libucx-cu13 pytest-mpi` and other names that the
+# part `machine` misses. Wheels take the place of what the machine has. Every part has its share of
 # the time, and one that fails does not stop the others; gpu.json and gpu.md in the folder of results
 # (build/gpu) say what failed, gpu.log has all that was printed. Without a GPU it says so and exits
 # with 2.
@@ -28,7 +28,7 @@ if ! command -v nvidia-smi >/dev/null || ! timeout 60 nvidia-smi -L >/dev/null 2
     echo "${0##*/}: no NVIDIA GPU here (nvidia-smi finds none): nothing to check" >&2
     exit 2
 fi
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # Compiled kernels need a folder that can be written to.
 if [[ ! -w ${HOME:-/nonexistent} ]]; then
     export HOME=$PWD/build/home

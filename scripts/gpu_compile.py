@@ -18,8 +18,10 @@ from hpcml.kernels.cuda.attention import TILES, takes
 def main(what: str, depth: str = "") -> None:
     """Compile the kernels of the CPU, or attention of a type and a depth."""
     if what == "cpu":
-        for array in np.empty(0, np.float32), np.empty(0, np.float64):
-            kernels.of(array), kernels.images(array)
+        both = np.empty(0, np.float32), np.empty(0, np.float64)
+        for load in kernels.of, kernels.images:  # images are asked for later
+            for array in both:
+                load(array)
     elif takes(int(depth), backend.dtype(what)):
         launch.module(backend.device_module("cuda"), TILES, what, int(depth)).compile()
 

@@ -101,10 +101,14 @@ def follow(
     """
     environment, mark = marked(env)
     until, printed = time.monotonic() + limit, deque[str](maxlen=60)
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-    ) as process:  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return f"cannot be started: {error}"
+    with process:
         threading.Thread(target=_watch, args=(process, limit, mark), daemon=True).start()
         assert process.stdout
         for line in process.stdout:

@@ -25,6 +25,8 @@ PYTEST = (
     "-W", "default",
 )  # fmt: skip
 """What other libraries warn of is no failure here, as it is in the tests of every change."""
+OWN = ("kernels", "attention", "images", "primitives")
+"""What is about our own kernels, where cuDNN would take their place."""
 OPTIONAL = ("cudnn",)
 """What needs a library that a machine may lack: if all is skipped, the row says so."""
 MOST = 12
@@ -50,6 +52,8 @@ def row(name: str, progress: Path) -> Row:
             "PYTHONPATH": f"{ROOT / 'scripts'}:{os.environ.get('PYTHONPATH', '')}",
         }
         environ.setdefault("OMP_NUM_THREADS", "1")  # others run beside it
+        if name in OWN:
+            environ["HPCML_CUDNN"] = "never"
         failure = follow([*PYTEST, f"tests/device/test_{name}.py"], left(), environ)
         told = outcomes(progress)
         if "ended" in told or progress.stat().st_size == before or left() < 1:

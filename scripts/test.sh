@@ -28,7 +28,7 @@ step() {
 step style ruff check
 step format ruff format --check
 step types mypy
-step "serial tests" python -m tests.harness -j 0 --limit 900 -m "not mpi"
+step "serial tests" python -m tests.harness -j 0 --limit 1200 -m "not mpi"
 for ranks in 2 3 4; do
     step "tests with $ranks ranks" python -m tests.harness -n "$ranks" -m mpi
 done

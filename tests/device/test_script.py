@@ -186,6 +186,11 @@ def ended(pid: int) -> None:
     pytest.fail("a child of the part is still there")
 
 
+def test_a_job_without_its_launcher_is_a_failure_in_words(scripts: Any) -> None:
+    failure = scripts("gpu_rows").follow(["no-such-mpiexec", "-n", "2"], 5, os.environ)
+    assert failure.startswith("cannot be started: ") and "no-such-mpiexec" in failure
+
+
 def test_what_is_compiled_beforehand_is_what_attention_asks_for(
     scripts: Any, standing_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
