@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "hpcml"
 # Each part imports only from rows above its own, and from itself.
 LAYERS = (
     ("errors",),
-    ("backend", "pictures"),
+    ("account", "backend", "pictures"),
     ("memory", "kernels"),
     ("rng",),
     ("autograd", "comm"),

@@ -13,16 +13,17 @@ import pytest
 
 import hpcml.cli
 from hpcml import memory
+from hpcml.account import CATEGORIES, Account
 from hpcml.comm import Mesh
 from hpcml.comm.threads import run
 from hpcml.errors import MemoryLimitError, UserError
-from hpcml.memory import CATEGORIES, empty, zeros
+from hpcml.memory import empty, zeros
 
 
 @pytest.fixture(autouse=True)
-def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[memory.Account]:
+def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[Account]:
     """A fresh account for this thread, which must be balanced in the end."""
-    fresh = memory.Account()
+    fresh = Account()
     monkeypatch.setattr(memory._local, "account", fresh)
     yield fresh
     gc.collect()
@@ -31,7 +32,7 @@ def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[memory.Account]:
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_an_array_is_counted_in_its_category_while_it_lives(
-    category: str, account: memory.Account
+    category: str, account: Account
 ) -> None:
     array = empty((3, 5), np.float32, category)
     others = dict.fromkeys(CATEGORIES, 0)
@@ -43,11 +44,11 @@ def test_an_array_is_counted_in_its_category_while_it_lives(
     assert account.peak == others | {category: 60}
 
 
-def test_the_account_is_that_of_the_thread(account: memory.Account) -> None:
+def test_the_account_is_that_of_the_thread(account: Account) -> None:
     assert memory.account() is account
 
 
-def test_bytes_count_until_the_last_view_is_gone(account: memory.Account) -> None:
+def test_bytes_count_until_the_last_view_is_gone(account: Account) -> None:
     array = empty((100, 100), np.float64)
     view = array[3:].reshape(-1).view(np.float32)[::2]
     other = array.T
@@ -60,7 +61,7 @@ def test_bytes_count_until_the_last_view_is_gone(account: memory.Account) -> Non
     assert account.live["activations"] == 0
 
 
-def test_copies_and_results_are_plain_arrays_that_keep_nothing(account: memory.Account) -> None:
+def test_copies_and_results_are_plain_arrays_that_keep_nothing(account: Account) -> None:
     array = zeros((10,), np.float32)
     assert type(array) is np.ndarray
     assert type(array[2:]) is np.ndarray
@@ -71,7 +72,7 @@ def test_copies_and_results_are_plain_arrays_that_keep_nothing(account: memory.A
 
 
 def test_the_peak_is_the_largest_sum_and_starts_again_from_what_lives(
-    account: memory.Account,
+    account: Account,
 ) -> None:
     kept = empty((1000,), np.uint8, "buffers")
     first = empty((500,), np.uint8, "buffers")
@@ -85,7 +86,7 @@ def test_the_peak_is_the_largest_sum_and_starts_again_from_what_lives(
     del kept
 
 
-def test_a_block_of_code_names_the_category(account: memory.Account) -> None:
+def test_a_block_of_code_names_the_category(account: Account) -> None:
     made = []
     with memory.category("params"):
         made.append(empty((4,), np.uint8))
@@ -98,14 +99,14 @@ def test_a_block_of_code_names_the_category(account: memory.Account) -> None:
     assert list(account.live.values()) == [10, 7, 5, 8, 0]
 
 
-def test_an_unknown_category_is_an_error(account: memory.Account) -> None:
+def test_an_unknown_category_is_an_error(account: Account) -> None:
     with pytest.raises(AssertionError, match="weights"), memory.category("weights"):
         pass
     with pytest.raises(KeyError, match="weights"):
         empty((1,), np.uint8, "weights")
 
 
-def test_each_thread_has_its_own_account(account: memory.Account) -> None:
+def test_each_thread_has_its_own_account(account: Account) -> None:
     seen = []
 
     def other() -> None:
@@ -124,7 +125,7 @@ def test_each_thread_has_its_own_account(account: memory.Account) -> None:
 
 
 def test_an_array_freed_by_another_thread_is_taken_off_the_account_that_made_it(
-    account: memory.Account,
+    account: Account,
 ) -> None:
     arrays = [empty((5,), np.uint8)]
     thread = threading.Thread(target=arrays.clear)
@@ -150,7 +151,7 @@ def test_all_shapes_and_dtypes(shape: tuple[int, ...], dtype: str) -> None:
     assert array.flags.writeable and array.flags.aligned
 
 
-def test_the_total_and_its_peak_are_over_all_categories(account: memory.Account) -> None:
+def test_the_total_and_its_peak_are_over_all_categories(account: Account) -> None:
     first = empty((100,), np.uint8, "params")
     second = empty((50,), np.uint8, "buffers")
     del second
@@ -163,7 +164,7 @@ def test_the_total_and_its_peak_are_over_all_categories(account: memory.Account)
     assert (account.total, account.peak_total) == (0, 130)
 
 
-def test_the_limit_is_reached_and_not_exceeded(account: memory.Account) -> None:
+def test_the_limit_is_reached_and_not_exceeded(account: Account) -> None:
     memory.set_limit(1000)
     kept = empty((600,), np.uint8, "params")
     last = zeros((400,), np.uint8, "grads")
@@ -179,7 +180,7 @@ def test_the_limit_is_reached_and_not_exceeded(account: memory.Account) -> None:
     del kept, nothing, again, more
 
 
-def test_a_refusal_says_where_all_the_memory_went(account: memory.Account) -> None:
+def test_a_refusal_says_where_all_the_memory_went(account: Account) -> None:
     memory.set_limit(20_000)
     kept = empty((12_345,), np.uint8, "params"), empty((500,), np.uint8, "activations")
     with pytest.raises(UserError) as caught, memory.category("optim"):
@@ -216,7 +217,7 @@ def test_nothing_is_allocated_that_is_refused() -> None:
             make((1 << 60,), np.uint8)
 
 
-def test_adopted_memory_counts_against_the_limit(account: memory.Account) -> None:
+def test_adopted_memory_counts_against_the_limit(account: Account) -> None:
     memory.set_limit(100)
     region = bytearray(200)
     array = memory.adopt(region, 0, (100,), np.uint8, "grads", None)
@@ -226,7 +227,7 @@ def test_adopted_memory_counts_against_the_limit(account: memory.Account) -> Non
     del array
 
 
-def test_garbage_is_collected_before_a_refusal(account: memory.Account) -> None:
+def test_garbage_is_collected_before_a_refusal(account: Account) -> None:
     class Holder:
         pass
 
@@ -244,7 +245,7 @@ def test_garbage_is_collected_before_a_refusal(account: memory.Account) -> None:
     del array
 
 
-def test_the_limit_belongs_to_the_thread(account: memory.Account) -> None:
+def test_the_limit_belongs_to_the_thread(account: Account) -> None:
     memory.set_limit(10)
     made = []
     thread = threading.Thread(target=lambda: made.append(empty((20,), np.uint8).size))

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from hpcml import memory
+from hpcml.account import CATEGORIES, Account
 from hpcml.errors import MemoryLimitError
-from hpcml.memory import CATEGORIES, empty
+from hpcml.memory import empty
 from tests.test_memory import account
 
 __all__ = ["account"]
@@ -65,7 +66,7 @@ def interrupted() -> Iterator[None]:
     threading.settrace(before)  # type: ignore[arg-type]
 
 
-def test_a_thread_counts_for_the_one_for_which_it_works(account: memory.Account) -> None:
+def test_a_thread_counts_for_the_one_for_which_it_works(account: Account) -> None:
     mine = empty((100,), np.uint8, "params")
     made: list[Any] = []
     with memory.category("grads"):
@@ -77,7 +78,7 @@ def test_a_thread_counts_for_the_one_for_which_it_works(account: memory.Account)
     del mine
 
 
-def test_one_limit_for_all_its_threads(account: memory.Account) -> None:
+def test_one_limit_for_all_its_threads(account: Account) -> None:
     memory.set_limit(100)
     mine = empty((70,), np.uint8, "params")
     with pytest.raises(MemoryLimitError, match=r"(?s)40 bytes of buffers .*params  *70\n"):
@@ -102,19 +103,19 @@ def exchange(times: int) -> None:
     beside(lambda: work(0), lambda: work(1))
 
 
-def test_nothing_is_left_of_what_threads_took_and_gave_back(account: memory.Account) -> None:
+def test_nothing_is_left_of_what_threads_took_and_gave_back(account: Account) -> None:
     exchange(100_000)
     assert account.live == NOTHING and account.total == 0
 
 
 @pytest.mark.usefixtures("interrupted")
-def test_nothing_is_left_wherever_threads_are_interrupted(account: memory.Account) -> None:
+def test_nothing_is_left_wherever_threads_are_interrupted(account: Account) -> None:
     exchange(150)
     assert account.live == NOTHING and account.total == 0
 
 
 @pytest.mark.usefixtures("interrupted")
-def test_threads_do_not_exceed_together_what_each_may_take(account: memory.Account) -> None:
+def test_threads_do_not_exceed_together_what_each_may_take(account: Account) -> None:
     memory.set_limit(100)
     taken = []
 
@@ -129,13 +130,13 @@ def test_threads_do_not_exceed_together_what_each_may_take(account: memory.Accou
     assert taken and account.peak_total == 60
 
 
-def test_the_log_of_changes_stays_short(account: memory.Account) -> None:
+def test_the_log_of_changes_stays_short(account: Account) -> None:
     for _ in range(10_000):
         empty((1,), np.uint8)
     assert len(account.log) < 1000
 
 
-def test_what_the_machine_refuses_is_not_counted(account: memory.Account) -> None:
+def test_what_the_machine_refuses_is_not_counted(account: Account) -> None:
     with pytest.raises(MemoryError):
         empty((1 << 60,), np.uint8)
     assert account.total == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpcml import memory
+from hpcml.account import table
 from hpcml.comm import Axis
 from hpcml.parallel.states import model_states
 
@@ -54,7 +55,7 @@ def memory_table(
             f"{entry['max_rank']:.0f}",
         )
     beside = f"{precision}, {states} state(s) of the optimizer, zero.stage={stage}, {ranks} rank(s)"
-    return f"{memory.table(rows, columns)}\n  formula: {beside}"
+    return f"{table(rows, columns)}\n  formula: {beside}"
 
 
 def _spread(values: list[int]) -> dict[str, float]:

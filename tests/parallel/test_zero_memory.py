@@ -163,6 +163,22 @@ def test_what_is_held_for_a_moment(
     assert held >= found.bucket + (max(units) if stage == 3 else 0)
 
 
+def of_second_step(model: nn.Module, mesh: Mesh, stage: int, **options: Any) -> tuple[int, int]:
+    """Bytes of buffers at the peak of a model's second step, and of its largest bucket."""
+    gc.collect()
+    account = memory.account()
+    before = account.live["buffers"]
+    step = hpcml.parallelize(
+        model, loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, zero=stage, microbatch=1, **options
+    )
+    x = np.ones((mesh.size, 96), np.float32)
+    step((x, x))
+    account.reset_peak()
+    step((x, x))
+    largest = 4 * max(bucket.size for bucket in step.optimizer.storage.buckets)
+    return account.peak["buffers"] - before, largest
+
+
 class Backwards(nn.Module):
     """Layers in another order than that of their use."""
 
@@ -181,20 +197,9 @@ class Backwards(nn.Module):
 @cases("stage", [2, 3])
 def test_the_first_step_learns_the_order(mesh: Mesh, stage: int, overlap: bool) -> None:
     """Until then buckets may wait for their turn; no memory stays from that."""
-    gc.collect()
-    account = memory.account()
-    before = account.live["buffers"]
-    step = hpcml.parallelize(
-        Backwards(), loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, zero=stage, microbatch=1,
-        bucket_mb=0.12, overlap=overlap,
-    )  # fmt: skip
-    x = np.ones((mesh.size, 96), np.float32)
-    step((x, x))
-    account.reset_peak()
-    step((x, x))
-    layer = 4 * max(bucket.size for bucket in step.optimizer.storage.buckets)
+    held, layer = of_second_step(Backwards(), mesh, stage, overlap=overlap, bucket_mb=0.12)
     most = (stage - 1) * (2 if overlap else 1) * layer + scratch(layer, 4, mesh.size)
-    assert layer <= account.peak["buffers"] - before <= most
+    assert layer <= held <= most
 
 
 class Framed(nn.Module):
@@ -217,21 +222,10 @@ class Framed(nn.Module):
 @cases("stage", [2, 3])
 def test_a_small_bucket_that_is_long_in_use(mesh: Mesh, stage: int, overlap: bool) -> None:
     """It lay in the place of the largest, which then had another of its own, in every step."""
-    gc.collect()
-    account = memory.account()
-    before = account.live["buffers"]
-    step = hpcml.parallelize(
-        Framed(), loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, zero=stage, microbatch=1,
-        bucket_mb=0.01, overlap=overlap,
-    )  # fmt: skip
-    x = np.ones((mesh.size, 96), np.float32)
-    step((x, x))
-    account.reset_peak()
-    step((x, x))
-    sizes = [4 * bucket.size for bucket in step.optimizer.storage.buckets]
-    layer, bias, most = max(sizes), 4 * 128, scratch(max(sizes), 4, mesh.size)
-    units, framed = 2 * (layer + bias) if stage == 3 else 0, 4 * 2 * 96
-    assert account.peak["buffers"] - before <= layer + bias + units + framed + most
+    held, layer = of_second_step(Framed(), mesh, stage, overlap=overlap, bucket_mb=0.01)
+    bias, framed = 4 * 128, 4 * 2 * 96
+    units = 2 * (layer + bias) if stage == 3 else 0
+    assert held <= layer + bias + units + framed + scratch(layer, 4, mesh.size)
 
 
 @cases("overlap", [False, True])
