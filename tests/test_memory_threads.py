@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import random
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hpcml import account as accounts
 from hpcml import memory
 from hpcml.account import CATEGORIES, Account
 from hpcml.errors import MemoryLimitError
@@ -46,14 +48,14 @@ def beside(*calls: Callable[[], object]) -> None:
 
 @pytest.fixture
 def interrupted() -> Iterator[None]:
-    """New threads may give way to others between any two instructions of `hpcml.memory`.
+    """New threads may give way to others between any two instructions of what counts memory.
 
     Python itself lets others run only where a call or a loop begins, which is no promise.
     """
-    chance = random.Random(0)
+    chance, counting = random.Random(0), {memory.__file__, accounts.__file__}
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename != memory.__file__:
+        if frame.f_code.co_filename not in counting:
             return None
         frame.f_trace_opcodes = True
         if chance.random() < 0.2:
@@ -62,7 +64,9 @@ def interrupted() -> Iterator[None]:
 
     before = threading.gettrace()
     threading.settrace(trace)
+    gc.freeze()  # a refusal collects garbage: let it look at what is made here alone
     yield
+    gc.unfreeze()
     threading.settrace(before)  # type: ignore[arg-type]
 
 
@@ -120,7 +124,7 @@ def test_threads_do_not_exceed_together_what_each_may_take(account: Account) -> 
     taken = []
 
     def work() -> None:
-        for _ in range(10):  # each refusal collects garbage first, which takes long here
+        for _ in range(100):
             try:
                 taken.append(empty((60,), np.uint8).size)
             except MemoryLimitError:
