@@ -228,3 +228,21 @@ def test_two_threads_may_ask_for_kernels_at_once() -> None:
     for thread in threads:
         thread.join()
     assert results == [1000.0] * 100
+
+
+def test_a_kernel_that_is_being_loaded_is_waited_for() -> None:
+    """Threads load kernels when they come to them, with those of another type in use elsewhere."""
+    of(np.empty(0))
+    kernel, out = cpu.layer_norm.compiled, [np.empty(shape) for shape in ((1, 3), 1, 1)]
+    versions = list(kernel.overloads)
+    arguments = (np.array([[1.0, 3.0, 2.0]]), np.ones(3), np.ones(3), 0.0, *out)
+    thread = threading.Thread(target=cpu.layer_norm, args=arguments)
+    with jit._loading:
+        kernel.disable_compile(False)
+        thread.start()
+        thread.join(0.2)
+        waited = thread.is_alive()
+        kernel.disable_compile()
+    thread.join()
+    assert waited and list(kernel.overloads) == versions
+    assert np.allclose(out[0], 1 + np.array([-1, 1, 0]) * 1.5**0.5)

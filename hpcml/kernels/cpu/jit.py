@@ -116,9 +116,20 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
 def compiled(function: Callable[..., Any]) -> Any:
     """Let a function be compiled, for the signatures that are registered, and kept on disk."""
     with _cached_here():
-        return numba.njit(
+        made: Any = numba.njit(
             fastmath={"contract", "nsz"}, error_model="numpy", nogil=True, cache=True
         )(function)
+    made._compile_for_args = functools.partial(_after_loading, made)
+    return made
+
+
+def _after_loading(made: Any, *args: Any) -> Any:
+    """Return what numba shall call with types for which it would compile a version, if it may.
+
+    It may only while kernels are loaded: this thread has come to call one at that moment.
+    """
+    with _loading:
+        return made
 
 
 def register(function: Any, signature: str) -> None:

@@ -109,7 +109,7 @@ class Divided:
         if dtype not in self._addresses:
             self._addresses = {
                 _float_of(types): jit.address(made)
-                for types, made in self.compiled.overloads.items()
+                for types, made in self.compiled.overloads.copy().items()
             }
         return self._addresses[dtype]
 
