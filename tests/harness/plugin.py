@@ -74,6 +74,7 @@ class Safety:
         if worker:
             config.pluginmanager.register(Sharing(self.board), "hpcml-sharing")
         self.timer: threading.Timer | None = None
+        self.file: Path | None = None
         self.collection_failures: list[str] = []
         if self.ranks.rank:
             _mute(config)
@@ -136,12 +137,17 @@ class Safety:
             for rank, (names, failures) in enumerate(found):
                 text += f"rank {rank}: {len(names.splitlines())} tests\n{failures}"
             raise pytest.UsageError(text)
-        gc.freeze()  # all tests there are: a test that collects garbage need not look through them
         self.rest()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """One clock for the three phases and the wait for the others."""
+        if item.path != self.file:
+            # Many tests collect garbage, and need not look through what others have left for good:
+            # the tests themselves, compiled kernels, the models of fixtures.
+            self.file = item.path
+            gc.collect()
+            gc.freeze()
         mark = item.get_closest_marker("limit")
         self.watch(item.nodeid, float(mark.args[0]) if mark else self.limit)
         try:
