@@ -19,16 +19,24 @@ VARIABLE = "HPCML_TEST_WORKER"
 """Environment variable with the number of the process among those that share the tests."""
 _FIRST = (
     "tests/train/test_bad_input.py",
+    "tests/device/test_compile.py",
     "tests/test_harness.py",
     "tests/kernels/test_compiled.py",
+    "tests/parallel/pipeline/test_training.py",
+    "tests/parallel/test_tensor_accounts.py",
+    "tests/parallel/test_zero_memory.py",
+    "tests/train/test_pipeline_run.py",
     "tests/test_bench_zero.py",
-    "tests/comm/test_rollcall.py",
     "tests/comm/test_guard.py",
+    "tests/train/test_modes.py",
+    "tests/docs/test_data.py",
+    "tests/comm/test_rollcall.py",
+    "tests/device/test_training.py",
     "tests/parallel/test_faults.py",
     "tests/test_bench_collectives.py",
 )
-"""Files that take more than 20 seconds: a hint, which changes no result. The first ones compile the
-kernels, or need none: what starts jobs with short limits of time comes after that."""
+"""Files that take more than 20 seconds: a hint, which changes no result. The first one compiles the
+kernels, the next two need none: what starts jobs with short limits of time comes after that."""
 
 
 class Sharing:
