@@ -21,6 +21,7 @@ import numpy as np
 from hpcml.comm import child
 from hpcml.comm.board import Group
 from hpcml.comm.child import Outcome
+from hpcml.comm.launch import APART, apart
 from hpcml.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ WAYS = ("auto", "device", "staged")
 """What it may be: found out by trying; given to MPI as it is; by way of the host."""
 
 RANKS = 2
+_LAYER = "OMPI_MCA_pml"
+"""What Open MPI sends messages by."""
 _STAGED, _UNKNOWN, _DIRECT = range(3)
 _log = logging.getLogger("hpcml")
 
@@ -125,17 +128,20 @@ def recipe() -> dict[str, str]:
 
     The wheels of MPICH and Open MPI look for UCX in LD_LIBRARY_PATH first; that of libucx-cu13 (or
     -cu12) is built with CUDA. Empty if it is not installed, or asked for already.
+
+    Within a node both go past UCX, by memory that knows no CUDA, unless they are told.
     """
     found = importlib.util.find_spec("libucx")
     folders = list(found.submodule_search_locations or []) if found else []
     folder = next((str(Path(name, "lib")) for name in folders if Path(name, "lib").is_dir()), "")
-    before = os.environ.get("LD_LIBRARY_PATH", "")
-    if not folder or folder in before.split(os.pathsep):
+    paths = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    told = apart() or os.environ.get(_LAYER) == "ucx"
+    if not folder or (folder in paths and told):
         return {}
     return {
-        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [folder, before])),
-        # Open MPI takes UCX for networks alone unless it is told.
-        "OMPI_MCA_pml": "ucx",
+        "LD_LIBRARY_PATH": os.pathsep.join(dict.fromkeys(filter(None, [folder, *paths]))),
+        APART: "1",
+        _LAYER: "ucx",
         "OMPI_MCA_opal_common_ucx_tls": "any",
         "OMPI_MCA_opal_common_ucx_devices": "any",
     }

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from hpcml.errors import UserError
 
+APART = "MPIR_CVAR_NOLOCAL"
+"""Set to 1, MPICH takes each rank for a node of its own, and all messages to UCX or libfabric."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -110,6 +113,11 @@ def check_world(size: int, environ: Mapping[str, str] = os.environ) -> None:
         f"{job.variable}={job.size}, but the MPI world has 1 rank: {job.launcher} and the MPI "
         f"library do not match, and each of {job.size} copies would run the whole job: {remedy}"
     )
+
+
+def apart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether MPICH is told that no two ranks are on one node."""
+    return environ.get(APART, "").lower() in ("1", "true", "yes", "on")
 
 
 def without_launcher(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -15,7 +15,7 @@ from hpcml.comm import crash, sentinel, watch
 from hpcml.comm.alone import Alone
 from hpcml.comm.ambient import here
 from hpcml.comm.board import Board, Group
-from hpcml.comm.launch import check_world, read
+from hpcml.comm.launch import apart, check_world, read
 from hpcml.comm.messages import Received, Sent
 from hpcml.comm.noted import open_board
 from hpcml.comm.tags import Tag
@@ -25,6 +25,18 @@ from hpcml.errors import UserError
 
 _PATIENCE = 10
 """Seconds that `MPI_Abort` has to end this process."""
+
+
+def neighbours(mpi: Any, comm: Any) -> Any:
+    """The ranks of `comm` on this rank's node, by `MPI_Comm_split_type(SHARED)`. Collective.
+
+    An MPICH that shall take all messages to UCX (`APART`) says that each rank is a node of its own:
+    then ranks of a host are on one node. `mpi`: the module mpi4py.MPI.
+    """
+    if not apart():
+        return comm.Split_type(mpi.COMM_TYPE_SHARED)
+    hosts = comm.allgather(platform.node())
+    return comm.Split(hosts.index(platform.node()), comm.rank)
 
 
 def world() -> Transport:
@@ -179,9 +191,9 @@ class MpiTransport:
         return self._subsets[chosen, name]
 
     def nodes(self) -> tuple[Node, ...]:
-        """The nodes by `MPI_Comm_split_type(SHARED)`, in the order of their first ranks."""
+        """The nodes by `neighbours`, in the order of their first ranks."""
         if self._nodes is None:
-            local = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
+            local = neighbours(self._mpi, self._comm)
             first = local.bcast(self.rank)
             mine = (first, platform.node(), local.Get_rank(), local.Get_size())
             local.Free()

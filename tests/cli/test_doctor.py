@@ -304,10 +304,13 @@ def test_the_ucx_of_a_wheel_is_tried_and_its_command_told(
     monkeypatch.setattr(direct, "probe", lambda env: tried.append(env) or Outcome({"devices": []}))
     failed = Outcome(failure="exit code 1")
     helped, command = doctor._with_a_wheels_ucx(failed, Outcome({"library": "MPICH 5"}))
-    assert command == f"LD_LIBRARY_PATH={folder}:/before" and helped.found
+    assert command == f"LD_LIBRARY_PATH={folder}:/before MPIR_CVAR_NOLOCAL=1" and helped.found
     assert tried == [direct.recipe()]
-    assert "OMPI_MCA_pml=ucx" in doctor._with_a_wheels_ucx(failed, Outcome({"x": "Open MPI 5"}))[1]
+    other = doctor._with_a_wheels_ucx(failed, Outcome({"x": "Open MPI 5"}))[1]
+    assert "OMPI_MCA_pml=ucx" in other and "MPIR_" not in other
     monkeypatch.setenv("LD_LIBRARY_PATH", f"{folder}")
+    assert direct.recipe()["LD_LIBRARY_PATH"] == f"{folder}"  # MPICH goes past UCX even so
+    monkeypatch.setenv("MPIR_CVAR_NOLOCAL", "1")
     assert doctor._with_a_wheels_ucx(failed, Outcome()) == (None, "")
 
 

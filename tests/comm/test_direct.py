@@ -10,6 +10,7 @@ import pytest
 
 from hpcml.comm import Mesh, child, direct, run
 from hpcml.comm.child import PERMISSIVE, Outcome, find_mpiexec
+from hpcml.comm.launch import APART
 from hpcml.comm.link import Link
 from hpcml.comm.world import world
 from hpcml.errors import UserError
@@ -91,11 +92,12 @@ TRIAL = """
 from tests.device import standin
 with standin.installed() as cupy:
     from mpi4py import MPI
-    {trouble}
     from hpcml.comm import direct_probe
+    before = cupy.ndarray.set
+    {trouble}
     direct_probe.main()
 """
-WRONG = "cupy.full = lambda n, value, dtype: cupy.zeros(n, dtype)"
+WRONG = "cupy.ndarray.set = lambda x, values: before(x, {values})"
 
 
 @pytest.mark.skipif(not find_mpiexec(), reason="no mpiexec")
@@ -103,9 +105,20 @@ WRONG = "cupy.full = lambda n, value, dtype: cupy.zeros(n, dtype)"
     ("trouble", "expected"),
     [
         ("", Outcome({"devices": [0, 0]})),
-        (WRONG, Outcome(failure="messages of 1, 1024, 65536, 4194304 bytes came wrong")),
+        (
+            WRONG.format(values="direct_probe.values(0, 0, x.size)"),
+            Outcome(failure="messages of 1, 1024, 65536, 4194304 bytes came wrong"),
+        ),
+        (
+            WRONG.format(values="values[::-1].copy()"),
+            Outcome(failure="messages of 1024, 65536, 4194304 bytes came wrong"),
+        ),
+        (
+            "cupy.ndarray.get = lambda x: __import__('os').abort()",
+            Outcome(failure="killed by SIGABRT"),
+        ),
     ],
-    ids=["right", "wrong"],
+    ids=["right", "of before", "elsewhere", "crash"],
 )
 def test_the_trial_looks_at_what_has_come(trouble: str, expected: Outcome) -> None:
     """On the stand-in, whose memory MPI takes."""
@@ -113,3 +126,16 @@ def test_the_trial_looks_at_what_has_come(trouble: str, expected: Outcome) -> No
     found = child.run([find_mpiexec(), "-n", "2", *program], env=PERMISSIVE)
     assert found.found == expected.found
     assert found.failure.endswith(expected.failure) and bool(found.failure) != bool(found.found)
+
+
+@pytest.mark.skipif(not find_mpiexec(), reason="no mpiexec")
+def test_ranks_that_are_told_to_go_by_ucx_are_still_on_one_node() -> None:
+    """MPICH then says that each is alone: they would all take the first GPU."""
+    program = (
+        "import json; from hpcml.comm import Mesh; mesh = Mesh(); node = mesh.node\n"
+        "found = mesh.world.allgather_object((node.index, node.local_rank, node.local_size))\n"
+        "if mesh.rank == 0: print(json.dumps({'nodes': found}))"
+    )
+    command = [find_mpiexec(), "-n", "2", sys.executable, "-c", program]
+    found = child.run(command, env=child.PERMISSIVE | {APART: "1"})
+    assert found.found == {"nodes": [[0, 0, 2], [0, 1, 2]]}, found.failure

@@ -81,5 +81,6 @@ def _with_a_wheels_ucx(tried: Outcome | None, library: Outcome) -> tuple[Outcome
     recipe = direct.recipe()
     if tried is None or tried.found or not recipe:
         return None, ""
-    names = [name for name in recipe if "OMPI" not in name or "Open MPI" in str(library.found)]
+    other = "MPIR_" if "Open MPI" in str(library.found) else "OMPI_"
+    names = [name for name in recipe if not name.startswith(other)]
     return direct.probe(recipe), " ".join(f"{name}={recipe[name]}" for name in names)
