@@ -80,6 +80,25 @@ def test_heads_that_are_too_large_take_the_long_way(numbers: Numbers, cuda: Any)
     assert not takes(129, numbers.dtype)
 
 
+def test_the_long_way_is_told_once(standing_in: Any, cuda: Any, caplog: Any) -> None:
+    """With a number of heads' elements that no other test has."""
+    numbers = Numbers(standing_in, "float32")
+    q, k, v, g, *grads = (numbers.normal(1, 1, 3, 131, scale=1 + i / 8) for i in range(7))
+    out, lse = numbers.empty(1, 1, 3, 131), numbers.empty(1, 1, 3, sums=True)
+    how = (0.1, 0.1), (True, True), *zip(PLAIN, PLAIN, strict=True)
+    for _ in range(2):
+        found, exact = zip(q, k, v, *how, out, lse, strict=True)
+        cuda.attention(*found)
+        generic.attention(*exact)
+        numbers.close(*out, 4)
+        both = zip(q, k, v, out, lse, g, *how, (False, False), *grads, strict=True)
+        cuda.attention_backward(*next(both))
+    lines = [line for line in caplog.messages if "cuDNN" not in line]
+    (line,) = lines
+    assert line.startswith("attention by array expressions")
+    assert line.endswith("heads of 131 in float32 are too large for tiles")
+
+
 def test_heads_are_as_large_as_the_device_has_shared_memory_for(
     numbers: Numbers, cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ the last dimension is contiguous.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from 99 KiB on ("CUDA C++ Programming Guide", technical specifications)."""
 FIXED = 2 * _COLUMNS * 8
 """Bytes of shared memory that a kernel has beside its tiles, at most."""
 
+_log = logging.getLogger("hpcml")
+
 STRIDES = np.dtype([(name, np.int64) for name in "bht"])
 SHAPE = np.dtype(
     [(name, np.int64) for name in (
@@ -45,6 +48,25 @@ def _most_shared(device: int) -> int:
 def takes(depth: int, dtype: np.dtype[Any], device: int = 0) -> bool:
     """Whether heads of this size are computed in tiles on a device."""
     return 0 < needed(_depth(depth), dtype) <= _most_shared(device)
+
+
+def _in_tiles(q: Array) -> bool:
+    """Whether attention of these queries is computed in tiles; the first time not, a line says so.
+
+    That holds for each size and type of heads.
+    """
+    depth, dtype, device = q.shape[3], q.dtype, q.device.id
+    return takes(depth, dtype, device) or _too_large(depth, dtype.name)
+
+
+@functools.cache
+def _too_large(depth: int, dtype: str) -> bool:
+    _log.warning(
+        "attention by array expressions, in memory for all scores: heads of %d in %s are too large "
+        "for tiles",
+        depth, dtype,
+    )  # fmt: skip
+    return False
 
 
 def needed(depth: int, dtype: np.dtype[Any]) -> int:
@@ -91,7 +113,7 @@ def attention(
     if cudnn.attention(q, k, v, scale, causal, threshold, out, lse):
         return
     mask = key, first, threshold, head, row0, key0
-    if not takes(q.shape[3], q.dtype, q.device.id):
+    if not _in_tiles(q):
         generic.attention(q, k, v, scale, causal, *mask, out, lse)
         return
     sums = lse if lse.flags.c_contiguous else share(lse.shape, lse, lse.dtype)
@@ -130,7 +152,7 @@ def attention_backward(
     ):  # fmt: skip
         return
     mask = key, first, threshold, head, row0, key0
-    if not takes(q.shape[3], q.dtype, q.device.id):
+    if not _in_tiles(q):
         generic.attention_backward(
             q, k, v, out, lse, g, scale, causal, *mask, more, dq, dk, dv
         )  # fmt: skip

@@ -98,14 +98,14 @@ def _line(error: Exception) -> str:
 
 
 def left(operator: str, reason: str) -> bool:
-    """Leave this to the operator's own kernel, and say so the first time; False.
+    """Leave this to what the operator has beside cuDNN, and say so the first time; False.
 
     Nothing is said where it was asked for.
     """
     if operator not in reasons:
         reasons[operator] = reason
         if not reason.startswith(VARIABLE):
-            _log.warning("%s by its own kernel, not by cuDNN: %s", operator, reason)
+            _log.warning("%s not by cuDNN: %s", operator, reason)
     return False
 
 
