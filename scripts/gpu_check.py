@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +31,16 @@ def _script(name: str, *arguments: str) -> list[str]:
     return [sys.executable, str(HERE / f"{name}.py"), *arguments]
 
 
+PREPARE = [_script("gpu_prepare", "cpu"), _script("gpu_prepare", "torch")]
 COMPILE = [
-    _script("gpu_compile", "cpu"),
-    *(_script("gpu_compile", dtype, depth)
-      for depth in ("128", "64", "32") for dtype in ("float32", "float64", "bfloat16", "float16")),
+    _script("gpu_prepare", dtype, depth)
+    for depth in ("128", "64", "32") for dtype in ("float32", "float64", "bfloat16", "float16")
 ]  # fmt: skip
-"""What takes long once, each a process since compilers use one core; started before the parts."""
+"""What takes long once, each a process since compilers use one core; started before the parts.
+
+Compilers stand still while a part takes the time of something. What prepares must not: others wait
+for its lock.
+"""
 
 
 class Part(NamedTuple):
@@ -44,33 +49,40 @@ class Part(NamedTuple):
     command: list[str]
     share: int
     shows: str
+    timed: bool = False
+    """Whether it takes the time of something, so that nothing else shall run."""
 
 
 PARTS = {
     "machine": Part(_script("gpu_machine"), 15, "what is installed, and the GPU as it was found"),
-    "kernels": Part(_script("gpu_tests", "kernels", "attention", "images", "cudnn", "primitives"),
-                    80, "every kernel against its specification in float64 and every primitive "
-                    "beside the CPU, all types"),
-    "gpt2": Part(_script("gpu_steps", "gpt2"), 100,
-                 "a training step of GPT-2 124M, bf16, block 1024, beside PyTorch"),
-    "profile": Part(_script("gpu_profile"), 25,
-                    "where the time of our step of GPT-2 124M goes, by operator"),
-    "ranks": Part(_script("gpu_tests", "training", "messages"), 60,
-                  "training with dp, ZeRO 0-3, tp, pp, cp, spatial beside the CPU; collectives, "
-                  "halos and adjoints, direct and staged; ranks are threads"),
-    "resnet50": Part(_script("gpu_steps", "resnet50"), 70,
-                     "a training step of ResNet-50, bf16, beside PyTorch"),
     "mpi": Part(_script("gpu_messages", "ways"), 45,
                 "whether ranks start, and whether MPI takes memory of the GPU"),
-    "processes": Part(_script("gpu_processes"), 95,
+    "kernels": Part(_script("gpu_tests", "kernels", "images", "cudnn"), 45,
+                    "every kernel but attention against its specification in float64, and cuDNN's "
+                    "results, all types"),
+    "gpt2": Part(_script("gpu_steps", "gpt2"), 100,
+                 "a training step of GPT-2 124M, bf16, block 1024, beside PyTorch", True),
+    "profile": Part(_script("gpu_profile"), 25,
+                    "where the time of our step of GPT-2 124M goes, by operator", True),
+    "attention": Part(_script("gpu_tests", "attention", "primitives"), 50,
+                      "our attention against its specification in float64, and every primitive "
+                      "beside the CPU, all types"),
+    "ranks": Part(_script("gpu_tests", "training", "messages"), 45,
+                  "training with dp, ZeRO 0-3, tp, pp, cp, spatial beside the CPU; collectives, "
+                  "halos and adjoints, direct and staged; ranks are threads"),
+    "resnet50": Part(_script("gpu_steps", "resnet50"), 65,
+                     "a training step of ResNet-50, bf16, beside PyTorch", True),
+    "doctor": Part(_script("gpu_doctor"), 40,
+                   "hpcml doctor: this machine, its MPI, and the way of each operator"),
+    "processes": Part(_script("gpu_processes"), 90,
                       "training with dp, ZeRO 1-3, tp, pp, cp, spatial by 2 and 4 processes, "
                       "direct and staged, and hpcml train, beside one rank"),
-    "collectives": Part(_script("gpu_messages", "collectives"), 55,
+    "collectives": Part(_script("gpu_messages", "collectives"), 40,
                         "collectives between 2 and 4 processes, direct and staged: values of all "
-                        "types, bandwidth"),
-    "ways": Part(_script("gpu_ways"), 40,
+                        "types, bandwidth", True),
+    "ways": Part(_script("gpu_ways"), 25,
                  "attention and convolutions of GPT-2 and ResNet-50 by cuDNN and by our own "
-                 "kernels: which was taken, how they differ, milliseconds of both"),
+                 "kernels: which was taken, how they differ, milliseconds of both", True),
 }  # fmt: skip
 
 
@@ -108,11 +120,24 @@ def run(name: str, part: Part, log: Path, limit: float = math.inf) -> dict[str, 
     printed = [line for line in lines if line.strip() and not parsed(line)][-60:]
     why = [f"{ended}: {reason(printed)}"] if ended else []
     result["failure"] = "; ".join(why + _faults(result))
+    result["not shown"] = _gaps(result)
     result["ok"] = not result["failure"]
     if result["failure"]:
         result["output"] = printed
-    print(f"{name}: {result['failure'] or 'ok'} ({result['seconds']} s)", flush=True)
+    print(f"{name}: {_outcome(result)} ({result['seconds']} s)", flush=True)
     return result
+
+
+def _missing(part: Part) -> dict[str, Any]:
+    """What is known of a part before it is run, and should it never be."""
+    return {"shows": part.shows, **_told([]), "seconds": 0.0, "failure": "not reached",
+            "not shown": "", "ok": False}  # fmt: skip
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    """How a part ended, and what of it nobody has seen."""
+    gaps = f"not shown: {result['not shown']}" if result["not shown"] else ""
+    return "; ".join(filter(None, [result["failure"] or "ok", gaps]))
 
 
 def _told(lines: list[str]) -> dict[str, Any]:
@@ -141,6 +166,13 @@ def _faults(told: dict[str, Any]) -> list[str]:
     return found if rows or told["found"] else [*found, "showed nothing"]
 
 
+def _gaps(told: dict[str, Any]) -> str:
+    """What was asked for and cannot be seen on this machine, and why: no failure, nor a success."""
+    gaps = [row for row in told["rows"] if row.get("agrees") == "not shown"]
+    named = {f"{next(iter(row.values()))} ({row.get('because', '')})" for row in gaps}
+    return "; ".join(sorted(named))[:500]
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as a page of Markdown."""
     parts = report["parts"]
@@ -148,7 +180,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"# GPU check of {report['date']}", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items()]
     lines += _rows([
-        {"part": name, "shows": part["shows"], "result": part["failure"] or "ok",
+        {"part": name, "shows": part["shows"], "result": _outcome(part),
          "seconds": part["seconds"]} for name, part in parts.items()
     ])  # fmt: skip
     lines += _rows([{"part": name, **row} for name, part in parts.items() for row in part["asked"]])
@@ -192,33 +224,63 @@ def main() -> int:
     with (asked.out / "compile.log").open("wb") as said:
         how: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdout": said, "stderr": said}
         compilers = [subprocess.Popen(command, **how) for command in COMPILE]
+        others = [subprocess.Popen(command, **how) for command in PREPARE]
     try:
-        measure(asked.parts or list(PARTS), asked.out, report, until)
+        measure(asked.parts or list(PARTS), asked.out, report, until, compilers)
     finally:
         end(mark)
-        for compiler in compilers:
+        for process in compilers + others:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                compiler.wait(_GRACE)
+                process.wait(_GRACE)
     print(table(report))
-    failed = [name for name, part in report["parts"].items() if not part["ok"]]
-    print("failed: " + ", ".join(failed) if failed else "all parts passed")
+    parts = report["parts"]
+    failed = [name for name, part in parts.items() if not part["ok"]]
+    unseen = [name for name, part in parts.items() if part["not shown"]]
+    if unseen:
+        print("not all shown: " + ", ".join(unseen))
+    print("failed: " + ", ".join(failed) if failed else "no part failed")
     return 1 if failed else 0
 
 
-def measure(names: list[str], out: Path, report: dict[str, Any], until: float) -> None:
-    """Run the parts of these names and add what came of them to the report."""
+@contextlib.contextmanager
+def still(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Let processes stand still: inside, the cores and the disk are another's."""
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        yield
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+
+
+def measure(
+    names: list[str], out: Path, report: dict[str, Any], until: float,
+    compilers: Sequence[subprocess.Popen[bytes]] = (),
+) -> None:  # fmt: skip
+    """Run the parts of these names and add what came of them to the report.
+
+    `compilers` work beside parts that are not timed.
+    """
     log = out / "gpu.log"
     log.write_bytes(b"")
     if "mpi" not in names and {"processes", "collectives"} & set(names):
         names = ["mpi", *names]  # they take the ways that it finds
+    report["parts"] = {name: _missing(PARTS[name]) for name in names}
+    write(report, out)
     for position, name in enumerate(names):
         weights = [PARTS[other].share for other in names[position:]]
         limit = (until - time.monotonic()) * weights[0] / sum(weights)
-        report["parts"][name] = found = run(name, PARTS[name], log, limit)
+        with still(compilers if PARTS[name].timed else ()):
+            report["parts"][name] = found = run(name, PARTS[name], log, limit)
         os.environ.update(found["found"].get("environment", {}))
-        # Written after each part: what is known is there even if this is stopped.
-        (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-        (out / "gpu.md").write_text(table(report))
+        write(report, out)  # what is known is there even if this is stopped
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """Write the report for programs and for people."""
+    (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "gpu.md").write_text(table(report))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 27)
 CHECKED = (96, 12 << 16)
 """Elements of the arrays whose values are looked at: one message, and more than a chunk."""
 ROUNDS = 5
+DIRECT = "messages given to MPI as they are"
 WORLD = """
 from mpi4py import MPI
 world = MPI.COMM_WORLD
@@ -41,10 +42,12 @@ def ways() -> None:
     known = direct.asked()
     trials = {"as it is": {}, "with the UCX of a wheel": direct.recipe()}
     tried = [name for name, env in trials.items() if env or name == "as it is"]
-    limits = shares(["start", *tried], [1, *(2 for _ in tried)])  # CuPy is slow to begin
+    limits = shares(["start", *tried], [2, *(3 for _ in tried)])  # CuPy is slow to begin
+    why = [f"{direct.VARIABLE}={known}"] if known != "auto" else []
     failure = ranks(2, ["-c", WORLD], next(limits)[1], {})
     if failure:
         tell({"what": "two ranks start", "error": failure[:300]})
+        why.append("ranks do not start")
     for name, limit in limits:
         if known != "auto" or failure:
             break
@@ -57,8 +60,9 @@ def ways() -> None:
         if trial.found:
             say(environment={**trials[name], direct.VARIABLE: "device"})
             return
+        why.append(f"{name}: {trial.failure}")
     if known != "device":
-        say(note="messages are staged: nothing below shows the direct way")
+        tell({"what": DIRECT, "agrees": "not shown", "because": "; ".join(why)[:300]})
     say(environment={direct.VARIABLE: "device" if known == "device" else "staged"})
 
 
@@ -68,13 +72,17 @@ def possible() -> list[str]:
 
 
 def jobs() -> list[tuple[int, str]]:
-    """The jobs of a part: how many ranks, and which way messages take."""
-    return [(count, way) for count in RANKS for way in possible()]
+    """The jobs of a part: how many ranks, and which way messages take; tells a way left out."""
+    ways = possible()
+    if "device" not in ways:
+        tell({"what": DIRECT, "agrees": "not shown", "because": "see the part mpi"})
+    return [(count, way) for count in RANKS for way in ways]
 
 
 def collectives() -> None:
     """Tell a row for each operation, way, number of ranks and payload."""
-    for (count, way), limit in shares(jobs()):
+    todo = jobs()
+    for (count, way), limit in shares(todo, [2 + count for count, _ in todo]):
         about = {"ranks": count, "way": way}
         env = {direct.VARIABLE: way}
         in_turn(count, [__file__, "rank"], OPERATIONS, about, limit, env)

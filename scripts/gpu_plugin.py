@@ -2,7 +2,8 @@
 
 Lines of JSON are added to the file that the environment names: [test, outcome, why] for each test
 ("died" when it begins, replaced by the next line with its name), {"count": tests} at the beginning,
-{"ended": true} when all were tried. Tests that the file names are not run again.
+those of other processes included, {"ended": true} when all of its own were tried. Tests that the
+file names are not run again.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from typing import Any
 
 import pytest
 
+from tests.device.support import DTYPES
+
 PROGRESS = "HPCML_GPU_PROGRESS"
 """The environment's name of the file."""
+SHARE = "HPCML_GPU_SHARE"
+"""Which of the processes that share the tests this is."""
+PROCESSES = len(DTYPES)
 _NONE_LEFT = pytest.ExitCode.NO_TESTS_COLLECTED
 _stderr = os.dup(2)  # pytest takes the other one while tests run
 
@@ -31,13 +37,23 @@ def _known() -> set[str]:
     return {found[0] for line in lines if isinstance(found := json.loads(line), list)}
 
 
+def _share(position: int, item: pytest.Item) -> int:
+    """The process that a test belongs to: that of its type, which it says by its parameters."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    types = [value for value in parameters if isinstance(value, str) and value in DTYPES]
+    return DTYPES.index(types[0]) if types else position % PROCESSES
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what was tried before."""
-    known = _known()
+    """Leave out what was tried before, and what is another's."""
+    known, own = _known(), int(os.environ[SHARE])
     if not known:
         _write({"count": len(items)})
-    items[:] = [item for item in items if item.nodeid not in known]
+    items[:] = [
+        item for position, item in enumerate(items)
+        if _share(position, item) == own and item.nodeid not in known
+    ]  # fmt: skip
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

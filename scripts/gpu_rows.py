@@ -182,7 +182,9 @@ def in_turn(
         if not todo:
             return
         if time.monotonic() > until:
+            tell(about | {"name": todo.pop(0), "error": failure[:300]})
             for name in todo:
-                tell(about | {"name": name, "error": failure[:300]})
+                error = f"not reached in the {limit:.0f} s that all of these ranks had"
+                tell(about | {"name": name, "error": error})
             return
         tell(about | {"name": todo.pop(0), "error": (failure or "nothing told")[:300]})

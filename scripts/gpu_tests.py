@@ -1,7 +1,9 @@
-"""A part of the check of the GPU: files of `tests/device`, each in processes of its own, at once.
+"""A part of the check of the GPU: files of `tests/device`, each by some processes, all at once.
 
-`python scripts/gpu_tests.py kernels attention ...`. A test that ends its process, or after which
-the GPU's context is lost, fails alone: another process goes on with the tests after it.
+`python scripts/gpu_tests.py kernels attention ...`. A process has the tests of one type of
+elements, so that none compiles what another does, and its part of those that name none. A test that
+ends its process, or after which the GPU's context is lost, fails alone: another process goes on
+with the tests after it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpu_plugin import PROGRESS
+from gpu_plugin import PROCESSES, PROGRESS, SHARE
 from gpu_rows import ROOT, Row, follow, left, tell
 
 PYTEST = (
@@ -29,36 +31,56 @@ OWN = ("kernels", "attention", "images", "primitives")
 """What is about our own kernels, where cuDNN would take their place."""
 OPTIONAL = ("cudnn",)
 """What needs a library that a machine may lack: if all is skipped, the row says so."""
-MOST = 12
-"""Processes for a file: each loses a test."""
+MOST = 6
+"""Processes one after the other for a share of a file: each loses a test."""
 
 
 def main(names: list[str]) -> int:
     """Run the files of these names; failures are told by their rows."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(lambda name: tell(row(name, Path(folder) / name)), names))
+        list(pool.map(lambda name: tell(row(name, Path(folder))), names))
     return 0
 
 
-def row(name: str, progress: Path) -> Row:
+def row(name: str, folder: Path) -> Row:
     """Run one file; how many tests passed, and what else is to be known."""
     start = time.monotonic()
+    places = [folder / f"{name}.{share}" for share in range(PROCESSES)]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        failures = list(pool.map(run, [name] * PROCESSES, range(PROCESSES), places))
+    told = joined([outcomes(place) for place in places])
+    made = summary(name, told, next(filter(None, failures), ""))
+    return made | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def run(name: str, share: int, progress: Path) -> str:
+    """Try all tests of a share of a file; why they were not, or an empty string."""
     progress.touch()
     failure = ""
     for _ in range(MOST):
         before = progress.stat().st_size
         environ = os.environ | {
             PROGRESS: str(progress),
+            SHARE: str(share),
             "PYTHONPATH": f"{ROOT / 'scripts'}:{os.environ.get('PYTHONPATH', '')}",
         }
         environ.setdefault("OMP_NUM_THREADS", "1")  # others run beside it
         if name in OWN:
             environ["HPCML_CUDNN"] = "never"
         failure = follow([*PYTEST, f"tests/device/test_{name}.py"], left(), environ)
-        told = outcomes(progress)
-        if "ended" in told or progress.stat().st_size == before or left() < 1:
+        if "ended" in outcomes(progress):
+            return ""
+        if progress.stat().st_size == before or left() < 1:
             break
-    return summary(name, told, failure) | {"seconds": round(time.monotonic() - start, 1)}
+    return failure or "not all tests were tried"
+
+
+def joined(shares: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all shares of a file have told; it was tried to the end if each of them was."""
+    tests = {test: how for told in shares for test, how in told["tests"].items()}
+    count = max(told.get("count", 0) for told in shares)  # each counts all tests of the file
+    ended = {"ended": True} if all("ended" in told for told in shares) else {}
+    return {"tests": tests, "count": count, **ended}
 
 
 def outcomes(progress: Path) -> dict[str, Any]:
@@ -88,7 +110,7 @@ def summary(name: str, told: dict[str, Any], failure: str) -> Row:
         made["failures"] = failure or "no test passed"
     if name in OPTIONAL and tests and counts["skipped"] == len(tests) == told["count"]:
         made |= {"agrees": "not shown", "failures": ""}
-    made["skipped because"] = "; ".join(sorted(skipped))[:300]
+    made["because"] = "; ".join(sorted(skipped))[:300]
     return made
 
 

@@ -19,6 +19,8 @@ import hpcml
 from hpcml.autograd import Tensor
 from hpcml.autograd.primitives import primitive
 from hpcml.autograd.record import Context
+from hpcml.cli.doctor import report
+from hpcml.cli.doctor.report import Row
 from hpcml.comm.child import Outcome, find_mpiexec
 from tests.device import emulator, standin
 
@@ -45,7 +47,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def told(text: str, kind: str = "row") -> list[Any]:
     """What lines of JSON say under a name."""
-    found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in text.splitlines() if line.startswith('{"')]
     return [line[kind] for line in found if kind in line]
 
 
@@ -109,6 +111,7 @@ PROGRAMS = {
     "slow": 'print(\'{"asked": {"what": "speed", "at least": 1, "reached": 0.5, '
             '"verdict": "missed"}}\\n{"b": 1}\')',
     "silent": "print('2 skipped')",
+    "unseen": 'print(\'{"row": {"what": "a", "agrees": "not shown", "because": "b"}}\')',
     "long": "import time; print('{\"row\": {}}\\nso far', flush=True); time.sleep(600)",
 }  # fmt: skip
 
@@ -127,15 +130,17 @@ def test_a_part_that_fails_or_shows_nothing_is_told_and_stops_no_other(
     assert failures == {
         "good": "", "bad": "exit code 1: ValueError: why; showed nothing",
         "wrong": "1 of 2 rows failed", "broken": "1 of 1 rows failed",
-        "slow": "missed: speed: 0.5, asked 1", "silent": "showed nothing",
+        "slow": "missed: speed: 0.5, asked 1", "silent": "showed nothing", "unseen": "",
     }  # fmt: skip
     parts = report["parts"]
     assert parts["good"]["ok"] and parts["good"]["rows"] == [{"a": 1}]
+    assert parts["good"]["not shown"] == "" and parts["unseen"]["not shown"] == "a (b)"
     assert parts["good"]["found"] == {"b": 2} and not parts["slow"]["ok"]
     assert parts["long"]["rows"] == [{}] and "so far" in log.read_text()
     page = check.table(json.loads(json.dumps(report)))
     assert "| slow | speed | 1 | 0.5 | missed |" in page and "## good\n\n- b: 2\n" in page
     assert "| bad | something | exit code 1: ValueError: why" in page
+    assert "| unseen | something | ok; not shown: a (b) |" in page
 
 
 def test_shares_of_all_parts_leave_ten_minutes_and_pass_on_what_is_not_needed(
@@ -143,15 +148,36 @@ def test_shares_of_all_parts_leave_ten_minutes_and_pass_on_what_is_not_needed(
 ) -> None:
     check = scripts("gpu_check")
     assert sum(part.share for part in check.PARTS.values()) == check._ALL < 600
-    limits = []
+    limits, pages = [], []
 
     def run(name: str, part: Any, log: Path, limit: float) -> Any:
         limits.append(round(limit))
-        return {"shows": "", "failure": "", "asked": [], "rows": [], "found": {}, "seconds": 0}
+        pages.append((tmp_path / "gpu.md").read_text())
+        return check._missing(part) | {"failure": ""}
 
     monkeypatch.setattr(check, "run", run)
-    check.measure(["gpt2", "ways"], tmp_path, {"date": "", "parts": {}}, time.monotonic() + 270)
-    assert limits == [193, 270]  # 100 and 40 seconds are their shares
+    check.measure(["gpt2", "ways"], tmp_path, {"date": "", "parts": {}}, time.monotonic() + 250)
+    assert limits == [200, 250]  # 100 and 25 seconds are their shares
+    assert f"| ways | {check.PARTS['ways'].shows} | not reached | 0.0 |" in pages[1]
+
+
+def test_compilers_stand_still_while_something_is_timed(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = scripts("gpu_check")
+    with subprocess.Popen(["sleep", "60"]) as compiler:
+        program = (
+            f"stat = open('/proc/{compiler.pid}/stat').read()\n"
+            "print('{\"state\": \"%s\"}' % stat.rsplit(')')[-1].split()[0])"
+        )
+        part = check.Part([sys.executable, "-c", program], 1, "")
+        parts = {"beside": part, "timed": part._replace(timed=True), "after": part}
+        monkeypatch.setattr(check, "PARTS", parts)
+        report: dict[str, Any] = {"date": "", "parts": {}}
+        check.measure(list(parts), tmp_path, report, time.monotonic() + 60, [compiler])
+        compiler.kill()
+    states = [part["found"]["state"] for part in report["parts"].values()]
+    assert states == ["S", "T", "S"]
 
 
 def test_the_report_goes_through_a_pipe_and_nothing_outlives_its_part(
@@ -167,6 +193,7 @@ def test_the_report_goes_through_a_pipe_and_nothing_outlives_its_part(
     part = check.Part([sys.executable, "-c", program], 60, "nothing")
     monkeypatch.setattr(check, "PARTS", {"long": part})
     monkeypatch.setattr(check, "COMPILE", [])
+    monkeypatch.setattr(check, "PREPARE", [])
     monkeypatch.setattr(check, "_ALL", 8)  # seconds are left for all parts
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--spent", "4"])
     monkeypatch.setattr(check.signal, "signal", lambda *_: None)
@@ -201,24 +228,23 @@ def test_what_is_compiled_beforehand_is_what_attention_asks_for(
     scripts: Any, standing_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [tuple(command[2:]) for command in scripts("gpu_check").COMPILE]
-    assert jobs[0] == ("cpu",)
     compiled = []
 
     def compile(module: Any) -> None:
         compiled.append(module)
 
     monkeypatch.setattr(standing_in.RawModule, "compile", compile, raising=False)
-    compile_, launch = scripts("gpu_compile"), importlib.import_module("hpcml.kernels.cuda.launch")
-    compile_.main("float32", "32")
+    prepare, launch = scripts("gpu_prepare"), importlib.import_module("hpcml.kernels.cuda.launch")
+    prepare.main("float32", "32")
     q = standing_in.zeros((1, 1, 2, 32), np.float32)
     kernels = importlib.import_module("hpcml.kernels.cuda")
     out, lse = standing_in.zeros_like(q), standing_in.zeros(q.shape[:3], np.float32)
     kernels.attention(q, q, q, 1.0, True, 0, 0, 0, 0, 0, 0, out, lse)
     assert compiled == [launch.module(standing_in, "attention.cu", "float32", 32)]
-    types, depths = (set(each) for each in zip(*jobs[1:], strict=True))
+    types, depths = (set(each) for each in zip(*jobs, strict=True))
     assert types == set(launch.ELEMENTS) and depths == {"32", "64", "128"}
-    for dtype, depth in jobs[1:]:  # on a GPU some types have no tiles of some depths
-        compile_.main(dtype, depth)
+    for dtype, depth in jobs:  # on a GPU some types have no tiles of some depths
+        prepare.main(dtype, depth)
     assert len(compiled) > len(types) * 2
 
 
@@ -227,7 +253,7 @@ def test_a_check_that_is_terminated_ends_its_part(scripts: Any, tmp_path: Path) 
         "import pathlib, sys, gpu_check as g\n"
         "code = \"import os, time; print('{}'); open('pid', 'w').write(str(os.getpid()));"
         ' time.sleep(600)"\n'
-        "g.COMPILE = []\n"
+        "g.COMPILE = g.PREPARE = []\n"
         f"g.ROOT = pathlib.Path({str(tmp_path)!r})\n"
         "g.PARTS = {'long': g.Part([sys.executable, '-c', code], 1, '')}\n"
         f"sys.argv = ['gpu_check.py', '--out', {str(tmp_path)!r}]\n"
@@ -246,20 +272,31 @@ def test_a_check_that_is_terminated_ends_its_part(scripts: Any, tmp_path: Path) 
 def test_tests_after_one_that_ends_its_process_are_run(
     scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A lost context of the GPU fails what comes after it too, unless it has another process."""
+    """A lost context of the GPU fails what comes after it too, unless it has another process.
+
+    Tests of one type are run by one process after the other, beside those of others.
+    """
     tests = scripts("gpu_tests")
     (tmp_path / "tests" / "device").mkdir(parents=True)
     (tmp_path / "tests" / "device" / "test_few.py").write_text(
-        "import os, sys, types\n"
-        "def test_good(): pass\n"
-        "def test_wrong(): assert 1 == 2, 'not so'\n"
-        "def test_dies(): os._exit(3)\n"
+        "import os, sys, types, pytest\n"
+        "@pytest.mark.parametrize('dtype', ['float32', 'float16'])\n"
+        "def test_by_type(dtype): assert os.environ['HPCML_GPU_SHARE'] == {'float32': '0',"
+        " 'float16': '3'}[dtype]\n"
+        "def test_some(): assert os.environ['HPCML_GPU_SHARE'] == '2'\n"
+        "one = pytest.mark.parametrize('dtype', ['float32'])\n"
+        "@one\n"
+        "def test_wrong(dtype): assert 1 == 2, 'not so'\n"
+        "@one\n"
+        "def test_dies(dtype): os._exit(3)\n"
         "def lost(): raise RuntimeError('illegal address')\n"
-        "def test_loses():\n"
+        "@one\n"
+        "def test_loses(dtype):\n"
         "    runtime = types.SimpleNamespace(deviceSynchronize=lost)\n"
         "    cuda = types.SimpleNamespace(runtime=runtime)\n"
         "    sys.modules['cupy'] = types.SimpleNamespace(cuda=cuda)\n"
-        "def test_after(): pass\n"
+        "@one\n"
+        "def test_after(dtype): pass\n"
     )
     monkeypatch.setattr(scripts("gpu_rows"), "ROOT", tmp_path)
     ours = ("-m", "not mpi", "-o", "test_limit=75")  # of this repository's tests
@@ -269,16 +306,24 @@ def test_tests_after_one_that_ends_its_process_are_run(
     assert tests.main(["few"]) == 0
     printed = capfd.readouterr().out
     (row,) = told(printed)
-    assert (row["passed"], row["failed"], row["not run"], row["agrees"]) == (2, 3, 0, False)
+    assert (row["passed"], row["failed"], row["not run"], row["agrees"]) == (4, 3, 0, False)
     assert row["failures"] == (
-        "test_wrong: AssertionError: not so; test_dies: ended its process; "
-        "test_loses: the GPU's context was lost: illegal address"
+        "test_wrong[float32]: AssertionError: not so; test_dies[float32]: ended its process; "
+        "test_loses[float32]: the GPU's context was lost: illegal address"
     )
-    assert "FAILED tests/device/test_few.py::test_wrong" in printed  # at once, with all of it
+    assert (
+        "FAILED tests/device/test_few.py::test_wrong[float32]" in printed
+    )  # at once, with all of it
 
 
 def test_a_file_of_which_nothing_was_run_shows_nothing(scripts: Any) -> None:
-    summary = scripts("gpu_tests").summary
+    tests = scripts("gpu_tests")
+    summary = tests.summary
+    shares = [{"count": 3, "tests": {name: ("passed", "")}, "ended": True} for name in "abc"]
+    assert summary("kernels", tests.joined(shares), "")["agrees"] is True
+    shares[1] = {"tests": {}}  # this one did not begin
+    row = summary("kernels", tests.joined(shares), "not done after 9 s")
+    assert (row["agrees"], row["not run"], row["failures"]) == (False, 1, "not done after 9 s")
     skipped = {"count": 1, "ended": True, "tests": {"a::b": ("skipped", "no CuPy")}}
     assert summary("kernels", skipped, "")["agrees"] is False
     assert summary("cudnn", skipped, "")["agrees"] == "not shown"
@@ -312,6 +357,8 @@ def test_the_way_of_messages_is_found_out_once_for_all_parts(
     printed = capfd.readouterr().out
     assert told(printed, "environment") == [answer]
     assert told(printed)[0]["what"] == "two ranks start"
+    gaps = [row["because"] for row in told(printed) if row.get("agrees") == "not shown"]
+    assert gaps == ([] if works else ["as it is: died; with the UCX of a wheel: died"])
     assert len(tried) == (1 if works == ["as it is"] else 2)
     # The check hands it on, and later parts ask nobody.
     program = f"print('''{printed}''')"
@@ -326,6 +373,9 @@ def test_the_way_of_messages_is_found_out_once_for_all_parts(
     report: dict[str, Any] = {"date": "", "parts": {}}
     check.measure(["collectives"], tmp_path, report, time.monotonic() + 60)
     assert report["parts"]["collectives"]["found"] == {"jobs": 4 if works else 2}
+    for part in report["parts"].values():
+        assert part["ok"] and part["not shown"].startswith("" if works else "messages given to MPI")
+        assert bool(part["not shown"]) != bool(works)
 
 
 @needs_mpi
@@ -348,7 +398,8 @@ def test_rows_of_ranks_are_told_at_once_and_a_job_that_dies_loses_one(
         ("first", 1), ("dies", None), ("third", 1), ("hangs", None), ("last", None),
     ]  # fmt: skip
     assert found[1]["error"].endswith("ValueError: it died")
-    assert all("not done after" in row["error"] for row in found[3:])
+    assert "not done after" in found[3]["error"]
+    assert found[4]["error"] == "not reached in the 6 s that all of these ranks had"
 
 
 @needs_mpi
@@ -622,4 +673,24 @@ def test_where_cudnn_takes_nothing_no_row_agrees(
     monkeypatch.setenv("HPCML_CUDNN", "auto")
     (_, compute), *_ = ways.of_layer(ways.np.float32, 2, 5, 3, 8, 3, 2).items()
     row = ways.compared("fp32", compute)
-    assert "agrees" not in row and "cudnn" in row["way"].lower()
+    assert row["agrees"] == "not shown" and "cudnn" in row["because"].lower()
+
+
+def test_the_doctors_findings_are_rows_and_without_a_report_its_part_fails(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor = scripts("gpu_doctor")
+    rows = [Row("mpi job", "fail", "no luck", "try"), Row("gpus", "ok", "0: H200")]
+    calls = [{"operation": "send", "status": "ok"}, {"operation": "allreduce", "status": "died"}]
+    program = f"print({report.as_json(rows, calls)!r}); raise SystemExit(1)"
+    monkeypatch.setattr(doctor, "COMMAND", [sys.executable, "-c", program])
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    found = told(printed)
+    assert [(row["name"], row["agrees"]) for row in found] == [("mpi job", False), ("gpus", True)]
+    assert told(printed, "calls of the communication") == ["1 of 2 work"]
+    assert '"status": "died"' in printed  # all of it is in the log
+    monkeypatch.setattr(doctor, "COMMAND", [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(doctor, "left", lambda: 1.0)
+    assert doctor.main() == 1
+    assert capsys.readouterr().out.endswith("error: no report: no answer within 1 s\n")
