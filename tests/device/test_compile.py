@@ -1,7 +1,8 @@
 """All that the launcher can ask for compiles for GPUs; no GPU is needed for that.
 
 By NVRTC where CuPy is installed, as on a GPU, else by nvcc. HPCML_COMPILE=all has everything made
-machine code of every architecture; otherwise what takes long is compiled once, or not that far.
+machine code, of every architecture but where that takes minutes; otherwise what takes long is
+compiled once, or not that far.
 """
 
 from __future__ import annotations
@@ -86,10 +87,11 @@ def compiled() -> Compile:
 
 
 def targets(dtype: str, depth: int) -> list[str]:
-    """What to compile for: tiles of types without tensor cores take a minute for each target."""
+    """What to compile for: tiles of types without tensor cores take minutes for the older one."""
+    slow = depth and dtype not in HALVES
     if os.environ.get("HPCML_COMPILE") == "all":
-        return [f"sm_{architecture}" for architecture in ARCHITECTURES]
-    if depth and dtype not in HALVES:
+        return [f"sm_{architecture}" for architecture in ARCHITECTURES[bool(slow) :]]
+    if slow:
         return ["compute_80"] if depth == DEPTHS[0] else []
     kind = "sm" if depth in (0, DEPTHS[-1]) else "compute"
     return [f"{kind}_{ARCHITECTURES[dtype == HALVES[1]]}"]
