@@ -16,6 +16,9 @@ from hpcml.comm import child, direct
 
 RANKS = (2, 4)
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "broadcast", "alltoall")
+VALUES = "values of "
+TODO = (*(VALUES + operation for operation in OPERATIONS), *OPERATIONS)
+"""What jobs do: who has no time to measure has at least looked at all values."""
 DTYPES = ("float32", "float64", "bfloat16", "float16", "int32")
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 27)
 CHECKED = (96, 12 << 16)
@@ -85,11 +88,11 @@ def collectives() -> None:
     for (count, way), limit in shares(todo, [2 + count for count, _ in todo]):
         about = {"ranks": count, "way": way}
         env = {direct.VARIABLE: way}
-        in_turn(count, [__file__, "rank"], OPERATIONS, about, limit, env)
+        in_turn(count, [__file__, "rank"], TODO, about, limit, env)
 
 
-def rank(operations: list[str]) -> None:
-    """What each rank of a job does. Collective."""
+def rank(todo: list[str]) -> None:
+    """What each rank of a job does: operations to be looked at, or measured. Collective."""
     import cupy
 
     import hpcml
@@ -105,13 +108,15 @@ def rank(operations: list[str]) -> None:
         if axis.rank == 0:
             tell(row)
 
-    for operation in operations:
+    def look(name: str) -> None:
         for dtype in DTYPES:
             for count in CHECKED:
                 empty = partial(cupy.empty, dtype=backend.dtype(dtype))
-                case = Case(operation, axis, count, empty)
+                case = Case(name.removeprefix(VALUES), axis, count, empty)
                 case.check(f"messages of {dtype}", case.call(None))
-        speak({"name": operation, "values": f"right in {len(DTYPES)} types", "agrees": True})
+        speak({"name": name, "values": f"right in {len(DTYPES)} types", "agrees": True})
+
+    def measure(operation: str) -> None:
         for nbytes in SIZES:
             case = Case(operation, axis, nbytes // 4, partial(cupy.zeros, dtype="f4"))
             call = case.call(None)
@@ -125,7 +130,10 @@ def rank(operations: list[str]) -> None:
             seconds = (time.perf_counter() - start) / ROUNDS
             speak({"name": operation, "bytes": case.payload, "us": round(1e6 * seconds, 1),
                    "GB/s": round(case.payload / seconds / 1e9, 3)})  # fmt: skip
-        speak({"name": operation, "done": True})
+
+    for name in todo:
+        (look if name.startswith(VALUES) else measure)(name)
+        speak({"name": name, "done": True})
 
 
 if __name__ == "__main__":

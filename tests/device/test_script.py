@@ -437,8 +437,10 @@ def test_collectives_of_processes_are_measured(
     small = "import gpu_messages as g; g.SIZES = (1024,); g.CHECKED = (96,); g.ROUNDS = 1"
     program = ["-c", f"{small}\n{ON_STAND_IN.format(module='gpu_messages')}"]
     env = os.environ | {"HPCML_GPU_MPI": "staged"}
-    scripts("gpu_rows").in_turn(2, program, ["allreduce"], {}, 100, env)
+    scripts("gpu_rows").in_turn(2, program, ["values of allreduce", "allreduce"], {}, 100, env)
     values, speed = told(capfd.readouterr().out)
+    done = [name.removeprefix("values of ") for name in scripts("gpu_messages").TODO]
+    assert done == 2 * list(scripts("gpu_messages").OPERATIONS)
     assert values["agrees"] and speed["bytes"] == 1024 and speed["us"] > 0
 
 
