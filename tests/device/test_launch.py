@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,6 +114,24 @@ def test_no_kernel_asks_for_more_shared_memory_than_there_is() -> None:
     kernel.check((1,), (32,), 227 << 10)
     with pytest.raises(AssertionError, match="no device has"):
         kernel.max_dynamic_shared_size_bytes = (227 << 10) + 1
+
+
+def test_the_stand_in_keeps_what_a_function_reads(standing_in: Any) -> None:
+    """An array that nobody else has was freed before, and another thread wrote there."""
+    freed, seen = [], []
+
+    def made() -> Any:
+        array = standing_in.ones(3)
+        weakref.finalize(array, freed.append, "array")
+        return array
+
+    class Number:
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            seen.append(bool(freed))
+            return np.zeros(3)
+
+    standing_in.add(made(), Number())
+    assert seen == [False] and freed
 
 
 def test_on_a_gpu_kernels_are_tried_with_all_types(monkeypatch: pytest.MonkeyPatch) -> None:

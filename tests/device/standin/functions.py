@@ -16,10 +16,11 @@ def _calling(name: str) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         out = kwargs.pop("out", None)
-        args = tuple([plain(arg, name) for arg in args])
-        kwargs = {key: plain(value, name) for key, value in kwargs.items()}
+        # What is given stays until the end: views of its memory do not keep that.
+        views = tuple([plain(arg, name) for arg in args])
+        named = {key: plain(value, name) for key, value in kwargs.items()}
         with np.errstate(all="ignore"):
-            result = function(*args, **kwargs)
+            result = function(*views, **named)
         if out is None:
             return wrap(result)
         streams.touch(out.memory, write=True)
