@@ -22,21 +22,24 @@ _FIRST = (
     "tests/device/test_compile.py",
     "tests/test_harness.py",
     "tests/kernels/test_compiled.py",
-    "tests/parallel/pipeline/test_training.py",
-    "tests/parallel/test_tensor_accounts.py",
-    "tests/parallel/test_zero_memory.py",
-    "tests/train/test_pipeline_run.py",
-    "tests/test_bench_zero.py",
     "tests/comm/test_guard.py",
-    "tests/train/test_modes.py",
-    "tests/docs/test_data.py",
     "tests/comm/test_rollcall.py",
-    "tests/device/test_training.py",
-    "tests/parallel/test_faults.py",
+    "tests/docs/test_data.py",
     "tests/test_bench_collectives.py",
+    "tests/cli/test_doctor.py",
+    "tests/cli/test_doctor_calls.py",
+    "tests/train/test_pipeline_run.py",
+    "tests/train/test_modes.py",
+    "tests/test_bench_zero.py",
+    "tests/parallel/pipeline/test_training.py",
+    "tests/parallel/test_faults.py",
+    "tests/device/test_script.py",
+    "tests/device/test_training.py",
+    "tests/device/test_waits.py",
 )
 """Files that take more than 20 seconds: a hint, which changes no result. The first one compiles the
-kernels, the next two need none: what starts jobs with short limits of time comes after that."""
+kernels of float32, the next two need none: what starts jobs with short limits of time comes after
+that, and most of what needs kernels of float64 after these."""
 
 
 class Sharing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -85,6 +86,15 @@ def test_each_kernel_lies_on_disk_once(together: list[dict[str, Any]]) -> None:
     assert len(files(together[0], "*.nbi")) == len(KERNELS)
     assert len(files(together[0], "*.nbc")) == together[0]["signatures"]
     assert not files(together[0], "*.tmp*")
+
+
+def test_who_finds_all_there_waits_for_nobody(together: list[dict[str, Any]]) -> None:
+    """Not for a process that compiles for another dtype."""
+    folder = Path(together[0]["folder"])
+    with open(folder / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (report,) = reports([start(folder.parent)])
+    assert report["made"] == {}
 
 
 def test_a_later_process_compiles_nothing(together: list[dict[str, Any]]) -> None:

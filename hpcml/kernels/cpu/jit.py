@@ -65,8 +65,8 @@ def cache_folder() -> Path:
         try:
             folder = root() / name
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "lock", "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH)
+            with open(folder / "lock", "a") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (OSError, RuntimeError):
             continue
         return folder
@@ -157,17 +157,20 @@ def load(dtype: str) -> None:
     """Read all kernels for `dtype` from disk; what is missing one process compiles for all.
 
     All are those of the modules that have been imported: call it again after others. A file that
-    cannot be read (of a machine that lost power, say) is made again.
+    cannot be read (of a machine that lost power, say) is made again. Who finds all there does not
+    wait for another that compiles for another dtype: numba replaces files, it changes none.
     """
     folder = cache_folder()
     complete = folder / f"{dtype}-{len(_registry)}-complete"
     with _loading, open(folder / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # many processes read at once
-        if complete.exists():
+        if not complete.exists():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if complete.exists():  # maybe since another has done it: all read at once
+            fcntl.flock(lock, fcntl.LOCK_UN)
             with contextlib.suppress(Exception):  # damaged: pickle raises nearly anything
                 _compile(dtype)
                 return
-        fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if _compile(dtype, mend=True):
             complete.touch()
 
