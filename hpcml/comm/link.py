@@ -88,10 +88,11 @@ class Link:
 
     def exchange(self, outgoing: Array, dest: int, incoming: Array, source: int) -> None:
         """Send to one rank while receiving from another (or the same) one."""
-        arriving = self.irecv(incoming, source)
-        leaving = self.isend(outgoing, dest)
-        arriving.wait()
-        leaving.wait()
+        self.start(outgoing, dest, incoming, source).wait()
+
+    def start(self, outgoing: Array, dest: int, incoming: Array, source: int) -> Pending:
+        """Start such an exchange."""
+        return Several([self.irecv(incoming, source), self.isend(outgoing, dest)])
 
     def part(self, ranks: Sequence[int]) -> Link:
         """The link among some ranks of this one, in this order; called by exactly these.

@@ -101,13 +101,15 @@ class Stream:
         payload = source.nbytes
         arguments = source, target, *cut, how
         if accumulate and self.size > 1 and self._plan(operation, arguments, algorithm) is None:
-            chosen = self._chooser.pick(operation, payload, source, even, algorithm)
-            if not chosen.ordered:
+            chosen = self._chooser.pick(operation, payload, source, even, algorithm, onto=True)
+            if not (chosen.ordered or chosen.adds):
                 result = room(target, target.size)
                 self._combine(operation, source, result, op, False, algorithm, *cut, even=even)
                 how.into(target, result)
                 return None
-        return self._run(operation, source, payload, algorithm, *arguments, even=even)
+        return self._run(
+            operation, source, payload, algorithm, *arguments, even=even, onto=accumulate
+        )
 
     def _run(
         self,
@@ -117,12 +119,13 @@ class Stream:
         algorithm: str | None,
         *arguments: Any,
         even: bool = True,
+        onto: bool = False,
     ) -> Settled:
         """Do one collective: where its memory is shared in there, else by an algorithm."""
         self._agree(operation, buffer, payload, algorithm, arguments)
         way: Plan | Algorithm | None = self._plan(operation, arguments, algorithm)
         if way is None and self.size > 1:
-            way = self._chooser.pick(operation, payload, buffer, even, algorithm)
+            way = self._chooser.pick(operation, payload, buffer, even, algorithm, onto)
         self._carry_out(operation, buffer, payload, way, arguments)
         return Settled(way, payload, arguments[2:])
 

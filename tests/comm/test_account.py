@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 import hpcml
-from hpcml import memory
+from hpcml import backend, memory
 from hpcml.comm import Axis, Mesh
+from hpcml.comm.algorithms import algorithms, turns
+from hpcml.comm.reduction import _BLOCK
 from hpcml.errors import MemoryLimitError
+from tests.comm.algorithms.conformance import Case, serves
 from tests.comm.jobs import Job
 from tests.ranks import OnRanks, on_ranks_of
 
-on_ranks = on_ranks_of(lambda: Mesh()["dp"])
+
+def axis_of(deterministic: bool = False) -> Axis:
+    return Mesh(deterministic=deterministic)["dp"]
+
+
+on_ranks = on_ranks_of(axis_of)
 
 
 def taken(call: Callable[[], Any]) -> int:
@@ -38,6 +47,32 @@ def test_scratch_of_both_threads_is_counted(on_ranks: OnRanks) -> None:
         assert here >= x.nbytes * (axis.size - 1) // axis.size  # the blocks of the others
 
     on_ranks(program)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operation", ["reduce_scatter", "allreduce", "allgather"])
+def test_scratch_does_not_grow_with_long_arrays(
+    operation: str, dtype: str, deterministic: bool, on_ranks: OnRanks
+) -> None:
+    """Of what is chosen for them, and of all that may be; nor if the result is added to."""
+    most = 2 * turns.PIECE + 20 * _BLOCK  # what is combined at once, in float32 and widened
+
+    def program(axis: Axis) -> None:
+        count = (12 << 20) // backend.dtype(dtype).itemsize
+        case = Case(operation, (count // axis.size,) * axis.size, backend.dtype(dtype))
+        x, out = (np.zeros(count, case.dtype) for _ in range(2))
+        part = out[: case.counts[0]]
+        given = {"reduce_scatter": (x, part), "allgather": (part.copy(), x), "allreduce": (x, out)}
+        for name, known in [(None, None), *algorithms(operation).items()]:
+            for onto in (False, True) if operation != "allgather" else (False,):
+                options = {"accumulate": True} if onto else {}
+                if known is None or (known.lean(onto) and serves(axis, name, case)):
+                    source, target = given[operation]
+                    call = partial(getattr(axis, operation), source, out=target, algorithm=name)
+                    assert taken(partial(call, **options)) <= most, (name, onto)
+
+    on_ranks(program, deterministic=deterministic)
 
 
 def test_results_are_the_callers(on_ranks: OnRanks) -> None:

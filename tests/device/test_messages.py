@@ -13,7 +13,7 @@ import pytest
 from hpcml import Tensor, memory
 from hpcml.backend import to_kind
 from hpcml.comm import Axis, Mesh, staging
-from hpcml.comm.algorithms import algorithms
+from hpcml.comm.algorithms import algorithms, turns
 from hpcml.comm.direct import VARIABLE
 from hpcml.comm.faults import Synchronous
 from hpcml.comm.halo_plan import Line
@@ -29,9 +29,13 @@ from tests.test_collectives import COTANGENT, ROWS, inner, vectors
 
 @pytest.fixture(params=["device", "staged"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The way of messages, of which none has more than three numbers of 8 bytes."""
+    """The way of messages, of which none has more than three numbers of 8 bytes.
+
+    Reductions combine twice as many at once.
+    """
     monkeypatch.setenv(VARIABLE, request.param)
     monkeypatch.setattr(staging, "CHUNK", 24)
+    monkeypatch.setattr(turns, "DEVICE_PIECE", 48)
     return str(request.param)
 
 

@@ -15,6 +15,7 @@ import hpcml
 from hpcml import backend, memory, nn
 from hpcml.autograd import Tensor
 from hpcml.comm import Mesh
+from hpcml.comm.algorithms import turns
 from hpcml.comm.reduction import _BLOCK
 from hpcml.models import GPT, NextTokenLoss
 from hpcml.optim import AdamW
@@ -31,10 +32,11 @@ KINDS = ("params", "grads", "optim")
 def scratch(nbytes: int, itemsize: int, ranks: int) -> int:
     """Bytes that a reduce-scatter of so many takes beside them, at most.
 
-    As many for messages, whatever the algorithm; and those of 16 bits are widened, a part at once.
+    As many for messages, of long blocks two pieces; and those of 16 bits are widened, a part at
+    once.
     """
     widened = 10 * min(_BLOCK, nbytes // itemsize // ranks) if itemsize == 2 else 0
-    return widened + (nbytes if ranks > 1 else 0)
+    return widened + (min(nbytes, 2 * turns.PIECE) if ranks > 1 else 0)
 
 
 @dataclass

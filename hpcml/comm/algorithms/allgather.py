@@ -59,7 +59,7 @@ def recursive_doubling(link: Link, x: Array, out: Array, counts: Sequence[int]) 
         link.send(out, cores.behind)
 
 
-@algorithm("allgather", cost=bruck_cost)
+@algorithm("allgather", cost=bruck_cost, short=True)
 def bruck(link: Link, x: Array, out: Array, counts: Sequence[int]) -> None:
     """Double the blocks in every round, for any p: ceil(log2 p) alpha + (p-1)/p n beta.
 

@@ -28,7 +28,7 @@ def _ring_cost(n: int, p: int, m: Machine) -> float:
     return reduce_scatter.chain_cost(n, p, m) + allgather.ring_cost(n, p, m)
 
 
-@algorithm("allreduce", cost=_doubling_cost)
+@algorithm("allreduce", cost=_doubling_cost, short=True)
 def recursive_doubling(link: Link, x: Array, out: Array, reduction: Reduction) -> None:
     """Exchange the whole in every round: log2 p (alpha + n (beta + gamma)), for short messages.
 
@@ -59,7 +59,7 @@ def recursive_doubling(link: Link, x: Array, out: Array, reduction: Reduction) -
         link.send(out, cores.behind)
 
 
-@algorithm("allreduce", cost=_rabenseifner_cost)
+@algorithm("allreduce", cost=_rabenseifner_cost, short=True)
 def rabenseifner(link: Link, x: Array, out: Array, reduction: Reduction) -> None:
     """Reduce-scatter by halving, then all-gather by doubling, for long messages.
 
@@ -76,12 +76,12 @@ def rabenseifner(link: Link, x: Array, out: Array, reduction: Reduction) -> None
     allgather.recursive_doubling(link, own, out, counts)
 
 
-@algorithm("allreduce", cost=_ring_cost)
+@algorithm("allreduce", cost=_ring_cost, adds=True)
 def ring(link: Link, x: Array, out: Array, reduction: Reduction) -> None:
     """Reduce-scatter and all-gather around a ring: 2 (p-1) alpha + (p-1)/p n (2 beta + gamma).
 
     Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
-    Scratch memory of 2n/p.
+    The reduce-scatter in t turns: (t-1) (p-1) alpha more, and scratch memory of two pieces.
     """
     counts = shares(x.size, link.size)
     own = out[spans(counts)[link.rank]]

@@ -38,7 +38,7 @@ def pairwise(
         link.exchange(x[leaving[dest]], dest, out[coming[source]], source)
 
 
-@algorithm("alltoall", cost=_bruck_cost, applies=_even)
+@algorithm("alltoall", cost=_bruck_cost, applies=_even, short=True)
 def bruck(link: Link, x: Array, out: Array, sends: Sequence[int], receives: Sequence[int]) -> None:
     """Blocks travel by powers of two: ceil(log2 p) (alpha + n/2 beta), for short messages.
 

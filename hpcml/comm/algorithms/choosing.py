@@ -29,13 +29,16 @@ GPU = Machine(alpha=3e-5, beta=1e-10, gamma=1e-12)
 def choose(operation: str, nbytes: int, situation: Situation, table: Table) -> Algorithm:
     """The algorithm for a payload of `nbytes` (as the ledger counts it) in this situation.
 
-    That of the table, if it can serve the call. Where the table has nothing for this number of
+    That of the table, if it can serve the call. No long buffer is given to one that takes scratch
+    memory of its size, while there is another. Where the table has nothing for this number of
     ranks, or the arrays are of a GPU, the least by cost: the formulas know how costs grow with the
     ranks, which no row for another number does (recursive doubling is the best all-reduce of two
     ranks at any size, and the worst of sixteen).
     """
     fit = fitting(operation, situation)
     assert fit, f"no algorithm for {operation} in {situation}"
+    if nbytes > SHORT:
+        fit = {name: known for name, known in fit.items() if known.lean(situation.onto)} or fit
     if not situation.device:
         rows = table.get(situation.place, {}).get(situation.size, {}).get(operation, ())
         name = next((name for limit, name in rows if nbytes <= limit), None)
@@ -68,6 +71,9 @@ def named(operation: str, name: str, situation: Situation) -> Algorithm:
     return fit[name]
 
 
+SHORT = 1 << 19
+"""Bytes of a payload up to which scratch memory may be as large (where Thakur, Rabenseifner, Gropp
+2005, section 4.3, pass from halving to the pairwise exchange)."""
 _REDUCTIONS = ("allreduce", "reduce_scatter", "reduce")
 _LONG = 1 << 20
 _REMEMBERED = 1000
@@ -83,38 +89,52 @@ class Chooser:
         self._chosen: dict[tuple[object, ...], Algorithm] = {}
 
     def pick(
-        self, operation: str, nbytes: int, like: Array, even: bool, name: str | None
+        self,
+        operation: str,
+        nbytes: int,
+        like: Array,
+        even: bool,
+        name: str | None,
+        onto: bool = False,
     ) -> Algorithm:
         """The algorithm for a payload of `nbytes` of this type and device: the same on all ranks.
 
         `even`: all ranks know that all counts are equal. Of an all-to-all that is not, each rank
-        knows its own counts alone, so that is taken to be a long one. Raises `ValueError` if the
-        one that is named cannot do it.
+        knows its own counts alone, so that is taken to be a long one. `onto`: a reduction adds to
+        what its result holds. Raises `ValueError` if the one that is named cannot do it.
         """
         agreed = even or operation != "alltoall"
         dtype, device = like.dtype, on_device(like)
-        key = operation, nbytes if agreed else None, dtype, device, even, name
+        key = operation, nbytes if agreed else None, dtype, device, even, name, onto
         chosen = self._chosen.get(key)
         if chosen is None:
             if len(self._chosen) >= _REMEMBERED:
                 self._chosen.clear()
-            chosen = self._fresh(operation, nbytes if agreed else None, like, even, name)
+            chosen = self._fresh(operation, nbytes if agreed else None, like, even, name, onto)
             self._chosen[key] = chosen
         return chosen
 
     def _fresh(
-        self, operation: str, nbytes: int | None, like: Array, even: bool, name: str | None
+        self,
+        operation: str,
+        nbytes: int | None,
+        like: Array,
+        even: bool,
+        name: str | None,
+        onto: bool,
     ) -> Algorithm:
         """As `pick`; `nbytes` is None where ranks do not know each other's."""
         if name is not None:  # the caller may know
             count = (nbytes or 0) // like.itemsize
-            return named(operation, name, self._situation(operation, count, like, even))
+            return named(operation, name, self._situation(operation, count, like, even, onto))
         count = sys.maxsize if nbytes is None else nbytes // like.itemsize
-        situation = self._situation(operation, count, like, even)
+        situation = self._situation(operation, count, like, even, onto)
         size = _LONG if nbytes is None else nbytes
         return choose(operation, size, situation, self._link.table)
 
-    def _situation(self, operation: str, count: int, like: Array, even: bool) -> Situation:
+    def _situation(
+        self, operation: str, count: int, like: Array, even: bool, onto: bool
+    ) -> Situation:
         half, on_host = is_half(like.dtype), not on_device(like)
         if not on_host:
             self._link.settle()
@@ -126,5 +146,6 @@ class Chooser:
             even=even,
             vendor=on_host and vendor is not None and count <= vendor.limit,
             shared=on_host and self._link.scratch() is not None,
+            onto=onto,
             device=not on_host,
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from hpcml.comm.algorithms.blocks import Cores, is_power, rounds, spans, starts
+from hpcml.comm.algorithms.blocks import Cores, is_power, rounds, starts
 from hpcml.comm.algorithms.registry import Machine, algorithm
+from hpcml.comm.algorithms.turns import ahead, alternate, longest, turns, turns_of
 from hpcml.comm.link import Link
 from hpcml.comm.reduction import Reduction
 from hpcml.comm.staging import room
-from hpcml.comm.transport import Array
+from hpcml.comm.transport import Array, Pending
 
 
 def halving_cost(n: int, p: int, m: Machine) -> float:
@@ -23,10 +24,10 @@ def halving_cost(n: int, p: int, m: Machine) -> float:
 
 def chain_cost(n: int, p: int, m: Machine) -> float:
     """Seconds of `pairwise` and `ring`."""
-    return (p - 1) * m.alpha + (p - 1) / p * n * (m.beta + m.gamma)
+    return turns_of(n / p) * (p - 1) * m.alpha + (p - 1) / p * n * (m.beta + m.gamma)
 
 
-@algorithm("reduce_scatter", cost=halving_cost)
+@algorithm("reduce_scatter", cost=halving_cost, short=True)
 def recursive_halving(
     link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Reduction
 ) -> None:
@@ -66,37 +67,60 @@ def recursive_halving(
     out[...] = part[:own]
 
 
-@algorithm("reduce_scatter", cost=chain_cost)
+@algorithm("reduce_scatter", cost=chain_cost, adds=True)
 def pairwise(link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Reduction) -> None:
-    """Get one's block from one rank after the other: (p-1) alpha + (p-1)/p n (beta + gamma).
+    """Get one's block from one rank after the other: t (p-1) alpha + (p-1)/p n (beta + gamma).
 
-    Thakur, Rabenseifner, Gropp 2005, section 4.3. Scratch memory of one block.
+    Thakur, Rabenseifner, Gropp 2005, section 4.3; in t turns. Scratch memory of two pieces.
     """
-    places = spans(counts)
-    total = x[places[link.rank]]
-    coming = room(x, total.size)
-    for step in range(1, link.size):
-        source, dest = (link.rank - step) % link.size, (link.rank + step) % link.size
-        link.exchange(x[places[dest]], dest, coming, source)
-        reduction.fold([total, coming], out)
-        total = out
+    size = longest(counts[link.rank], x)
+    scratch = alternate(lambda: room(x, size))
+
+    def started() -> Iterator[tuple[int, Array, Array, Array, Pending]]:
+        for part, places in turns(counts, x):
+            own, target = x[places[link.rank]], out[part]
+            for step in range(1, link.size):
+                source, dest = (link.rank - step) % link.size, (link.rank + step) % link.size
+                coming = next(scratch)[: own.size]
+                messages = link.start(x[places[dest]], dest, coming, source)
+                yield step, own, coming, target, messages
+
+    for step, own, coming, target, messages in ahead(started()):
+        messages.wait()
+        if step == 1:
+            reduction.fold([own, coming], target)
+        else:
+            reduction.into(target, coming)
 
 
-@algorithm("reduce_scatter", cost=chain_cost)
+@algorithm("reduce_scatter", cost=chain_cost, adds=True)
 def ring(link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Reduction) -> None:
-    """Send sums around a ring, each to its owner: (p-1) alpha + (p-1)/p n (beta + gamma).
+    """Send sums around a ring, each to its owner: t (p-1) alpha + (p-1)/p n (beta + gamma).
 
     Ranks talk to their neighbours alone (the first half of the ring all-reduce of Patarasuk and
-    Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations").
-    Scratch memory of two blocks.
+    Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations"). In t turns
+    of which the next begins before the last sums of one are made. Scratch memory of two pieces,
+    which are halved among more than two ranks.
     """
-    places = spans(counts)
-    before, after = (link.rank - 1) % link.size, (link.rank + 1) % link.size
-    leaving = x[places[before]]
-    for step in range(2, link.size + 1):
-        block = (link.rank - step) % link.size
-        coming = room(x, counts[block])
-        link.exchange(leaving, after, coming, before)
-        last = step == link.size
-        reduction.fold([coming, x[places[block]]], out if last else coming)
-        leaving = coming
+    rank, before, after = link.rank, (link.rank - 1) % link.size, (link.rank + 1) % link.size
+    rows = min(2, link.size - 1)
+    size = longest(max(counts), x, rows)
+    first, further = (alternate(lambda: room(x, size)) for _ in range(2))
+
+    def begun() -> Iterator[tuple[slice, list[slice], Array, Pending]]:
+        for part, places in turns(counts, x, rows):
+            coming = next(first)[: _length(places[rank - 2])]
+            yield part, places, coming, link.start(x[places[before]], after, coming, before)
+
+    for part, places, coming, messages in ahead(begun()):
+        messages.wait()
+        for step in range(2, link.size):
+            reduction.into(coming, x[places[rank - step]])
+            leaving, coming = coming, next(further)[: _length(places[rank - step - 1])]
+            link.exchange(leaving, after, coming, before)
+        reduction.fold([coming, x[places[rank]]], out[part])
+
+
+def _length(place: slice) -> int:
+    count: int = place.stop - place.start
+    return count

@@ -65,6 +65,8 @@ class Situation:
     """The carrier has collectives of its own, and they take so many elements."""
     shared: bool = False
     """All ranks share memory (`Link.scratch`)."""
+    onto: bool = False
+    """A reduction adds to what its result holds."""
     device: bool = False
     """The arrays are of GPUs: reductions are kernels, and only messages go between ranks."""
 
@@ -118,6 +120,14 @@ class Algorithm:
     ordered: bool = False
     """Combines in the order of the ranks and rounds 16-bit floats as the `Reduction` says."""
     applies: Callable[[Situation], bool] = _always
+    short: bool = False
+    """Takes scratch memory that grows with the buffer: not chosen for long ones."""
+    adds: bool = False
+    """Takes a `Reduction` that adds to what the result holds; those that are `ordered` all do."""
+
+    def lean(self, onto: bool) -> bool:
+        """Whether a call, with a result that is added to if `onto`, takes little scratch memory."""
+        return not self.short and (not onto or self.adds or self.ordered)
 
 
 _algorithms: dict[str, dict[str, Algorithm]] = {operation: {} for operation in OPERATIONS}
@@ -130,6 +140,8 @@ def algorithm(
     cost: Cost,
     ordered: bool = False,
     applies: Callable[[Situation], bool] = _always,
+    short: bool = False,
+    adds: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register the decorated function as an algorithm for `operation`.
 
@@ -148,7 +160,9 @@ def algorithm(
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = name or function.__name__
-        _algorithms[operation][own] = Algorithm(operation, own, function, cost, ordered, applies)
+        _algorithms[operation][own] = Algorithm(
+            operation, own, function, cost, ordered, applies, short, adds
+        )
         return function
 
     return register

@@ -19,7 +19,7 @@ from hpcml.comm.algorithms import (
     find,
     registry,
 )
-from hpcml.comm.algorithms.choosing import Chooser, choose
+from hpcml.comm.algorithms.choosing import SHORT, Chooser, choose
 from hpcml.comm.choice import Measurement
 from hpcml.comm.link import Link
 from hpcml.comm.threads import run
@@ -45,7 +45,8 @@ def test_the_table_comes_first() -> None:
 
 def test_the_least_cost_where_the_table_says_nothing() -> None:
     assert chosen("allreduce", 8, FOUR, {}) == "recursive_doubling"
-    assert chosen("allreduce", 1 << 24, FOUR, {}) == "rabenseifner"
+    assert chosen("allreduce", 1 << 18, FOUR, {}) == "rabenseifner"
+    assert chosen("allreduce", 1 << 24, FOUR, {}) == "ring"
     assert chosen("allreduce", 1 << 24, Situation((0,) * 5), {}) == "ring"
     assert chosen("allreduce", 200, FOUR) == "recursive_doubling"  # no vendor among threads
     assert chosen("allreduce", 8, Situation((0,) * 3, vendor=True)) == "vendor"
@@ -55,12 +56,30 @@ def test_the_least_cost_where_the_table_says_nothing() -> None:
     assert chosen("alltoall", 8, Situation((0,) * 8, even=False), {}) == "pairwise"
 
 
+def test_long_buffers_go_where_scratch_memory_does_not_grow_with_them() -> None:
+    apart = Situation((0, 1, 2, 3))
+    assert chosen("reduce_scatter", SHORT, apart) == "recursive_halving"
+    assert chosen("reduce_scatter", SHORT + 1, apart) == "pairwise"
+    assert chosen("allgather", SHORT, Situation((0, 1, 2))) == "bruck"
+    assert chosen("allgather", SHORT + 1, Situation((0, 1, 2))) == "ring"
+    assert chosen("reduce", SHORT + 1, apart) == "rabenseifner"  # there is none without
+
+
+def test_a_long_sum_is_added_where_it_comes() -> None:
+    """Other algorithms need a result of their own, which is added afterwards."""
+    table = {"node": {4: {"reduce_scatter": [(float("inf"), "vendor")]}}}
+    whole, added = (Situation((0,) * 4, vendor=True, onto=onto) for onto in (False, True))
+    assert chosen("reduce_scatter", SHORT + 1, whole, table) == "vendor"
+    assert chosen("reduce_scatter", SHORT, added, table) == "vendor"
+    assert chosen("reduce_scatter", SHORT + 1, added, table) == "pairwise"
+
+
 def test_between_nodes_the_hierarchy_pays() -> None:
     two_by_two = Situation((0, 0, 1, 1), vendor=True)
     for nbytes in (1 << 16, 1 << 26):
         assert chosen("allreduce", nbytes, two_by_two, {}) == "hierarchical"
         assert chosen("allreduce", nbytes, two_by_two, choice.default()) == "hierarchical"
-    assert chosen("allreduce", 1 << 26, Situation((0, 1, 2, 3)), {}) == "rabenseifner"
+    assert chosen("allreduce", 1 << 26, Situation((0, 1, 2, 3)), {}) == "ring"
 
 
 def test_order_is_kept_where_it_must_be() -> None:

@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcml.comm import Mesh, link
+from hpcml.comm.algorithms import turns
 from hpcml.comm.faults import Delay, Fault, Raise, Reorder, Synchronous, WrongCount
 from hpcml.comm.threads import run
-from tests.comm.algorithms.conformance import Case, check, everywhere, layouts, random_case
+from tests.comm.algorithms.conformance import (
+    REDUCTIONS,
+    Case,
+    check,
+    everywhere,
+    layouts,
+    random_case,
+)
 
 
 def among(*sizes: int) -> pytest.MarkDecorator:
@@ -65,6 +73,21 @@ def test_long_messages_go_in_pieces(
 ) -> None:
     monkeypatch.setattr(link, "LIMIT", 24)
     among_threads(operation, name, size, Random(size), 8)
+
+
+@among(2, 3, 5)
+@pytest.mark.parametrize("faults", [[], [Synchronous()], [Delay(0.001), Reorder()]], ids=str)
+def test_long_blocks_go_in_turns(
+    operation: str,
+    name: str,
+    size: int,
+    faults: list[Fault],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if operation not in REDUCTIONS:
+        pytest.skip("nothing is combined")
+    monkeypatch.setattr(turns, "PIECE", 24)
+    among_threads(operation, name, size, Random(size), 8, faults=faults, timeout=30)
 
 
 def one_call(operation: str, name: str, size: int, fault: Fault) -> None:

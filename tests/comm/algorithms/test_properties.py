@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hpcml.comm import Mesh, algorithm
-from hpcml.comm.algorithms import algorithms, ordered, registry
+from hpcml.comm.algorithms import algorithms, ordered, registry, turns
 from hpcml.comm.algorithms.allreduce import ring
 from hpcml.comm.faults import Fault, Synchronous
 from hpcml.comm.link import Link
@@ -61,9 +61,11 @@ def orders(name: str, operation: str) -> None:
 
 
 @pytest.mark.parametrize(NAMES, [key for key in EVERY if algorithms(key[0])[key[1]].ordered])
+@pytest.mark.parametrize("piece", [turns.PIECE, 8])
 def test_ordered_algorithms_add_in_the_order_of_the_ranks(
-    operation: str, name: str, size: int
+    operation: str, name: str, size: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(turns, "PIECE", piece)
     among(size, orders, operation, name, operation)
 
 

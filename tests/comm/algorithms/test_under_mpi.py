@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hpcml.comm import Axis, Mesh
-from hpcml.comm.algorithms import algorithms
+from hpcml.comm.algorithms import algorithms, turns
 from hpcml.comm.transport import Array, Pending, Transport
 from hpcml.comm.world import world
 from tests.comm.algorithms.conformance import Case, check, random_case, registered, serves
@@ -34,8 +34,11 @@ class Synchronous:
 
 @pytest.mark.mpi
 @every
-@pytest.mark.parametrize("synchronous", [False, True])
-def test_values(operation: str, name: str, synchronous: bool) -> None:
+@pytest.mark.parametrize(("synchronous", "piece"), [(False, turns.PIECE), (True, 24)])
+def test_values(
+    operation: str, name: str, synchronous: bool, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "PIECE", piece)
     transport = Synchronous(world()) if synchronous else world()
     random = Random(11)
     for deterministic in (False, True):

@@ -1,0 +1,79 @@
+"""Long blocks a piece at a time: what a reduction takes beside them does not grow with them.
+
+What has come is combined while it is in the cache, and the next piece is on its way meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from hpcml.comm.algorithms.blocks import spans
+from hpcml.comm.staging import on_device
+from hpcml.comm.transport import Array
+
+T = TypeVar("T")
+
+PIECE = 1 << 20
+"""Bytes of a block in a turn: in the cache, and long enough not to count the waits for each other
+where ranks share cores. Tests lower it."""
+DEVICE_PIECE = 1 << 22
+"""The same on a GPU, where messages and sums take longer to start. Not measured yet."""
+_PARTS = 4
+"""Into so many a piece is cut at most for algorithms that receive from several ranks at once."""
+
+
+def turns(counts: Sequence[int], like: Array, rows: int = 1) -> Iterator[tuple[slice, list[slice]]]:
+    """Cut blocks of `counts` elements side by side into pieces, the n-th of each for the n-th turn.
+
+    Gives where they lie in a block, and among all blocks: nowhere in those that are shorter. One
+    turn, of whole blocks, if these are short; none if all are empty. rows: pieces that a rank
+    receives in a turn.
+    """
+    places, step = spans(counts), _elements(like, rows)
+    for start in range(0, max(counts), step):
+        part = slice(start, start + step)
+        yield part, [_within(place, part) for place in places]
+
+
+def longest(count: int, like: Array, rows: int = 1) -> int:
+    """Elements of the longest piece of a block of so many."""
+    return min(count, _elements(like, rows))
+
+
+def turns_of(nbytes: float, rows: int = 1) -> int:
+    """Turns of blocks of so many bytes of the host, for formulas of costs."""
+    return max(1, -int(-nbytes // _share(PIECE, rows)))
+
+
+def alternate(make: Callable[[], T]) -> Iterator[T]:
+    """Two in turn for ever, each made when it is asked for: one to combine, one that comes."""
+    first = make()
+    yield first
+    second = make()
+    while True:
+        yield second
+        yield first
+
+
+def ahead(started: Iterable[T]) -> Iterator[T]:
+    """Give each of what is started one after the other once the next one has been started too."""
+    coming = iter(started)
+    for before in coming:
+        for item in coming:
+            yield before
+            before = item
+        yield before
+
+
+def _elements(like: Array, rows: int) -> int:
+    piece = DEVICE_PIECE if on_device(like) else PIECE
+    return max(1, _share(piece, rows) // like.itemsize)
+
+
+def _share(piece: int, rows: int) -> int:
+    return piece // min(rows, _PARTS)
+
+
+def _within(place: slice, part: slice) -> slice:
+    return slice(*(min(place.start + edge, place.stop) for edge in (part.start, part.stop)))
