@@ -61,12 +61,17 @@ def orders(name: str, operation: str) -> None:
 
 
 @pytest.mark.parametrize(NAMES, [key for key in EVERY if algorithms(key[0])[key[1]].ordered])
-@pytest.mark.parametrize("piece", [turns.PIECE, 8])
 def test_ordered_algorithms_add_in_the_order_of_the_ranks(
-    operation: str, name: str, size: int, piece: int, monkeypatch: pytest.MonkeyPatch
+    operation: str, name: str, size: int
 ) -> None:
-    monkeypatch.setattr(turns, "PIECE", piece)
     among(size, orders, operation, name, operation)
+
+
+@pytest.mark.parametrize("operation", ["reduce_scatter", "allreduce", "reduce"])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_they_do_so_in_turns(operation: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "PIECE", 8)
+    among(size, orders, operation, "ordered", operation)
 
 
 def same_bits(name: str) -> None:
