@@ -38,7 +38,7 @@ COMPILE = [
 ]  # fmt: skip
 """What takes long once, each a process since compilers use one core; started before the parts.
 
-Compilers stand still while a part takes the time of something. What prepares must not: others wait
+Compilers stand still during parts that are `timed`. What prepares must not: others wait
 for its lock.
 """
 
@@ -50,37 +50,38 @@ class Part(NamedTuple):
     share: int
     shows: str
     timed: bool = False
-    """Whether it takes the time of something, so that nothing else shall run."""
+    """Whether it takes the time of something, or has little time itself: nothing else shall run."""
 
 
 PARTS = {
-    "machine": Part(_script("gpu_machine"), 15, "what is installed, and the GPU as it was found"),
-    "mpi": Part(_script("gpu_messages", "ways"), 45,
-                "whether ranks start, and whether MPI takes memory of the GPU"),
-    "kernels": Part(_script("gpu_tests", "kernels", "images", "cudnn"), 45,
+    "machine": Part(_script("gpu_machine"), 20, "what is installed, and the GPU as it was found",
+                    True),
+    "mpi": Part(_script("gpu_messages", "ways"), 70,
+                "whether ranks start, and whether MPI takes memory of the GPU", True),
+    "kernels": Part(_script("gpu_tests", "kernels", "images", "cudnn"), 40,
                     "every kernel but attention against its specification in float64, and cuDNN's "
                     "results, all types"),
-    "gpt2": Part(_script("gpu_steps", "gpt2"), 100,
+    "gpt2": Part(_script("gpu_steps", "gpt2"), 90,
                  "a training step of GPT-2 124M, bf16, block 1024, beside PyTorch", True),
     "profile": Part(_script("gpu_profile"), 25,
                     "where the time of our step of GPT-2 124M goes, by operator", True),
-    "attention": Part(_script("gpu_tests", "attention", "primitives"), 50,
+    "attention": Part(_script("gpu_tests", "attention", "primitives"), 45,
                       "our attention against its specification in float64, and every primitive "
                       "beside the CPU, all types"),
-    "ranks": Part(_script("gpu_tests", "training", "messages"), 45,
+    "ranks": Part(_script("gpu_tests", "training", "messages"), 40,
                   "training with dp, ZeRO 0-3, tp, pp, cp, spatial beside the CPU; collectives, "
                   "halos and adjoints, direct and staged; ranks are threads"),
-    "resnet50": Part(_script("gpu_steps", "resnet50"), 65,
+    "resnet50": Part(_script("gpu_steps", "resnet50"), 60,
                      "a training step of ResNet-50, bf16, beside PyTorch", True),
-    "doctor": Part(_script("gpu_doctor"), 40,
+    "doctor": Part(_script("gpu_doctor"), 60,
                    "hpcml doctor: this machine, its MPI, and the way of each operator"),
-    "processes": Part(_script("gpu_processes"), 90,
+    "processes": Part(_script("gpu_processes"), 80,
                       "training with dp, ZeRO 1-3, tp, pp, cp, spatial by 2 and 4 processes, "
                       "direct and staged, and hpcml train, beside one rank"),
-    "collectives": Part(_script("gpu_messages", "collectives"), 40,
+    "collectives": Part(_script("gpu_messages", "collectives"), 35,
                         "collectives between 2 and 4 processes, direct and staged: values of all "
                         "types, bandwidth", True),
-    "ways": Part(_script("gpu_ways"), 25,
+    "ways": Part(_script("gpu_ways"), 20,
                  "attention and convolutions of GPT-2 and ResNet-50 by cuDNN and by our own "
                  "kernels: which was taken, how they differ, milliseconds of both", True),
 }  # fmt: skip

@@ -57,7 +57,8 @@ def broken(name: str) -> str:
 
 def main() -> int:
     """Print what there is; 1 if something is missing that parts need."""
-    say(revision=said("git", "describe", "--always", "--dirty"), python=sys.version.split()[0])
+    git = "git", "-c", "safe.directory=*"  # this copy may be somebody else's
+    say(revision=said(*git, "describe", "--always", "--dirty"), python=sys.version.split()[0])
     say(cores=len(os.sched_getaffinity(0)))
     say(**{name: version for name in PACKAGES if (version := installed(name))})
     say(**{"nvidia-smi": said("nvidia-smi", f"--query-gpu={','.join(STATE)}",

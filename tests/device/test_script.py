@@ -157,7 +157,8 @@ def test_shares_of_all_parts_leave_ten_minutes_and_pass_on_what_is_not_needed(
 
     monkeypatch.setattr(check, "run", run)
     check.measure(["gpt2", "ways"], tmp_path, {"date": "", "parts": {}}, time.monotonic() + 250)
-    assert limits == [200, 250]  # 100 and 25 seconds are their shares
+    first, second = (check.PARTS[name].share for name in ("gpt2", "ways"))
+    assert limits == [round(250 * first / (first + second)), 250]
     assert f"| ways | {check.PARTS['ways'].shows} | not reached | 0.0 |" in pages[1]
 
 
