@@ -75,6 +75,39 @@ def test_scratch_does_not_grow_with_long_arrays(
     on_ranks(program, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("operation", ["reduce_scatter", "allreduce"])
+def test_what_is_refused_has_sent_nothing(
+    operation: str, on_ranks: OnRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the message would come where ranks that go on await another."""
+    monkeypatch.setattr(turns, "PIECE", 1 << 13)
+
+    def program(axis: Axis) -> None:
+        x = np.arange(3.0 * (turns.PIECE >> 3) * axis.size)
+        expected = x * axis.size
+        if operation == "reduce_scatter":
+            expected = np.split(expected, axis.size)[axis.rank]
+        for name, known in algorithms(operation).items():
+            case = Case(operation, (x.size // axis.size,) * axis.size, x.dtype)
+            if not known.lean(False) or not serves(axis, name, case):
+                continue
+            out, refused = np.zeros(expected.shape), False
+            call = partial(getattr(axis, operation), out=out, algorithm=name)
+            memory.set_limit(memory.account().total + turns.PIECE * 5 // 4)
+            try:
+                call(-x)
+            except MemoryLimitError:
+                refused = True
+                assert axis._link.take_counts() == (0, 0), name
+            finally:
+                memory.set_limit(0)
+            call(x)
+            np.testing.assert_array_equal(out, expected, err_msg=name)
+            assert refused or axis.size == 1 or name not in ("pairwise", "ring", "ordered"), name
+
+    on_ranks(program)
+
+
 def test_results_are_the_callers(on_ranks: OnRanks) -> None:
     def program(axis: Axis) -> None:
         account = memory.account()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from hpcml.comm.algorithms import allgather, rooted
 from hpcml.comm.algorithms.blocks import shares, spans
 from hpcml.comm.algorithms.registry import Machine, algorithm
-from hpcml.comm.algorithms.turns import ahead, alternate, longest, turns, turns_of
+from hpcml.comm.algorithms.turns import ahead, count_of, in_turn, longest, turns, turns_of
 from hpcml.comm.link import Link
 from hpcml.comm.pieces import Several
 from hpcml.comm.reduction import Reduction
@@ -48,7 +48,8 @@ def reduce_scatter(
     """
     others = link.size - 1
     size = longest(counts[link.rank], x, others)
-    scratch = alternate(lambda: [room(x, size) for _ in range(others)])
+    times = count_of(counts, x, others)
+    scratch = in_turn(lambda: [room(x, size) for _ in range(others)], times)
 
     def started() -> Iterator[tuple[list[Array], Array, Pending]]:
         for part, places in turns(counts, x, others):

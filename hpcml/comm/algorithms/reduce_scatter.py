@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from hpcml.comm.algorithms.blocks import Cores, is_power, rounds, starts
 from hpcml.comm.algorithms.registry import Machine, algorithm
-from hpcml.comm.algorithms.turns import ahead, alternate, longest, turns, turns_of
+from hpcml.comm.algorithms.turns import ahead, count_of, in_turn, longest, turns, turns_of
 from hpcml.comm.link import Link
 from hpcml.comm.reduction import Reduction
 from hpcml.comm.staging import room
@@ -74,7 +74,7 @@ def pairwise(link: Link, x: Array, out: Array, counts: Sequence[int], reduction:
     Thakur, Rabenseifner, Gropp 2005, section 4.3; in t turns. Scratch memory of two pieces.
     """
     size = longest(counts[link.rank], x)
-    scratch = alternate(lambda: room(x, size))
+    scratch = in_turn(lambda: room(x, size), count_of(counts, x) * (link.size - 1))
 
     def started() -> Iterator[tuple[int, Array, Array, Array, Pending]]:
         for part, places in turns(counts, x):
@@ -105,7 +105,8 @@ def ring(link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Red
     rank, before, after = link.rank, (link.rank - 1) % link.size, (link.rank + 1) % link.size
     rows = min(2, link.size - 1)
     size = longest(max(counts), x, rows)
-    first, further = (alternate(lambda: room(x, size)) for _ in range(2))
+    times = count_of(counts, x, rows)
+    first, further = (in_turn(lambda: room(x, size), n) for n in (times, times * (link.size - 2)))
 
     def begun() -> Iterator[tuple[slice, list[slice], Array, Pending]]:
         for part, places in turns(counts, x, rows):

@@ -6,6 +6,7 @@ What has come is combined while it is in the cache, and the next piece is on its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import cycle
 from typing import TypeVar
 
 from hpcml.comm.algorithms.blocks import spans
@@ -41,19 +42,22 @@ def longest(count: int, like: Array, rows: int = 1) -> int:
     return min(count, _elements(like, rows))
 
 
+def count_of(counts: Sequence[int], like: Array, rows: int = 1) -> int:
+    """How many turns there are."""
+    return -(-max(counts) // _elements(like, rows))
+
+
 def turns_of(nbytes: float, rows: int = 1) -> int:
     """Turns of blocks of so many bytes of the host, for formulas of costs."""
     return max(1, -int(-nbytes // _share(PIECE, rows)))
 
 
-def alternate(make: Callable[[], T]) -> Iterator[T]:
-    """Two in turn for ever, each made when it is asked for: one to combine, one that comes."""
-    first = make()
-    yield first
-    second = make()
-    while True:
-        yield second
-        yield first
+def in_turn(make: Callable[[], T], times: int) -> Iterator[T]:
+    """Two in turn, one to combine and one that comes; one if it is taken once.
+
+    All are made at once: for a message that is under way when memory is refused nobody would wait.
+    """
+    return cycle([make() for _ in range(min(times, 2))])
 
 
 def ahead(started: Iterable[T]) -> Iterator[T]:
