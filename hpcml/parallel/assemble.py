@@ -85,7 +85,7 @@ def parallelize(
         the seed of `hpcml.manual_seed`.
     groups: model -> parameter groups, for settings by group; all parameters alike by default.
     bucket_mb: MiB of gradients on their way at once, as far as single parameters allow: buckets of
-        half of it, one that is filled while the other is reduced.
+        a third of it, one that is filled, one that is reduced, one that may be long in use.
     shard_ranks: ranks that divide one copy of the states (neighbours), the others replicate it; 0
         for all. It must divide the number of data-parallel ranks.
     zero_split: "blocks", or "layers" for whole layers with an owner each that broadcasts them, the
