@@ -105,7 +105,7 @@ class PlacedModel:
         with self._together(), evaluating(self.model):
             for batch in batches:
                 share = math.nan
-                with self._refusals.kept(alone=alone):
+                with self._refusals.kept(lambda: alone):
                     share = self._measured(batch)
                 total += share
                 count += size_of(batch)

@@ -7,7 +7,7 @@ know that there is something to tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,15 +24,16 @@ class Refusals:
         self._own: UserError | None = None
 
     @contextmanager
-    def kept(self, *, alone: bool) -> Iterator[None]:
+    def kept(self, alone: Callable[[], bool]) -> Iterator[None]:
         """Within, what is refused is kept until `tell`, after which sums must not be numbers.
 
-        alone: no rank waits for another within; else all come to refuse the same, or the job ends.
+        alone: whether no rank waits for another within, asked when one has refused; else all come
+        to refuse the same, or the job ends.
         """
         try:
             yield
         except UserError as error:
-            if not alone:
+            if not alone():
                 raise
             self._own = error
 

@@ -95,9 +95,8 @@ class Step(PlacedModel):
         at_once = min(size, self.microbatch or -(-size // self.axis.size))
         held, self._held = self._held, 0  # what an error leaves of a gradient is of no use
         losses = np.full(data.count(size, self.microbatch, self.axis.size), np.nan)
-        alone = self._owners.size > 1 and not self._lockstep and self.mesh["pp"].size == 1
         with (
-            self._refusals.kept(alone=alone),
+            self._refusals.kept(self._each_alone),
             advised(self.optimizer, self.groups.sharding, at_once),
             kernels.repeatable(self.mesh.deterministic),
         ):
@@ -211,6 +210,10 @@ class Step(PlacedModel):
         """Whether ranks need each other in forward or backward."""
         return self.zero.lockstep or self.division.turn is not None
 
+    def _each_alone(self) -> bool:
+        """Whether no rank waits for another in the forward and backward under way."""
+        return self._owners.size > 1 and not self._lockstep and self.mesh["pp"].size == 1
+
     @property
     def _sum_scores(self) -> Callable[[Array], Array] | None:
         """How metrics of a batch are added up over the ranks; None where they do not wait."""
@@ -243,8 +246,9 @@ class Step(PlacedModel):
             with rng.samples(self.seed, first + part.start), self.buffers.microbatch(0, 0):
                 return self._loss(self.division.fields(batch, part))
 
-        def agree(found: Finding | None) -> str:  # of what ranks divide, some may have seen it
-            every = self.mesh["pp", "cp", *NAMES, "tp"].allgather_object((self._stage, found))
+        def agree(found: Finding | None) -> str:  # some may have seen it: of what ranks divide, ...
+            axes = ("dp",) * self.apart + ("pp", "cp", *NAMES, "tp")  # ... or have each for itself
+            every = self.mesh[axes].allgather_object((self._stage, found))
             first = min((f for f in every if f[1]), key=_place, default=(0, ""))
             return str(first[1])
 

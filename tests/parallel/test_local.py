@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import hpcml
+from hpcml import nn
+from hpcml.autograd import Tensor
 from hpcml.comm import Mesh
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.parallel.local import LocalStep
@@ -186,3 +188,30 @@ def test_the_order_of_additions_is_refused_where_there_is_none() -> None:
         return str(caught.value)
 
     assert "run.deterministic=true" in hpcml.run(refused, ranks=2)[0]
+
+
+class Rooted(nn.Module):
+    """With a slope that is infinite where its input is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) ** 2).sqrt()
+
+
+@pytest.mark.parametrize("way", [{"mode": "local"}, {"mode": "async", "elastic": 0.3}], ids=str)
+def test_all_ranks_name_what_one_of_them_has_found(way: dict[str, Any]) -> None:
+    """The gradient of a rank that trains by itself is seen by no other."""
+
+    def program() -> str:
+        step = make("own", Mesh(), model=Rooted().to(np.float64), **way)
+        x, y = np.ones((4, 6)), np.ones((4, 1))
+        x[-1] = 0
+        with pytest.raises(NonFiniteError) as raised:
+            step((x, y))
+        return str(raised.value)
+
+    for said in hpcml.run(program, ranks=2, timeout=30):
+        assert "gradient of layer.weight is not finite" in said

@@ -79,3 +79,35 @@ def test_all_refuse(layout: dict[str, int], options: dict[str, Any], bad: str) -
 
     found = on_threads(program, ranks=ranks_of(layout), timeout=20)
     assert all(lines == found[0] for lines in found) and "\n" not in "".join(found[0])
+
+
+class Choosy(nn.Module):
+    """Refuses a sample that is too large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+
+    def forward(self, x: Any) -> Any:
+        if (x.data > 50).any():
+            raise UserError("a sample is too large")
+        return self.layer(x)
+
+
+@cases("stage", [0, 1, 2])
+@cases("bad", [1, 3])
+def test_what_one_rank_refuses_ends_those_that_wait_for_it(stage: int, bad: int) -> None:
+    """In deterministic mode gradients of several microbatches meet in backward, at any stage."""
+
+    def program() -> None:
+        step = hpcml.parallelize(
+            Choosy(), loss=nn.MSELoss(), optimizer=hpcml.optim.SGD, mesh=Mesh(deterministic=True),
+            zero=stage, microbatch=1,
+        )  # fmt: skip
+        x, y = np.ones((4, 6)), np.ones((4, 1))
+        step((x, y))
+        x[bad] = 100
+        step((x, y))
+
+    with pytest.raises(UserError, match="a sample is too large"):
+        on_threads(program, ranks=2, timeout=20)
