@@ -43,10 +43,15 @@ class MemoryLimitError(UserError):
         super().__init__(message)
         self.live = dict(live or {})
         self.category, self.request, self.limit = category, request, limit
+        self._advised = False
 
     def advise(self, advice: str) -> None:
-        """Add what would fit to the message, for who knows the model and the batch."""
-        self.args = (f"{self}\n{advice}",)
+        """Add what would fit to the message, for who knows what the memory is for.
+
+        Who is nearest to the cause speaks first, and alone.
+        """
+        if not self._advised:
+            self.args, self._advised = (f"{self}\n{advice}",), True
 
     def report(self) -> str:
         """The message as it is: a table has lines."""

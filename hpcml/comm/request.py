@@ -23,6 +23,7 @@ from hpcml import memory
 from hpcml.comm.ambient import here
 from hpcml.comm.positions import is_program, place_of
 from hpcml.comm.transport import Pending, Transport
+from hpcml.errors import UserError
 
 _PATIENCE = 20.0
 """Seconds that a rank stays, at its end, for operations which nobody has waited for."""
@@ -156,9 +157,12 @@ class Task(Request):
         here.place = self.origin.place
         memory.stand_in(self._standing)
         try:
-            if earlier is not None:
+            if isinstance(earlier, UserError):
+                self.error = earlier  # what was refused, whoever waits for it first
+            elif earlier is not None:
                 raise RuntimeError("an earlier operation of this axis failed") from earlier
-            self._result = self._call()
+            else:
+                self._result = self._call()
         except BaseException as error:  # noqa: BLE001 (the caller gets it, whatever it is)
             self.origin.note(error)
             self.error = error

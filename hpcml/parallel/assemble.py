@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -226,8 +227,8 @@ def _check(mesh: Mesh, microbatch: int, grad_clip: float, bucket_mb: float) -> N
         raise UserError(f"microbatch={microbatch} must be 0 (a rank's whole share) or more")
     if not grad_clip >= 0:
         raise UserError(f"grad_clip={grad_clip} must be 0 (no limit) or more")
-    if not bucket_mb > 0:
-        raise UserError(f"zero.bucket_mb={bucket_mb} must be more than 0")
+    if not 0 < bucket_mb < math.inf:
+        raise UserError(f"zero.bucket_mb={bucket_mb} must be more than 0, and finite")
 
 
 def _check_schedule(mesh: Mesh, schedule: str, vertical_sync: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from numpy.typing import DTypeLike
@@ -10,6 +12,7 @@ from numpy.typing import DTypeLike
 from hpcml.backend import Array
 from hpcml.comm import Axis
 from hpcml.comm.request import Request
+from hpcml.errors import MemoryLimitError
 
 
 class Sums:
@@ -21,9 +24,23 @@ class Sums:
 
     def __init__(self, axis: Axis, size: int, dtype: DTypeLike, most: int) -> None:
         """Arrays of `size` elements; with `most` sums under way there is room for another."""
-        self._axis, self._started = axis, 0
-        self._slots = [axis.empty(size, dtype) for _ in range(most + 1)]
+        self._axis, self._started, self._most = axis, 0, most
+        with self.advised():
+            self._slots = [axis.empty(size, dtype) for _ in range(most + 1)]
         self._pending: deque[tuple[Request, Any]] = deque()
+
+    @contextmanager
+    def advised(self) -> Iterator[None]:
+        """Add to a `MemoryLimitError` from inside, of a sum under way too, what needs less."""
+        try:
+            yield
+        except MemoryLimitError as error:
+            fewer = f"data_parallel.staleness={self._most - 1}, " if self._most else ""
+            error.advise(
+                f"{self._most + 1} sums of all parameters have memory of their own; what needs "
+                f"less: {fewer}data_parallel.mode=sync with a higher zero.stage, a smaller model"
+            )
+            raise
 
     def __len__(self) -> int:
         return len(self._pending)

@@ -35,9 +35,10 @@ class ElasticStep(LocalStep):
         super().__init__(*args, **options)
         self.alpha, self.bound, self.staleness = alpha, bound, Staleness()
         own = self.optimizer.storage.data
-        self.center = memory.empty(own.shape, own.dtype, "optim")
-        self.center[...] = own
         self._sums = Sums(self.axis, own.size, own.dtype, bound)
+        with self._sums.advised():
+            self.center = memory.empty(own.shape, own.dtype, "optim")
+        self.center[...] = own
 
     def _meet(self) -> None:
         """One round."""
@@ -47,14 +48,16 @@ class ElasticStep(LocalStep):
         np.subtract(own, self.center, out=difference)
         difference *= self.alpha
         own -= difference
-        self._sums.start()
+        with self._sums.advised():
+            self._sums.start()
         self._catch_up(self.bound)
 
     def _catch_up(self, most: int) -> None:
         """Move the centre by the sums that have come; wait while more than `most` have not."""
-        while len(self._sums) > most or self._sums.ready():
-            self.center += self._sums.first()[0]
-            self._sums.drop()
+        with self._sums.advised():
+            while len(self._sums) > most or self._sums.ready():
+                self.center += self._sums.first()[0]
+                self._sums.drop()
 
     def settle(self) -> None:
         """Let every rank have the centre, all rounds included."""

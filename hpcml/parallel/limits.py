@@ -16,11 +16,13 @@ from hpcml.parallel.states import advice
 def advised(optimizer: Optimizer, sharding: Sharding, microbatch: int = 0) -> Iterator[None]:
     """Add to a `MemoryLimitError` from inside what would have fitted.
 
-    microbatch: samples that are being computed.
+    microbatch: samples that are being computed. Nothing is added to what another rank has told.
     """
     try:
         yield
     except MemoryLimitError as error:
+        if not error.live:
+            raise
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         names = {dtype: name for name, dtype in PRECISIONS.items()}
         error.advise(

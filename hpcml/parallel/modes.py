@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from numbers import Integral
 
 from hpcml.backend import is_half
 from hpcml.comm import Mesh
@@ -32,6 +33,12 @@ def choose(
     _needs("sync_steps", sync_steps, 0, mode == "local", "mode=local")
     _needs("staleness", staleness, 0, mode == "async", "mode=async")
     _needs("elastic", elastic, 0, mode == "async", "mode=async")
+    counts: dict[str, object] = {
+        "period": period, "sync_steps": sync_steps, "staleness": staleness,
+    }  # fmt: skip
+    for name, count in counts.items():
+        if not isinstance(count, Integral):
+            raise UserError(f"data_parallel.{name}={count} must be a whole number")
     divided = {name: mesh[name].size for name in ("pp", "tp", "cp", *NAMES) if mesh[name].size > 1}
     if mode != "sync" and divided:
         name, size = divided.popitem()

@@ -80,29 +80,31 @@ class StaleStep(Step):
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
         factor = self.complete()
         self._sums.slot()[...] = self.optimizer.storage.grad
-        request = self.axis.iallreduce(losses, out=losses)
-        self._sums.start(_Made(request, factor, self.optimizer.settings(), batch, first))
+        with self._sums.advised():
+            request = self.axis.iallreduce(losses, out=losses)
+            self._sums.start(_Made(request, factor, self.optimizer.settings(), batch, first))
         self._catch_up(0 if math.isnan(self._latest) else self.bound)
         return self._latest
 
     def _catch_up(self, most: int) -> None:
         """Make the updates whose sums have come; wait while more than `most` have not."""
-        while len(self._sums) > most or self._sums.ready():
-            total, made = self._sums.first()
-            losses = made.losses.wait()
-            norm = self._take(total) * made.factor
-            if math.isfinite(norm) and math.isfinite(losses.sum()):
-                self.grad_norm, self._latest = norm, math.fsum(losses)
-                with self.optimizer.using(made.settings):
-                    self.zero.update(clip_scale(norm, self.grad_clip) * made.factor)
-                self._sums.drop()
-            elif len(self._sums) > most:  # every rank is here, with the same ones under way
-                self.grad_norm = norm
-                self._sums.drop_all()
-                self._refusals.tell(self.axis, losses)
-                raise self._failure(made.batch, made.first, losses)
-            else:
-                return  # some are not so far: raise with them
+        with self._sums.advised():
+            while len(self._sums) > most or self._sums.ready():
+                total, made = self._sums.first()
+                losses = made.losses.wait()
+                norm = self._take(total) * made.factor
+                if math.isfinite(norm) and math.isfinite(losses.sum()):
+                    self.grad_norm, self._latest = norm, math.fsum(losses)
+                    with self.optimizer.using(made.settings):
+                        self.zero.update(clip_scale(norm, self.grad_clip) * made.factor)
+                    self._sums.drop()
+                elif len(self._sums) > most:  # every rank is here, with the same ones under way
+                    self.grad_norm = norm
+                    self._sums.drop_all()
+                    self._refusals.tell(self.axis, losses)
+                    raise self._failure(made.batch, made.first, losses)
+                else:
+                    return  # some are not so far: raise with them
 
     def _take(self, total: Array) -> float:
         """Let this be the gradient; its norm."""

@@ -79,7 +79,9 @@ class Step(PlacedModel):
         """
         first = getattr(batch, "first", self.samples)
         self._scores.begin()
-        loss = self._conclude(batch, first, self.compute(batch))
+        losses = self.compute(batch)
+        with advised(self.optimizer, self.groups.sharding):
+            loss = self._conclude(batch, first, losses)
         self.scores = self._scores.means(self._sum_scores, 1.0)
         return loss
 

@@ -76,3 +76,31 @@ def test_activations_that_do_not_fit_and_the_microbatch_that_does() -> None:
     (most,) = re.findall(r"train\.microbatch=(\d+), at most: 12 samples were under way", text)
     assert 1 <= int(most) < SAMPLES
     trained(states + needed // 2, microbatch=int(most) // 2)
+
+
+@pytest.mark.parametrize("options", [{"staleness": 2}, {"elastic": 0.3, "staleness": 1}])
+def test_sums_under_way_that_do_not_fit(options: dict[str, float]) -> None:
+    """Every refusal says what needs less, whatever it was that did not fit, and that fits."""
+    count = 4 * sum(p.numel() for p in model().parameters())
+
+    def refusal(limit: int, **other: object) -> str:
+        try:
+            hpcml.run(
+                lambda: trained(limit, mode="async", microbatch=1, **options | other), ranks=2
+            )
+        except MemoryLimitError as error:
+            return str(error)
+        return ""
+
+    limits = [count * eighths // 8 for eighths in range(30, 72, 3)]
+    said = [refusal(limit) for limit in limits]
+    refused = [text for text in said if text]
+    assert refused and not said[-1]
+    words = ("what needs less: ", "what would fit:", "neither a higher zero.stage nor")
+    assert all(any(word in text for word in words) for text in refused)
+    late = next(
+        i for i, text in reversed(list(enumerate(said))) if "data_parallel.staleness" in text
+    )
+    fewer = int(options["staleness"]) - 1
+    assert f"data_parallel.staleness={fewer}, data_parallel.mode=sync with" in said[late]
+    assert not refusal(limits[late], staleness=fewer)

@@ -161,6 +161,8 @@ def test_what_is_not_finite_on_one_rank_stops_all(mesh: Mesh, fault: str) -> Non
         ({"period": 4}, ["period=4", "mode=local", "period=1"]),
         ({"mode": "async", "period": 4}, ["period=4", "elastic"]),
         ({"mode": "local", "period": 0}, ["period=0", "1 or more"]),
+        ({"mode": "local", "period": 1.5}, ["period=1.5", "whole number"]),
+        ({"mode": "async", "staleness": 0.5}, ["staleness=0.5", "whole number"]),
         ({"mode": "local", "staleness": 1}, ["staleness=1", "mode=async"]),
         ({"mode": "async", "staleness": -1}, ["staleness=-1", "0 or more"]),
         ({"mode": "async", "sync_steps": 3}, ["sync_steps=3", "mode=local"]),

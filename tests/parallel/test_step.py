@@ -249,6 +249,7 @@ def test_seed_is_that_of_manual_seed() -> None:
         ({"zero": 1, "shard_ranks": 7}, ["zero.shard_ranks=7", "must divide", "0: all"]),
         ({"zero": 1, "zero_split": "rows"}, ['zero.split="rows"', "blocks", "layers"]),
         ({"bucket_mb": 0.0}, ["bucket_mb=0.0", "more than 0"]),
+        ({"bucket_mb": float("inf")}, ["bucket_mb=inf", "finite"]),
         ({"microbatch": -1}, ["microbatch=-1", "or more"]),
         ({"grad_clip": -0.5}, ["grad_clip=-0.5", "or more"]),
         ({"grad_clip": float("nan")}, ["grad_clip=nan"]),
