@@ -41,7 +41,8 @@ def test_states_and_traffic_of_every_case() -> None:
         assert zero.moved(row) == pytest.approx(row["payload_formula"], rel=0.05)
         # What a block or two of three leave of the model for a moment, in units that are blocks.
         held = max(0, stage - 1) * row["unit"]
-        assert held <= row["buffers"] <= held + 2 * row["unit"]
+        scratch = (2 << 20) + (160 << 10)  # of a long sum in 16 bits, whatever is added up
+        assert held <= row["buffers"] <= held + max(row["unit"], scratch)
         if precision == "fp32" and stage >= 2:
             # And what these messages need: half a block that comes, and a little for sums.
             beside = row["buffers"] - held - row["unit"] / 2
