@@ -1,6 +1,12 @@
-"""What every test run has: the limit and the agreement of ranks, and repeatable examples."""
+"""What every test has: a limit, the agreement of ranks, repeatable examples, an account of memory."""
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from hpcml import memory
+from hpcml.account import Account
 
 pytest_plugins = ["tests.harness.plugin"]
 
@@ -15,3 +21,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("hpcml")
+
+
+@pytest.fixture(autouse=True)
+def own_account() -> Iterator[None]:
+    """What one test holds, at its peak or as a limit, is no other's."""
+    before = memory.standing()
+    memory.stand_in((Account(), "activations"))
+    yield
+    memory.stand_in(before)

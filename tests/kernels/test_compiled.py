@@ -215,6 +215,28 @@ def test_a_full_disk_costs_the_cache_not_the_run(monkeypatch: pytest.MonkeyPatch
     assert jit._compile("float32") is False
 
 
+def test_an_interrupt_leaves_no_kernel_that_may_be_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who called it would be sent to wait for its loading, again and again."""
+
+    class Interrupted:
+        may_compile = False
+
+        def disable_compile(self, value: bool = True) -> None:
+            self.may_compile = not value
+
+        def compile(self, signature: Any) -> None:
+            assert self.may_compile
+            raise KeyboardInterrupt
+
+    kernel = Interrupted()
+    monkeypatch.setattr(jit, "_registry", [(kernel, "void(T[::1])")])
+    with pytest.raises(KeyboardInterrupt):
+        jit._compile("float32")
+    assert not kernel.may_compile
+
+
 def test_kernels_release_the_gil() -> None:
     of(np.empty(0, np.float32))
     assert all(kernel.targetoptions["nogil"] for kernel in KERNELS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,13 +16,6 @@ from hpcml.parallel import Step
 from tests.parallel.cases import make
 
 LAYERS, WIDTH, TOKENS, SAMPLES = 4, 64, 16, 12
-
-
-@pytest.fixture(autouse=True)
-def no_limit_afterwards() -> Iterator[None]:
-    gc.collect()
-    yield
-    memory.set_limit(0)
 
 
 def model() -> hpcml.nn.Module:
@@ -104,3 +96,16 @@ def test_sums_under_way_that_do_not_fit(options: dict[str, float]) -> None:
     fewer = int(options["staleness"]) - 1
     assert f"data_parallel.staleness={fewer}, data_parallel.mode=sync with" in said[late]
     assert not refusal(limits[late], staleness=fewer)
+
+
+def test_the_end_of_a_step_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = trained(1 << 30)
+
+    def norm() -> float:
+        memory.set_limit(memory.account().total)
+        return float(memory.empty((9,), np.uint8, "buffers").size)
+
+    monkeypatch.setattr(step.zero, "norm", norm)
+    tokens = np.zeros((2, SAMPLES, TOKENS), np.int64)
+    with pytest.raises(MemoryLimitError, match=r"neither a higher zero\.stage nor"):
+        step((tokens[0], tokens[1]))

@@ -196,7 +196,8 @@ def _compile(dtype: str, mend: bool = False) -> bool:
                 compiled.compile(signature)
             else:
                 raise
-        compiled.disable_compile()  # other types are an error, never a silent new version
+        finally:
+            compiled.disable_compile()  # other types are an error, never a silent new version
     return saved
 
 
