@@ -1,4 +1,4 @@
-"""What every test has: a limit, the agreement of ranks, repeatable examples, an account of memory."""
+"""What every test has: a limit, the agreement of ranks, repeatable examples, an own account."""
 
 from collections.abc import Iterator
 

@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from hpcml import memory
 from hpcml.comm.blocking import Blocking
+from hpcml.comm.reduction import scratch
 from hpcml.comm.request import Done, Request, worker_of
 from hpcml.comm.staging import beside, on_device
 from hpcml.comm.transport import Array
@@ -83,6 +84,15 @@ class Axis(Blocking):
         else:
             made = memory.adopt(window.region, window.offset, shape, kind, category, window)
         return made
+
+    def scratch(self, count: int, dtype: DTypeLike, device: str = "cpu") -> int:
+        """Bytes of `buffers` that a reduce-scatter of `count` elements takes beside them, at most.
+
+        With the algorithms chosen by default; the MPI library's own memory does not count.
+        """
+        kind, on_gpu = np.dtype(dtype), device != "cpu"
+        messages = self._chooser.scratch(count * kind.itemsize, kind, on_gpu)
+        return messages + scratch(-(-count // self.size), kind, on_gpu)
 
     def iallreduce(self, x: Any, op: str = "sum", out: Any = None, **options: Any) -> Request:
         """`allreduce`, beside the caller."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,12 @@ class Reduction:
                     narrow(here, word)
                     widen(word, here)
             narrow(here, out[part])
+
+
+def scratch(count: int, dtype: np.dtype[Any], device: bool) -> int:
+    """Bytes that combining blocks of so many elements takes beside them, at most."""
+    block = min(count, _DEVICE_BLOCK if device else _BLOCK)
+    return block * (4 + 4 + 2 if is_half(dtype) else dtype.itemsize)
 
 
 def _block(out: Array) -> int:

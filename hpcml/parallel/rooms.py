@@ -1,9 +1,10 @@
 """How much memory there is for what lives briefly, so that its bound holds whatever the sizes.
 
 Beside the model states a step holds at most a bucket of gradients, or what `bucket_mb` allows where
-that is more, and at stage 3 two units of parameters, one in use and one that comes. The gradient of
-a tied weight is under way from its first use in backward to its last, beside those of all others:
-what is too much then is taken off the place of the unit that comes.
+that is more, and at stage 3 two units of parameters, one in use and one that comes or is used
+beside it. The gradient of a tied weight is under way from its first use in backward to its last,
+beside those of all others, and reducing a bucket takes scratch memory: what is too much then is
+taken off the place of the second unit.
 """
 
 from __future__ import annotations
@@ -23,16 +24,25 @@ class Rooms(NamedTuple):
     """For buckets on their way: those filled at once, and as a rule one that is reduced."""
     unit: int
     """For the unit in use."""
-    ahead: int
-    """For what is fetched before its use."""
+    second: int
+    """For what is fetched before its use, or used beside it."""
 
 
-def rooms(buckets: Sequence[Bucket], tied: Collection[Bucket], most: int, *, ahead: bool) -> Rooms:
+def rooms(
+    buckets: Sequence[Bucket],
+    tied: Collection[Bucket],
+    most: int,
+    *,
+    beside: int,
+    overlap: bool,
+    sharded: bool,
+) -> Rooms:
     """The places for buckets and units of these sizes.
 
     tied: buckets whose gradients stay. most: elements of gradients that are on their way at once,
-    if no bucket is larger. ahead: units are fetched before their use; what that has room for is
-    half a unit at least, unless what is filled at once leaves less.
+    if no bucket is larger. beside: elements that reducing one takes. overlap: one may be reduced
+    while others are filled. sharded: units are gathered; for the second one half a unit is left at
+    least, unless what is filled at once leaves less.
     """
     sizes = Counter[int]()
     for bucket in buckets:
@@ -41,11 +51,11 @@ def rooms(buckets: Sequence[Bucket], tied: Collection[Bucket], most: int, *, ahe
     trained = [bucket for bucket in buckets if bucket.trained]
     passing = [bucket for bucket in trained if bucket not in tied]
     largest, least = max((bucket.size for bucket in passing), default=0), _filled_at_once(passing)
-    gradients = max(least, min(_aligned(most), least + largest))
-    if not ahead:
+    gradients = max(least, min(_aligned(most), least + largest)) if overlap else least
+    if not sharded:
         return Rooms(gradients, unit, unit)
-    left = max([_aligned(most), *(bucket.size for bucket in trained)])
-    left -= sum(bucket.size for bucket in tied)
+    left = max([most, *(bucket.size for bucket in trained)])
+    left = _aligned(left - sum(bucket.size for bucket in tied) - beside)
     gradients = max(least, min(gradients, left + _aligned(unit // 2)))
     return Rooms(gradients, unit, unit - min(max(gradients - left, 0), unit))
 

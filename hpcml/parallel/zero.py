@@ -90,21 +90,30 @@ class Zero:
         tied, stages = self._tied(), self.held.by_stage(storage.trained)
         sharded = not groups.sharding.whole("params")
         ahead = sharded and overlap and groups.pp.size == 1  # in a pipeline passes are not alike
-        room = rooms(storage.buckets, tied, most if overlap else 0, ahead=ahead)
+        room = rooms(
+            storage.buckets, tied, most, beside=self._beside(), overlap=overlap, sharded=sharded
+        )
         own = Arena(alone, [room.gradients])
         self._gradients = Gradients(storage, groups, own, overlap, deterministic, stages, tied)
         self._shards: Shards | None = None
         if sharded:
             # Processes share no memory of a GPU.
             together = partial(groups.shard.empty, dtype=storage.dtype)
-            places = [room.unit, room.ahead] if ahead else []
+            places = [room.unit, room.second] if ahead else []
             shared = Arena(together if where == "cpu" else alone, places)
-            self._shards = Shards(model, storage, groups.shard, shared, ahead, room.ahead)
+            self._shards = Shards(model, storage, groups.shard, shared, ahead, room.second)
 
     def _tied(self) -> set[Bucket]:
         """Buckets with a parameter that several modules use."""
         names = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
         return {b for b in self.storage.trained if any(names[id(p)] > 1 for p in b.parameters)}
+
+    def _beside(self) -> int:
+        """Elements that reducing the largest bucket takes beside it, at most."""
+        storage = self.storage
+        largest = max((bucket.size for bucket in storage.trained), default=0)
+        nbytes = self.groups.shard.scratch(largest, storage.dtype, storage.device)
+        return -(-nbytes // storage.dtype.itemsize)
 
     def _place(self, bucket_bytes: int) -> None:
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]

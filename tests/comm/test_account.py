@@ -75,6 +75,27 @@ def test_scratch_does_not_grow_with_long_arrays(
     on_ranks(program, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scratch_can_be_told_before(dtype: str, deterministic: bool, on_ranks: OnRanks) -> None:
+    """Never less than is taken, and no more where the order makes all ranks wait for all."""
+
+    def program(axis: Axis) -> None:
+        kind = backend.dtype(dtype)
+        for rows in (0, 1, 1000, 60_000, 900_000):
+            x = np.zeros(rows * axis.size, kind)
+            out = np.zeros(rows, kind)
+            for onto in (False, True):
+                told = axis.scratch(x.size, kind)
+                call = partial(axis.reduce_scatter, x, out=out, accumulate=onto)
+                assert taken(call) <= told, (rows, onto)
+                if axis.size > 1 and (deterministic or dtype == "bfloat16"):
+                    held = taken(partial(call, algorithm="ordered"))
+                    assert held <= told <= held + 4 * min(_BLOCK, rows), (rows, onto)
+
+    on_ranks(program, deterministic=deterministic)
+
+
 @pytest.mark.parametrize("operation", ["reduce_scatter", "allreduce"])
 def test_what_is_refused_has_sent_nothing(
     operation: str, on_ranks: OnRanks, monkeypatch: pytest.MonkeyPatch

@@ -26,14 +26,16 @@ def buckets(units: Sequence[dict[str, int]], most: int) -> list[Bucket]:
     return plan(made, 4 * most // 3, Sharding())
 
 
-def laid_out(units: Sequence[dict[str, int]], most: int, *, tied: int) -> tuple[Rooms, int]:
+def laid_out(
+    units: Sequence[dict[str, int]], most: int, *, tied: int, beside: int = 0, overlap: bool = True
+) -> tuple[Rooms, int]:
     """Places where the first so many units are tied, and what the bound leaves beside them."""
     found = buckets(units, most)
     of_tied = [bucket for bucket in found if bucket.unit < tied]
     sizes = np.bincount([b.unit for b in found], [b.size for b in found])
     bound = max(most, *(bucket.size for bucket in found)) + 2 * int(sizes.max())
-    room = rooms(found, of_tied, most, ahead=True)
-    return room, bound - sum(room) - sum(bucket.size for bucket in of_tied)
+    room = rooms(found, of_tied, most, beside=beside, overlap=overlap, sharded=True)
+    return room, bound - sum(room) - sum(bucket.size for bucket in of_tied) - beside
 
 
 BLOCK = {"a.weight": 3000, "a.bias": 300, "b.weight": 4000, "b.bias": 400}
@@ -41,15 +43,21 @@ BLOCK = {"a.weight": 3000, "a.bias": 300, "b.weight": 4000, "b.bias": 400}
 
 @cases("most", [300, 3000, 12000, 50000])
 @cases("vocab", [100, 2000, 7700, 30000])
-def test_a_tied_gradient_is_within_the_bound(vocab: int, most: int) -> None:
-    """It waits beside the others. What is too much is taken off what comes.
+@cases("beside", [0, 333])
+@cases("overlap", [False, True])
+def test_a_tied_gradient_is_within_the_bound(
+    vocab: int, most: int, beside: int, overlap: bool
+) -> None:
+    """It waits beside the others, and reducing takes memory: that is taken off what comes.
 
-    That keeps half, unless a layer of which weight and bias are filled at once needs more.
+    Which keeps half, unless a layer of which weight and bias are filled at once needs more.
     """
-    room, left = laid_out([{"wte.weight": vocab}, BLOCK, BLOCK], most, tied=1)
+    room, left = laid_out(
+        [{"wte.weight": vocab}, BLOCK, BLOCK], most, tied=1, beside=beside, overlap=overlap
+    )
     assert left >= 0
     assert room.gradients >= 4000 + 400
-    assert room.ahead >= min(room.unit // 2, room.unit - room.gradients)
+    assert room.second >= min(room.unit // 2, room.unit - room.gradients - 64 * -(-beside // 64))
 
 
 @cases("most", [13500, 50000])
@@ -58,7 +66,7 @@ def test_nothing_is_taken_off_without_need(most: int) -> None:
     for tied in (0, 1):
         room, left = laid_out([{"wte.weight": 100}, BLOCK, BLOCK], most, tied=tied)
         assert left >= 0
-        assert room.unit == room.ahead
+        assert room.unit == room.second
         assert room.gradients >= min(2 * 4000, most)
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from hpcml.backend import is_half
+from hpcml.comm.algorithms import turns
 from hpcml.comm.algorithms.registry import Algorithm, Machine, Situation, algorithms, find
 from hpcml.comm.link import Link
 from hpcml.comm.staging import on_device
@@ -113,6 +117,13 @@ class Chooser:
             chosen = self._fresh(operation, nbytes if agreed else None, like, even, name, onto)
             self._chosen[key] = chosen
         return chosen
+
+    def scratch(self, nbytes: int, dtype: np.dtype[Any], device: bool) -> int:
+        """Bytes for messages that a reduce-scatter of so many takes beside them, at most."""
+        size, at_once = self._link.size, self._deterministic or is_half(dtype)
+        if nbytes <= SHORT and size > 2 and not at_once:
+            return nbytes * 3 // 2  # of recursive halving
+        return turns.most(-(-nbytes // size), size - 1, at_once=at_once, device=device)
 
     def _fresh(
         self,

@@ -52,6 +52,19 @@ def turns_of(nbytes: float, rows: int = 1) -> int:
     return max(1, -int(-nbytes // _share(PIECE, rows)))
 
 
+def most(block: int, others: int, *, at_once: bool, device: bool) -> int:
+    """Bytes of all pieces of a rank that receives a block of so many bytes from each of the others.
+
+    at_once: from all of them in a turn, else from one after the other.
+    """
+    rows = others if at_once else 1
+    piece = min(block, _share(DEVICE_PIECE if device else PIECE, rows))
+    if not piece or not others:
+        return 0
+    times = -(-block // piece) * (1 if at_once else others)
+    return min(times, 2) * piece * rows
+
+
 def in_turn(make: Callable[[], T], times: int) -> Iterator[T]:
     """Two in turn, one to combine and one that comes; one if it is taken once.
 
@@ -76,7 +89,7 @@ def _elements(like: Array, rows: int) -> int:
 
 
 def _share(piece: int, rows: int) -> int:
-    return piece // min(rows, _PARTS)
+    return piece // min(max(rows, 1), _PARTS)
 
 
 def _within(place: slice, part: slice) -> slice:
