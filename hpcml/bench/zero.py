@@ -146,32 +146,41 @@ def _largest(axis: Axis, values: dict[str, Any]) -> dict[str, Any]:
 def times(mesh: Mesh, size: Size, rounds: int) -> list[dict[str, Any]]:
     """Seconds of a step by way, and by those of stage 0: medians within rounds. Collective.
 
-    Beside the stages: every rank "alone" with as many samples, at the same time (stage 0 beside it
-    is weak scaling), the naive form of stage 3, and deterministic mode, in which two microbatches
-    are computed like in the line before it. None where ranks share cores. `size.batch`: of a rank.
+    Each way takes turns with stage 0 while no other one is in memory. Beside the stages: every rank
+    "alone" with as many samples, at the same time (stage 0 beside it is weak scaling), the naive
+    form of stage 3, and deterministic mode, in which two microbatches are computed like in the line
+    before it. None where ranks share cores. `size.batch`: of a rank.
     """
     if zero_limits.cores(mesh) < mesh.size:
         return []
     batch = batch_of(replace(size, batch=size.batch * mesh.size))
     own = batch_of(size)
     ordered, half = Mesh(deterministic=True), max(size.batch // 2, 1)
-    steps = {f"stage {stage}": our_step(size, mesh=mesh, zero=stage) for stage in STAGES}
+    ways: dict[str, dict[str, Any]] = {f"stage {n}": {"zero": n} for n in STAGES[1:]}
     if mesh.size > 1:
-        steps["stage 3, layers"] = our_step(size, mesh=mesh, zero=3, zero_split="layers")
-    steps |= {
-        "deterministic": our_step(size, mesh=ordered),
-        "2 microbatches": our_step(size, mesh=mesh, microbatch=half),
-        "2 microbatches, deterministic": our_step(size, mesh=ordered, microbatch=half),
+        ways["stage 3, layers"] = {"zero": 3, "zero_split": "layers"}
+    ways |= {
+        "deterministic": {"mesh": ordered},
+        "2 microbatches": {"microbatch": half},
+        "2 microbatches, deterministic": {"mesh": ordered, "microbatch": half},
+        "alone": {"mesh": Mesh(Alone())},
     }
-    calls: dict[str, Call] = {way: partial(step, batch) for way, step in steps.items()}
-    calls["alone"] = partial(our_step(size, mesh=Mesh(Alone())), own)
-    found = alternate(mesh.world, calls, rounds)
-    gc.collect()
+    plain = partial(our_step(size, mesh=mesh), batch)
+    seconds, ratios, of_plain = dict[str, float](), dict[str, float](), list[Any]()
+    for way, options in ways.items():
+        step = our_step(size, **{"mesh": mesh} | options)
+        call: Call = partial(step, own if way == "alone" else batch)
+        found = alternate(mesh.world, {"stage 0": plain, way: call}, rounds)
+        seconds[way] = float(np.median(found[way]))
+        ratios[way] = float(np.median(found[way] / found["stage 0"]))
+        of_plain.append(found["stage 0"])
+        del step, call
+        gc.collect()
+    seconds = {"stage 0": float(np.median(np.concatenate(of_plain))), **seconds}
     return [
         {
             "ranks": mesh.size, "way": way, "block": size.block, "batch": size.batch,
-            "seconds": float(np.median(seconds)),
-            "ratio": float(np.median(seconds / found["stage 0"])),
+            "seconds": once, "ratio": ratios.get(way, 1.0),
         }
-        for way, seconds in found.items()
+        for way, once in seconds.items()
     ]  # fmt: skip
