@@ -74,6 +74,9 @@ def _environment(board: Board) -> dict[str, str]:
     mine.setdefault("OMP_NUM_THREADS", "1")
     # And leave a core to the rank they wait for: of MPICH, which otherwise looks 1000 times first.
     mine.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "10")
+    # And with a short sleep: ranks that wait by yielding alone are as busy, to the scheduler, as
+    # those that work, and may keep a core from them.
+    mine.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
     # Open MPI refuses by default what a test machine is: a container, with fewer cores than ranks.
     mine |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     mine["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
