@@ -18,10 +18,10 @@ from tests.harness.board import Board
 VARIABLE = "HPCML_TEST_WORKER"
 """Environment variable with the number of the process among those that share the tests."""
 _FIRST = (
-    "tests/train/test_bad_input.py",
+    "tests/kernels/test_compiled.py",
     "tests/device/test_compile.py",
     "tests/test_harness.py",
-    "tests/kernels/test_compiled.py",
+    "tests/train/test_bad_input.py",
     "tests/comm/test_guard.py",
     "tests/comm/test_rollcall.py",
     "tests/docs/test_data.py",
@@ -38,8 +38,8 @@ _FIRST = (
     "tests/device/test_waits.py",
 )
 """Files that take more than 20 seconds: a hint, which changes no result. The first one compiles the
-kernels of float32, the next two need none: what starts jobs with short limits of time comes after
-that, and most of what needs kernels of float64 after these."""
+kernels of float32 and leaves them to the others, the next two need none: what starts jobs with
+short limits of time comes after that, and most of what needs kernels of float64 after these."""
 
 
 class Sharing:
