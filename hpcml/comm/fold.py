@@ -15,7 +15,7 @@ from hpcml.comm.transport import Array
 
 def adds_floats(reduction: Reduction, dtype: np.dtype[Any]) -> bool:
     """Whether a compiled sum of floats is what is asked for."""
-    return reduction.op == "sum" and dtype.name in ("float32", "float64")
+    return reduction.op == "sum" and dtype.char in "fd"  # a name takes NumPy a microsecond
 
 
 def adds_halves(reduction: Reduction, dtype: np.dtype[Any]) -> bool:

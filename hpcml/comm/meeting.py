@@ -114,16 +114,16 @@ class Meeting:
             time.sleep(_NAP)
             late = kernel(*fixed, late >= self.ranks[0], *arguments)
 
-    def sum_by_way(self, rows: Array, *call: Any) -> None:
-        """The sum of floats of ordinary memory that `sum_by_way` of the kernels makes."""
-        self._check()
-        self.epoch += 2
-        together, ranks = _shared(rows.dtype).sum_by_way, self.ranks[0]
-        fixed = (self.flags, *self.ranks, self.epoch - 1, *self.patience)
-        late = together(*fixed, 0, rows, *call)
+    def by_way(self, kernel: Any, meetings: int, *arguments: Any) -> None:
+        """A kernel of `hpcml.kernels.cpu.staged` with so many meetings."""
+        if self._broken is not None:
+            self._check()
+        fixed = (self.flags, *self.ranks, self.epoch + 1, *self.patience)
+        self.epoch += meetings
+        late = kernel(*fixed, 0, *arguments)
         while late != -1:
             time.sleep(_NAP)
-            late = together(*fixed, 2 if late >= ranks else 1, rows, *call)
+            late = kernel(*fixed, late // self.ranks[0] + 1, *arguments)
 
     def _check(self) -> None:
         if self._broken is not None:

@@ -14,6 +14,7 @@ from hpcml.comm.link import Link
 from hpcml.comm.meeting import Meeting
 from hpcml.comm.shared import share
 from hpcml.comm.transport import Array
+from hpcml.kernels import compiled
 from hpcml.memory import owner_of
 
 _PAGE = mmap.PAGESIZE
@@ -50,8 +51,9 @@ class Scratch:
     def __init__(self, window: Window, meeting: Meeting) -> None:
         """A window of two chunks, and where its ranks meet."""
         self._window, self._half = window, 0
+        self._meeting = meeting
         self.meet = meeting.meet
-        self.sum = meeting.sum_by_way
+        self._floats: dict[str, tuple[Any, Array, int]] = {}
 
     def rows(self, dtype: np.dtype[Any]) -> Array:
         """The memory of all ranks, a row each; 16-bit floats as uint16."""
@@ -65,6 +67,39 @@ class Scratch:
         """The column at which the half whose turn it is begins."""
         self._half ^= 1
         return self._half * self.room(itemsize)
+
+    def sum(self, x: Array, out: Array, whole: bool, onto: bool) -> None:
+        """Floats of all ranks by `sum_by_way` of the kernels."""
+        kernels, rows, room = self._of(out.dtype)
+        turns = -(-out.size // room)
+        meetings, half = turns if whole else 2 * turns, self._half ^ 1
+        self._meeting.by_way(kernels.sum_by_way, meetings, rows, half, room, x, out, whole, onto)
+        self._half = (self._half + turns) & 1
+
+    def scatter(self, edges: Array, longest: int, x: Array, out: Array, onto: bool) -> None:
+        """Blocks of floats of all ranks by `scatter_by_way` of the kernels."""
+        kernels, rows, room = self._of(out.dtype)
+        turns = -(-longest // (room // rows.shape[0]))
+        self._meeting.by_way(
+            kernels.scatter_by_way, turns, rows, self._half ^ 1, room, edges, x, out, onto
+        )
+        self._half = (self._half + turns) & 1
+
+    def gather(self, edges: Array, longest: int, x: Array, out: Array) -> None:
+        """Arrays of floats of all ranks by `gather_by_way` of the kernels."""
+        kernels, rows, room = self._of(out.dtype)
+        turns = -(-longest // room)
+        self._meeting.by_way(
+            kernels.gather_by_way, turns, rows, self._half ^ 1, room, edges, x, out
+        )
+        self._half = (self._half + turns) & 1
+
+    def _of(self, dtype: np.dtype[Any]) -> tuple[Any, Array, int]:
+        found = self._floats.get(dtype.char)
+        if found is None:
+            staged = compiled(dtype.name).staged
+            found = self._floats[dtype.char] = (staged, self.rows(dtype), self.room(dtype.itemsize))
+        return found
 
 
 class Windows:

@@ -7,6 +7,7 @@ alpha, that of a byte read and written within the cache gamma; the formulas are 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from hpcml.comm.transport import Array
 _WHOLE = 1 << 14
 """Bytes up to which every rank of many combines all of a chunk: cheaper than to meet once more."""
 _LINE = 64
+_CUTS = 256
+"""Lists of counts whose blocks' edges are remembered."""
 
 
 def _shared(situation: Situation) -> bool:
@@ -43,13 +46,12 @@ def allreduce(link: Link, x: Array, out: Array, reduction: Reduction) -> None:
 
     Two of them, or for a few bytes, each combine all of it. 2 alpha + 4 n gamma.
     """
-    stage = _Stage(link, out)
     if adds_floats(reduction, out.dtype):
         whole = link.size == 2 or out.nbytes <= _WHOLE
-        for part, first in stage.turns(x.size):
-            stage.sum(stage.rows, first, x[part], out[part], whole, reduction.onto)
+        link.scratch().sum(x, out, whole, reduction.onto)
         link.count_local(x.nbytes if whole else x.nbytes + x.nbytes // link.size)
         return
+    stage = _Stage(link, out)
     fold = fold_of(reduction, out.dtype)
     source, target = stage.words(x), stage.words(out)
     for part, first in stage.turns(x.size):
@@ -77,6 +79,10 @@ def reduce_scatter(
     link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Reduction
 ) -> None:
     """Each rank combines its block of the chunk. alpha + 2 n gamma."""
+    if adds_floats(reduction, out.dtype):
+        link.scratch().scatter(_edges(tuple(counts)), max(counts), x, out, reduction.onto)
+        link.count_local(x.nbytes - out.nbytes)
+        return
     stage = _Stage(link, out, blocks=link.size)
     fold = fold_of(reduction, out.dtype)
     source, target = stage.words(x), stage.words(out)
@@ -97,6 +103,10 @@ def allgather(link: Link, x: Array, out: Array, counts: Sequence[int]) -> None:
 
     alpha + 2 n gamma.
     """
+    if out.dtype.char in "fd":
+        link.scratch().gather(_edges(tuple(counts)), max(counts), x, out)
+        link.count_local(x.nbytes)
+        return
     stage = _Stage(link, out)
     source, target = stage.words(x), stage.words(out)
     blocks = spans(counts)
@@ -147,6 +157,12 @@ def alltoall(
             here[...] = stage.rows[other, start : start + here.size]
 
 
+@functools.lru_cache(_CUTS)
+def _edges(counts: tuple[int, ...]) -> Array:
+    """Where blocks of so many elements begin, and the end of the last."""
+    return np.array([0, *np.cumsum(counts)], np.int64)
+
+
 class _Stage:
     """The shared memory of a link, for elements of the type of an array."""
 
@@ -156,7 +172,7 @@ class _Stage:
         assert scratch is not None, "an algorithm for shared memory where there is none"
         self.rows = scratch.rows(like.dtype)
         self.mine: Any = self.rows[link.rank]
-        self.meet, self.sum = scratch.meet, scratch.sum
+        self.meet = scratch.meet
         self._scratch, self._itemsize, self._blocks = scratch, like.itemsize, blocks
         self.room = scratch.room(like.itemsize) // blocks
         self._half = is_half(like.dtype)

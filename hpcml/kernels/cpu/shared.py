@@ -23,7 +23,7 @@ TILE = 2048
 """Elements summed at once: a tile stays in the first cache."""
 
 # The C library's knows how to write whole cache lines without reading them first.
-_memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
+memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
 
 
 @inline
@@ -77,13 +77,14 @@ def begin(
 
 
 @inline
-def _copy(x: Any, out: Any) -> None:
+def copy(x: Any, out: Any) -> None:
+    """Copy elements."""
     for j in range(x.size):
         out[j] = x[j]
 
 
 @inline
-def _add_rows(rows: Any, start: int, stop: int, tile: Any, fresh: bool) -> None:
+def add_rows(rows: Any, start: int, stop: int, tile: Any, fresh: bool) -> None:
     """Sum columns start to stop into the tile, after what is in it unless `fresh`."""
     n = stop - start
     first = 0
@@ -116,7 +117,7 @@ def sum_rows(
             mine = results[own, place : place + n]
             for j in range(n):
                 tile[j] = mine[j]
-        _add_rows(rows, start, stop, tile, not onto)
+        add_rows(rows, start, stop, tile, not onto)
         for k in range(results.shape[0]):
             row = results[k, place : place + n]
             for j in range(n):
@@ -168,59 +169,9 @@ def store_together(
             return late
         for shift in range(1 if home else 0, ranks):  # not all to the same rank at once
             to = rows[(rank + shift) % ranks, first : first + x.size]
-            _memcpy(to.ctypes.data, x.ctypes.data, x.size)
+            memcpy(to.ctypes.data, x.ctypes.data, x.size)
     late = meet(flags, ranks, rank, value + 1, spins, yields)
     return late if late == -1 else ranks + late
-
-
-@kernel(
-    "int64(int64[::1], int64, int64, int64, int64, int64, int64,"
-    "T[:, ::1], int64, R[::1], T[::1], boolean, boolean)"
-)
-def sum_by_way(
-    flags: Any, ranks: int, rank: int, value: int, spins: int, yields: int, done: int,
-    rows: Any, first: int, x: Any, out: Any, whole: bool, onto: bool,
-) -> Any:  # fmt: skip
-    """Sum the arrays `x` of all ranks into the `out` of each by way of columns of `rows`.
-
-    `x` may be `out`. Each rank copies its array to its row from column `first` on, and they meet.
-    If `whole` each then sums all of it; otherwise a slice of whole tiles, which the others fetch
-    when they have met once more, with `value` + 1. `onto`: add to what `out` holds.
-
-    Returns -1 at the end, else which rank is late, plus `ranks` at the second meeting: call again
-    to go on waiting, with `done` = 1 or 2, the number of the meeting.
-    """
-    n = out.size
-    mine = rows[rank, first : first + n]
-    if done == 0:
-        _memcpy(mine.ctypes.data, x.ctypes.data, n * x.itemsize)
-    step = n if whole else -(-n // (ranks * LANES)) * LANES
-    low = 0 if whole else min(rank * step, n)
-    if done <= 1:
-        late = meet(flags, ranks, rank, value, spins, yields)
-        if late != -1:
-            return late
-        tile = np.empty(TILE, rows.dtype)
-        for start in range(low, min(low + step, n), TILE):
-            stop = min(start + TILE, low + step, n)
-            part = out[start:stop]
-            if onto:
-                _copy(part, tile)
-            _add_rows(rows, first + start, first + stop, tile, not onto)
-            _copy(tile[: stop - start], part)
-            if not whole:
-                _copy(part, mine[start:stop])
-    if whole:
-        return -1
-    late = meet(flags, ranks, rank, value + 1, spins, yields)
-    if late != -1:
-        return ranks + late
-    for shift in range(1, ranks):
-        other = (rank + shift) % ranks
-        low = min(other * step, n)
-        stop = min(low + step, n)
-        _copy(rows[other, first + low : first + stop], out[low:stop])
-    return -1
 
 
 @kernel(
