@@ -77,11 +77,15 @@ class Step(PlacedModel):
         along dimension 0, or something that gives such a tuple for a slice and knows its `len`
         (then a rank loads only its own). Raises NonFiniteError, before the update, on all ranks.
         """
-        first = getattr(batch, "first", self.samples)
+        before, first = self.samples, getattr(batch, "first", self.samples)
         self._scores.begin()
         losses = self.compute(batch)
-        with advised(self.optimizer, self.groups.sharding):
-            loss = self._conclude(batch, first, losses)
+        try:
+            with advised(self.optimizer, self.groups.sharding):
+                loss = self._conclude(batch, first, losses)
+        except BaseException:  # what an error leaves of a gradient is of no use
+            self._held, self.samples = 0, before
+            raise
         self.scores = self._scores.means(self._sum_scores, 1.0)
         return loss
 
@@ -240,7 +244,6 @@ class Step(PlacedModel):
 
     def _failure(self, batch: Any, first: int, losses: Array) -> NonFiniteError:
         """The error of a loss or gradient that is not finite, with where that began. Collective."""
-        self._held = 0  # the gradients are of no use
         bad = int(np.argmin(np.isfinite(losses)))  # all ranks look at the same microbatch
         part = data.part(bad, size_of(batch), self.microbatch, self.axis.size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -86,12 +87,12 @@ class Choosy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(6, 1)
+        self.layer, self.drop = nn.Linear(6, 1), nn.Dropout(0.5)
 
     def forward(self, x: Any) -> Any:
         if (x.data > 50).any():
             raise UserError("a sample is too large")
-        return self.layer(x)
+        return self.layer(self.drop(x))
 
 
 @cases("stage", [0, 1, 2])
@@ -111,3 +112,30 @@ def test_what_one_rank_refuses_ends_those_that_wait_for_it(stage: int, bad: int)
 
     with pytest.raises(UserError, match="a sample is too large"):
         on_threads(program, ranks=2, timeout=20)
+
+
+@cases("stage", [0, 1, 2, 3])
+@cases("held", [False, True])
+def test_what_is_refused_leaves_nothing(stage: int, held: bool) -> None:
+    """The gradient of its other samples was added to that of the next batch."""
+    random = np.random.default_rng(1)
+    x, y = random.normal(size=(5, 6)), random.normal(size=(5, 1))
+    bad = x.copy()
+    bad[:2] = 100  # on both ranks, which need each other from stage 2 on
+
+    def program(refused: bool) -> list[float]:
+        step = hpcml.parallelize(
+            Choosy(), loss=nn.MSELoss(), optimizer=hpcml.optim.SGD, lr=0.1, mesh=Mesh(),
+            zero=stage, microbatch=1,
+        )  # fmt: skip
+        losses = [step((x, y))]
+        if refused:
+            with (
+                step.no_sync() if held and stage < 2 else nullcontext(),
+                pytest.raises(UserError, match="a sample is too large"),
+            ):
+                step((bad[::-1] if stage < 2 else bad, y))
+        return losses + [step((x[:size], y[:size])) for size in (3, 5)]
+
+    found, expected = (on_threads(program, refused, ranks=2) for refused in (True, False))
+    assert found == expected
