@@ -45,6 +45,10 @@ class Arena:
         """Whether there is a place for so much, or will be in one of the first arrays."""
         return any(self._places(size)) or size <= self._planned()
 
+    def spans(self, size: int) -> bool:
+        """Whether so much would have a place in the first arrays, were they free."""
+        return any(size <= planned for planned in self._sizes)
+
     def part(self, array: Array, place: slice) -> Array:
         """A part of an array that `take` gave, the same object each time."""
         chunk, start, _ = self._lent[id(array)]

@@ -221,18 +221,21 @@ class Gradients:
         self._buckets = self._orders[self._stage] = learned
 
     def _open_beside_others(self) -> set[Bucket]:
-        """Buckets that were open while several others came and went.
+        """Buckets that were open while others came and went, for which there is no place beside.
 
-        Beside them these would find no place: their parameters are used far apart, as what a model
-        adds first and multiplies by last. One other may be a part of the same layer.
+        Their parameters are used far apart, as what a model adds first and multiplies by last. One
+        other may be a part of the same layer: for the two there is a place.
         """
         opened = {bucket: number for number, bucket in enumerate(self._opened)}
-        found, before = set[Bucket](), list[int]()
+        found, before = set[Bucket](), list[Bucket]()
         for bucket in self._ready:
             if bucket in opened:
-                if sum(number > opened[bucket] for number in before) > 1:
+                others = [other for other in before if opened[other] > opened[bucket]]
+                if len(others) > 1 or any(
+                    not self.arena.spans(bucket.size + other.size) for other in others
+                ):
                     found.add(bucket)
-                before.append(opened[bucket])
+                before.append(bucket)
         return found
 
     def _reduce(self, bucket: Bucket) -> None:

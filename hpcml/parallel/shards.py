@@ -8,7 +8,7 @@ until another is fetched: backward begins with the one with which forward ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 from math import prod
 
@@ -98,19 +98,23 @@ class Shards:
             self._order = self._seen
         self._seen = []
 
-    def _drop_parked(self) -> None:
+    def _drop_parked(self, keep: Collection[Unit] = ()) -> None:
+        kept = [unit for unit in self._parked if unit in keep]
         for unit in self._parked:
-            unit.give_back()
-        self._parked = []
+            if unit not in kept:
+                unit.give_back()
+        self._parked = kept
 
     def _start_next(self) -> None:
         here = len(self._seen)
         if not self.prefetch or self._seen != self._order[:here]:
             return
-        unit = next((unit for unit in self._order[here:] if not unit.slots), None)
-        if unit is not None:
+        coming = self._order[here:]
+        number = next((number for number, unit in enumerate(coming) if not unit.slots), None)
+        if number is not None:
+            unit, sooner = coming[number], coming[:number]
             if not self.arena.fits(unit.size):
-                self._drop_parked()
+                self._drop_parked(keep=sooner)  # else they would find no place beside it
             if self.arena.fits(unit.size):
                 unit.start(background=True)
 

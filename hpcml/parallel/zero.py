@@ -104,9 +104,13 @@ class Zero:
             self._shards = Shards(model, storage, groups.shard, shared, ahead, room.second)
 
     def _tied(self) -> set[Bucket]:
-        """Buckets with a parameter that several modules use."""
+        """Buckets with a parameter that several modules use, other than by its twins."""
         names = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
-        return {b for b in self.storage.trained if any(names[id(p)] > 1 for p in b.parameters)}
+        return {
+            bucket
+            for bucket in self.storage.trained
+            if any(names[id(p)] > 1 + len(p.twins) for p in bucket.parameters)
+        }
 
     def _beside(self) -> int:
         """Elements that reducing the largest bucket takes beside it, at most."""
