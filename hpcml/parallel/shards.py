@@ -19,7 +19,7 @@ from hpcml.autograd import while_alive
 from hpcml.backend import Array
 from hpcml.comm import Axis
 from hpcml.comm.request import Request
-from hpcml.nn import Module, Parameter
+from hpcml.nn import Module, ModuleList, Parameter
 from hpcml.optim.buckets import Bucket, Sharding
 from hpcml.optim.flat import FlatStorage
 from hpcml.parallel import units
@@ -51,7 +51,9 @@ class Shards:
             fetched = dict.fromkeys(p.unit for p in parameters if isinstance(p.unit, Unit))
             if fetched:
                 self._users.append(_User(list(fetched)))
-                while_alive(module.register_forward_hook, self._users[-1].done)
+                # A list has no forward of its own.
+                for called in module if isinstance(module, ModuleList) else (module,):
+                    while_alive(called.register_forward_hook, self._users[-1].done)
 
     def fetch(self, unit: Unit) -> None:
         """Give the parameters of a unit their values."""

@@ -234,6 +234,31 @@ def test_a_small_bucket_that_is_long_in_use(
     assert held <= layer + bias + units + framed + scratch(layer, 4, mesh.size)
 
 
+class Listed(nn.Module):
+    """Lists of layers that are units."""
+
+    units = ("first", "second", "third")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.units:
+            setattr(self, name, nn.ModuleList(nn.Linear(96, 96) for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.units:
+            for layer in getattr(self, name):
+                x = layer(x)
+        return x
+
+
+@cases("overlap", [False, True])
+def test_a_list_that_is_a_unit(mesh: Mesh, overlap: bool) -> None:
+    """It is never called itself, and stayed until the end of forward."""
+    held, layer = of_later_steps(Listed(), mesh, 3, overlap=overlap, bucket_mb=0.01)
+    unit = 2 * (layer + 4 * 128)
+    assert held <= layer + 4 * 128 + 2 * unit + scratch(layer, 4, mesh.size)
+
+
 @cases("overlap", [False, True])
 @cases("stage", STAGES)
 def test_a_model_that_is_distributed_again(mesh: Mesh, stage: int, overlap: bool) -> None:

@@ -121,9 +121,10 @@ class Chooser:
     def scratch(self, nbytes: int, dtype: np.dtype[Any], device: bool) -> int:
         """Bytes for messages that a reduce-scatter of so many takes beside them, at most."""
         size, at_once = self._link.size, self._deterministic or is_half(dtype)
-        if nbytes <= SHORT and size > 2 and not at_once:
-            return nbytes * 3 // 2  # of recursive halving
-        return turns.most(-(-nbytes // size), size - 1, at_once=at_once, device=device)
+        block = -(-nbytes // size)
+        if nbytes <= SHORT and size > 1 and not at_once:
+            return nbytes * 3 // 2 + block  # recursive halving, and its result to be added
+        return turns.most(block, size - 1, at_once=at_once, device=device)
 
     def _fresh(
         self,

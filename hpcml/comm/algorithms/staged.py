@@ -80,7 +80,7 @@ def reduce_scatter(
 ) -> None:
     """Each rank combines its block of the chunk. alpha + 2 n gamma."""
     if adds_floats(reduction, out.dtype):
-        link.scratch().scatter(_edges(tuple(counts)), max(counts), x, out, reduction.onto)
+        link.scratch().scatter(*_cut(tuple(counts)), x, out, reduction.onto)
         link.count_local(x.nbytes - out.nbytes)
         return
     stage = _Stage(link, out, blocks=link.size)
@@ -104,7 +104,7 @@ def allgather(link: Link, x: Array, out: Array, counts: Sequence[int]) -> None:
     alpha + 2 n gamma.
     """
     if out.dtype.char in "fd":
-        link.scratch().gather(_edges(tuple(counts)), max(counts), x, out)
+        link.scratch().gather(*_cut(tuple(counts)), x, out)
         link.count_local(x.nbytes)
         return
     stage = _Stage(link, out)
@@ -158,9 +158,9 @@ def alltoall(
 
 
 @functools.lru_cache(_CUTS)
-def _edges(counts: tuple[int, ...]) -> Array:
-    """Where blocks of so many elements begin, and the end of the last."""
-    return np.array([0, *np.cumsum(counts)], np.int64)
+def _cut(counts: tuple[int, ...]) -> tuple[Array, int]:
+    """Where blocks of so many elements begin, with the end of the last; the longest."""
+    return np.array([0, *np.cumsum(counts)], np.int64), max(counts)
 
 
 class _Stage:
