@@ -94,6 +94,14 @@ def sum_by_way(
     return -1
 
 
+@inline
+def _longest(edges: Any) -> int:
+    longest = 0
+    for k in range(edges.size - 1):
+        longest = max(longest, edges[k + 1] - edges[k])
+    return longest
+
+
 @kernel(
     "int64(int64[::1], int64, int64, int64, int64, int64, int64,"
     "T[:, ::1], int64, int64, int64[::1], R[::1], T[::1], boolean)"
@@ -107,11 +115,8 @@ def scatter_by_way(
     `out` may be this rank's part of `x`. In a turn every block has its share of the columns, and
     nobody copies what only this rank needs.
     """
-    share, longest = room // ranks, 0
-    for k in range(ranks):
-        longest = max(longest, edges[k + 1] - edges[k])
-    turn = max(done - 1, 0)
-    for start in range(turn * share, longest, share):
+    share, turn = room // ranks, max(done - 1, 0)
+    for start in range(turn * share, _longest(edges), share):
         first = ((half + turn) & 1) * room
         if done <= turn:
             for shift in range(1, ranks):  # not all to the same rank at once
@@ -142,11 +147,8 @@ def gather_by_way(
 
     This rank's may lie there already.
     """
-    longest = 0
-    for k in range(ranks):
-        longest = max(longest, edges[k + 1] - edges[k])
     turn = max(done - 1, 0)
-    for start in range(turn * room, longest, room):
+    for start in range(turn * room, _longest(edges), room):
         first = ((half + turn) & 1) * room
         ours = x[start : start + room]
         if done <= turn:
