@@ -62,4 +62,4 @@ class Known:
 
 def _forms(x: Any, out: Any) -> tuple[Any, ...]:
     """What may change of an array while it stays the same object."""
-    return x.shape, x.dtype, out.shape, out.dtype
+    return x.shape, x.dtype, out.shape, out.dtype, out.flags.writeable

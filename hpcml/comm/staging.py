@@ -48,7 +48,10 @@ def as_array(x: Any, read: bool = True) -> Array:
     Takes arrays of both, objects with `__dlpack__` and, to `read`, NumPy scalars. Raises
     `TypeError` for anything else and `ValueError` if DLPack cannot carry the type.
     """
-    if isinstance(x, np.ndarray) or on_device(x):
+    if isinstance(x, np.ndarray):
+        # A subclass may have rules of its own: a matrix is never flat.
+        return x if type(x) is np.ndarray else x.view(np.ndarray)
+    if on_device(x):
         found: Array = x
         return found
     if isinstance(x, np.generic) and read:  # what NumPy makes of a sum; nothing to write to

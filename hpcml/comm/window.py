@@ -59,6 +59,11 @@ class Scratch:
         """The memory of all ranks, a row each; 16-bit floats as uint16."""
         return self._window.rows(dtype)
 
+    def prepare(self, dtype: np.dtype[Any]) -> None:
+        """Load what calls on this type need: to compile it may take longer than ranks wait."""
+        if dtype.char in "fd":
+            self._of(dtype)
+
     def room(self, itemsize: int) -> int:
         """Elements of this size that a turn has room for."""
         return CHUNK // itemsize

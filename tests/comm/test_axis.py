@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hpcml.comm import Axis, Mesh
+from hpcml.comm import Axis, Mesh, window
 from hpcml.comm.tags import Tag
+from hpcml.kernels import compiled
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 FLOATS = ["float16", ml_dtypes.bfloat16, "float32", "float64"]
@@ -272,6 +273,38 @@ def test_python_values(axis: Axis) -> None:
     for root in range(axis.size):
         assert axis.broadcast_object({"rank": axis.rank}, root) == {"rank": root}
     axis.barrier()
+
+
+def test_a_subclass_of_arrays_is_taken_as_one(axis: Axis) -> None:
+    x = np.ones((2, 3), np.float32).view(np.matrix)
+    out = np.empty((2, 3), np.float32).view(np.matrix)
+    for _ in range(2):
+        assert axis.allreduce(x, out=out) is out
+        assert out.tolist() == [[axis.size] * 3] * 2
+
+
+def test_a_result_that_has_become_read_only_is_refused(axis: Axis) -> None:
+    x, out = np.ones(3, np.float32), np.empty(3, np.float32)
+    axis.allreduce(x, out=out)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="is read-only"):
+        axis.allreduce(x, out=out)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_kernels_are_loaded_before_the_wait_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To compile them may take longer than a rank waits for others."""
+    axis, waits = Mesh()["dp"], []
+    if not axis.shares_memory:
+        pytest.skip("the ranks cannot share memory")
+
+    def load(dtype: str) -> Any:
+        waits.append(axis.transport.board.waiting())  # type: ignore[attr-defined]
+        return compiled(dtype)
+
+    monkeypatch.setattr(window, "compiled", load)
+    assert axis.allreduce(np.ones(3), algorithm="staged").tolist() == [axis.size] * 3
+    assert waits == [None]
 
 
 def refusals(axis: Axis) -> list[tuple[Any, str]]:
