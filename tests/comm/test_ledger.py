@@ -109,6 +109,26 @@ def test_payload_is_what_the_contract_says(dtype: str) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
+def test_shared_memory_counts_the_same_for_every_type() -> None:
+    """What others may fetch: not a rank's own block."""
+    axis = (mesh := Mesh())["dp"]
+    if not axis.shares_memory:
+        pytest.skip("the ranks cannot share memory")
+    size = mesh.size
+    x = np.ones((64 * size, 80))  # slices of whole cache lines, longer than each sums alone
+    for given in (x, x.astype("int64")):
+        before = mesh.ledger.snapshot()
+        axis.allreduce(given, algorithm="staged")
+        axis.reduce_scatter(given, algorithm="staged")
+        axis.alltoall(given, algorithm="staged")
+        counts = (mesh.ledger.snapshot() - before)["dp"]
+        slices = 0 if size == 2 else x.nbytes // size
+        assert counts["all_reduce"].bytes_sent == x.nbytes + slices
+        assert counts["reduce_scatter"].bytes_sent == x.nbytes - x.nbytes // size
+        assert counts["all_to_all"].bytes_sent == x.nbytes - x.nbytes // size
+
+
+@pytest.mark.mpi(min_size=2)
 def test_each_mesh_has_its_own_ledger() -> None:
     one, other = Mesh(), Mesh()
     one["dp"].allreduce(np.ones(1))

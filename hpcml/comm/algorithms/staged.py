@@ -67,6 +67,7 @@ def allreduce(link: Link, x: Array, out: Array, reduction: Reduction) -> None:
         own = slice(min(blocks[link.rank].start, n), min(blocks[link.rank].stop, n))
         fold(stage.rows, here[None], 0, first + own.start, first + own.stop, first)
         stage.mine[first + own.start : first + own.stop] = here[own]
+        link.count_local(here[own].nbytes)
         stage.meet()
         for step in range(1, link.size):
             other = (link.rank + step) % link.size
@@ -79,9 +80,9 @@ def reduce_scatter(
     link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Reduction
 ) -> None:
     """Each rank combines its block of the chunk. alpha + 2 n gamma."""
+    link.count_local(x.nbytes - out.nbytes)
     if adds_floats(reduction, out.dtype):
         link.scratch().scatter(*_cut(tuple(counts)), x, out, reduction.onto)
-        link.count_local(x.nbytes - out.nbytes)
         return
     stage = _Stage(link, out, blocks=link.size)
     fold = fold_of(reduction, out.dtype)
@@ -90,7 +91,6 @@ def reduce_scatter(
         for block, start in zip(spans(counts), stage.starts(first), strict=True):
             piece = source[block][part]
             stage.mine[start : start + piece.size] = piece
-            link.count_local(piece.nbytes)
         stage.meet()
         here = target[part]
         start = stage.starts(first)[link.rank]
@@ -141,6 +141,7 @@ def alltoall(
     link: Link, x: Array, out: Array, sends: Sequence[int], receives: Sequence[int]
 ) -> None:
     """As an all-gather, of which each rank fetches its own blocks alone. alpha + 2 n gamma."""
+    link.count_local(x.nbytes - sends[link.rank] * x.itemsize)
     stage = _Stage(link, out, blocks=link.size)
     source, target = stage.words(x), stage.words(out)
     for part, first in stage.turns(max(sends)):
@@ -148,7 +149,6 @@ def alltoall(
         for block, start in zip(spans(sends), starts, strict=True):
             piece = source[block][part]
             stage.mine[start : start + piece.size] = piece
-            link.count_local(piece.nbytes)
         stage.meet()
         for step in range(link.size):
             other = (link.rank + step) % link.size
