@@ -23,7 +23,7 @@ TILE = 2048
 """Elements summed at once: a tile stays in the first cache."""
 
 # The C library's knows how to write whole cache lines without reading them first.
-memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
+_memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
 
 
 @inline
@@ -84,7 +84,7 @@ def copy(x: Any, out: Any) -> None:
 
 
 @inline
-def add_rows(rows: Any, start: int, stop: int, tile: Any, fresh: bool) -> None:
+def _add_rows(rows: Any, start: int, stop: int, tile: Any, fresh: bool) -> None:
     """Sum columns start to stop into the tile, after what is in it unless `fresh`."""
     n = stop - start
     first = 0
@@ -117,7 +117,7 @@ def sum_rows(
             mine = results[own, place : place + n]
             for j in range(n):
                 tile[j] = mine[j]
-        add_rows(rows, start, stop, tile, not onto)
+        _add_rows(rows, start, stop, tile, not onto)
         for k in range(results.shape[0]):
             row = results[k, place : place + n]
             for j in range(n):
@@ -169,7 +169,7 @@ def store_together(
             return late
         for shift in range(1 if home else 0, ranks):  # not all to the same rank at once
             to = rows[(rank + shift) % ranks, first : first + x.size]
-            memcpy(to.ctypes.data, x.ctypes.data, x.size)
+            _memcpy(to.ctypes.data, x.ctypes.data, x.size)
     late = meet(flags, ranks, rank, value + 1, spins, yields)
     return late if late == -1 else ranks + late
 
