@@ -25,7 +25,7 @@ from hpcml.comm.reduction import OPS, Reduction
 from hpcml.comm.transport import Array
 
 _SPINS, _YIELDS = 2000, 500
-_NAP = 50e-6
+NAP = 50e-6
 """Seconds between looks for a rank that is late."""
 
 Call = tuple[str, str, str]
@@ -38,8 +38,14 @@ CALLS: list[Call] = [
 """Operation, op and type of every call there is: ranks compare the numbers of theirs."""
 NUMBERS = {call: number for number, call in enumerate(CALLS)}
 
+
 Place = tuple[int, int, int, int]
 """Number of the window, first element in it, number of elements, number of the call."""
+
+
+def patience(ranks: int) -> tuple[int, int]:
+    """How often each of so many ranks of a node looks for others: in a loop, then yielding."""
+    return 0 if ranks > (os.cpu_count() or 1) else _SPINS, _YIELDS
 
 
 class Meeting:
@@ -57,8 +63,7 @@ class Meeting:
         self.flags: Array = np.frombuffer(region, np.int64)
         self.epoch = 0
         self._broken: str | None = None
-        crowded = local.size > (os.cpu_count() or 1)
-        self.patience = (0 if crowded else _SPINS, _YIELDS)
+        self.patience = patience(local.size)
 
     def begin(self, call: Place) -> None:
         """Meet at the start of a call; raises `ValueError` if the ranks do not call the same.
@@ -74,14 +79,14 @@ class Meeting:
                 return
             if late == -2:
                 self._mismatch()
-            time.sleep(_NAP)
+            time.sleep(NAP)
 
     def meet(self) -> None:
         """Return when all ranks of the node have come here; what they wrote before is visible."""
         self._check()
         self.epoch += 1
         while self._meet(self.flags, *self.ranks, self.epoch, *self.patience) >= 0:
-            time.sleep(_NAP)
+            time.sleep(NAP)
 
     def adder(self, reduction: Reduction, dtype: np.dtype[Any]) -> Callable[..., None] | None:
         """`begin`, a sum as that of `fold_of`, and `meet` in one compiled call, if there is one.
@@ -111,7 +116,7 @@ class Meeting:
         while late != -1:
             if late == -2:
                 self._mismatch()
-            time.sleep(_NAP)
+            time.sleep(NAP)
             late = kernel(*fixed, late >= self.ranks[0], *arguments)
 
     def by_way(self, kernel: Any, meetings: int, *arguments: Any) -> None:
@@ -122,7 +127,7 @@ class Meeting:
         self.epoch += meetings
         late = kernel(*fixed, 0, *arguments)
         while late != -1:
-            time.sleep(_NAP)
+            time.sleep(NAP)
             late = kernel(*fixed, late // self.ranks[0] + 1, *arguments)
 
     def _check(self) -> None:

@@ -1,8 +1,8 @@
 """Elastic averaging: ranks train by themselves, tied to a centre by a spring.
 
 Zhang, Choromanska, LeCun 2015, "Deep learning with elastic averaging SGD", algorithm 1. Every rank
-holds a copy of the centre instead of a server: the sum of the differences, by which the centre
-moves, is an all-reduce in the background.
+holds a copy of the centre instead of a server, and adds its difference to the sum by which all
+move theirs when it has it, waiting for nobody (`hpcml.comm.running`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from hpcml import memory
-from hpcml.parallel.background import Staleness, Sums
+from hpcml.comm.running import running_sums
+from hpcml.parallel.background import Staleness, advised
 from hpcml.parallel.local import LocalStep
 
 
@@ -35,8 +36,9 @@ class ElasticStep(LocalStep):
         super().__init__(*args, **options)
         self.alpha, self.bound, self.staleness = alpha, bound, Staleness()
         own = self.optimizer.storage.data
-        self._sums = Sums(self.axis, own.size, own.dtype, bound)
-        with self._sums.advised():
+        with advised(bound):
+            self._sums = running_sums(self.axis, own.size, own.dtype, bound + 1)
+            self._difference = memory.empty(own.shape, own.dtype, "buffers")
             self.center = memory.empty(own.shape, own.dtype, "optim")
         self.center[...] = own
 
@@ -44,17 +46,17 @@ class ElasticStep(LocalStep):
         """One round."""
         self._catch_up(self.bound)
         self.staleness.add(len(self._sums))
-        own, difference = self.optimizer.storage.data, self._sums.slot()
+        own, difference = self.optimizer.storage.data, self._difference
         np.subtract(own, self.center, out=difference)
         difference *= self.alpha
         own -= difference
-        with self._sums.advised():
-            self._sums.start()
+        with advised(self.bound):
+            self._sums.add(difference)
         self._catch_up(self.bound)
 
     def _catch_up(self, most: int) -> None:
         """Move the centre by the sums that have come; wait while more than `most` have not."""
-        with self._sums.advised():
+        with advised(self.bound):
             while len(self._sums) > most or self._sums.ready():
                 self.center += self._sums.first()[0]
                 self._sums.drop()

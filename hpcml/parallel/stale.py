@@ -2,30 +2,26 @@
 
 Stale synchronous parallel (Ho et al. 2013, "More effective distributed ML via a stale synchronous
 parallel parameter server") with delayed gradients (Langford, Smola, Zinkevich 2009, "Slow learners
-are fast"), and no server: every rank makes the same updates in the same order. Update k is by the
-sum of all ranks' gradients of step k, an all-reduce in the background. A rank begins step k when
-it has made the updates up to k - 1 - bound, and makes those after them as their sums come. So a
-rank may be ahead of another by as many steps as the bound says, and at the same update all have
-the same parameters.
-
-Why not one-sided MPI windows: no library that installs from a wheel moves data into another node's
-window while that rank computes; it waits for the target's next call, so that the rank that is late
-delays the others as before. Why not a server: it is a rank that trains nothing, and all gradients
-go through its one link. The bound on staleness is the same.
+are fast"). The parameter server is memory that the ranks share: each adds its gradient of step k
+to sum k when it has it, waiting for nobody (`hpcml.comm.running`), and all make update k by that
+sum, in the same order. A rank begins step k when it has made the updates up to k - 1 - bound, and
+makes those after them as their sums come. So a rank may be ahead of another by as many steps as the
+bound says, and at the same update all have the same parameters.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from hpcml.backend import Array
-from hpcml.comm.request import Request
+from hpcml.backend import Array, put
+from hpcml.comm.running import running_sums
 from hpcml.errors import UserError
 from hpcml.optim import clip_scale
-from hpcml.parallel.background import Staleness, Sums
+from hpcml.parallel.background import Staleness, advised
 from hpcml.parallel.step import Step
 
 
@@ -33,8 +29,8 @@ from hpcml.parallel.step import Step
 class _Made:
     """What is needed of a step when its update is made."""
 
-    losses: Request
-    """The shares in the loss, summed over the ranks."""
+    losses: Array
+    """This rank's shares in the loss."""
     factor: float
     settings: list[dict[str, Any]]
     """The optimizer's, by group, as they were: ranks come to the update at different steps."""
@@ -63,7 +59,9 @@ class StaleStep(Step):
         self.bound, self.staleness = bound, Staleness()
         self._latest = math.nan  # loss of the newest update
         storage = self.optimizer.storage
-        self._sums = Sums(self.axis, storage.grad.size, storage.dtype, bound)
+        self._made: deque[_Made] = deque()  # of the sums that were not used yet
+        with advised(bound):
+            self._sums = running_sums(self.axis, storage.grad.size, storage.dtype, bound + 1)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Refused: each step is an update."""
@@ -79,37 +77,42 @@ class StaleStep(Step):
 
     def _conclude(self, batch: Any, first: int, losses: Array) -> float:
         factor = self.complete()
-        self._sums.slot()[...] = self.optimizer.storage.grad
-        with self._sums.advised():
-            request = self.axis.iallreduce(losses, out=losses)
-            self._sums.start(_Made(request, factor, self.optimizer.settings(), batch, first))
+        with advised(self.bound):
+            self._sums.add(self.optimizer.storage.grad, math.fsum(losses))
+        self._made.append(_Made(losses, factor, self.optimizer.settings(), batch, first))
         self._catch_up(0 if math.isnan(self._latest) else self.bound)
         return self._latest
 
     def _catch_up(self, most: int) -> None:
         """Make the updates whose sums have come; wait while more than `most` have not."""
-        with self._sums.advised():
+        with advised(self.bound):
             while len(self._sums) > most or self._sums.ready():
-                total, made = self._sums.first()
-                losses = made.losses.wait()
+                total, losses = self._sums.first()
+                made, loss = self._made[0], math.fsum(losses)
                 norm = self._take(total) * made.factor
-                if math.isfinite(norm) and math.isfinite(losses.sum()):
-                    self.grad_norm, self._latest = norm, math.fsum(losses)
+                if math.isfinite(norm) and math.isfinite(loss):
+                    self._drop()
+                    self.grad_norm, self._latest = norm, loss
                     with self.optimizer.using(made.settings):
                         self.zero.update(clip_scale(norm, self.grad_clip) * made.factor)
-                    self._sums.drop()
                 elif len(self._sums) > most:  # every rank is here, with the same ones under way
                     self.grad_norm = norm
-                    self._sums.drop_all()
-                    self._refusals.tell(self.axis, losses)
-                    raise self._failure(made.batch, made.first, losses)
+                    while self._made:
+                        self._sums.first()
+                        self._drop()
+                    raise self._failure(made.batch, made.first, self.total(made.losses))
                 else:
                     return  # some are not so far: raise with them
+
+    def _drop(self) -> None:
+        """The first sum has been read: its place is free."""
+        self._sums.drop()
+        self._made.popleft()
 
     def _take(self, total: Array) -> float:
         """Let this be the gradient; its norm."""
         storage = self.optimizer.storage
-        storage.grad[...] = total
+        put(total, storage.grad)
         for parameter in storage.parameters:
             parameter.gradient = parameter.gradient_buffer
         return self.zero.norm()

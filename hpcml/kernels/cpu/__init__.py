@@ -1,7 +1,7 @@
 """CPU kernels compiled by numba: `load(dtype)` first, then call them like functions.
 
-The modules `halves`, `shared` and `staged` serve communication between processes, which has no
-counterpart on other devices; `brain` has what is computed with bfloat16 as it is. Arrays are
+The modules `halves`, `running`, `shared` and `staged` serve communication between processes, which
+has no counterpart on other devices; `brain` has what is computed with bfloat16 as it is. Arrays are
 C-contiguous unless a kernel says otherwise. Callers check them; a kernel does not. What a kernel
 only reads may be read-only, as memory-mapped data are.
 """
@@ -9,7 +9,7 @@ only reads may be read-only, as memory-mapped data are.
 from __future__ import annotations
 
 from hpcml import backend
-from hpcml.kernels.cpu import blas, brain, halves, jit, shared, staged
+from hpcml.kernels.cpu import blas, brain, halves, jit, running, shared, staged
 from hpcml.kernels.cpu.attention import attention, attention_backward, join_attention
 from hpcml.kernels.cpu.pointwise import (
     adam_update,
