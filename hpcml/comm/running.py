@@ -11,8 +11,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,7 +77,8 @@ class RunningSums(ABC):
 
 def running_sums(axis: Axis, size: int, dtype: Any, room: int) -> RunningSums:
     """Sums of `size` float32 or float64 elements, `room` of them at a time. Collective."""
-    return OnNode.of(axis, size, np.dtype(dtype), room) or ByMessages(axis, size, dtype, room)
+    shared = OnNode.of(axis, size, np.dtype(dtype), room)
+    return ByMessages(axis, size, dtype, room) if shared is None else shared
 
 
 class ByMessages(RunningSums):
@@ -145,27 +145,30 @@ class OnNode(RunningSums):
 
     def ready(self) -> bool:
         """As the base class says."""
-        return len(self) > 0 and self._all(self._have_added, self.dropped, 0, 0)
+        return len(self) > 0 and self._all(self._have_added, self.dropped, look_once=True)
 
     def first(self) -> tuple[Array, Array]:
         """As the base class says."""
-        self._await(self._have_added, self.dropped)
+        self._until(lambda: self._all(self._have_added, self.dropped), self.dropped)
         place = self.dropped % self.room
         return self._sums[place], self._numbers[place]
 
     def _add(self, x: Array, number: float) -> None:
         place = self.added % self.room
-        if self.added >= self.room:
-            self._await(self._have_dropped, self.added - self.room)
+        before = self.added - self.room
+        if before >= 0:
+            self._until(lambda: self._all(self._have_dropped, before), self.added)
         self._numbers[place, self._axis.rank] = number
         blocks, ranks = self._blocks[place], (self._axis.size, self._axis.rank)
         fixed = (*self._patience, backend.to_kind(x, "cpu"), self._sums[place])
-        done = self._kernels.add_to(blocks, *ranks, 0, *fixed)
-        if done < blocks.size:
-            with self._waiting(self.added):
-                while done < blocks.size:
-                    time.sleep(NAP)
-                    done = self._kernels.add_to(blocks, *ranks, done, *fixed)
+        done = 0
+
+        def add() -> bool:
+            nonlocal done
+            done = self._kernels.add_to(blocks, *ranks, done, *fixed)
+            return bool(done == blocks.size)
+
+        self._until(add, self.added)
         self._kernels.count(self._have_added[place], 0)
         sent = -(-x.nbytes * (self._axis.size - 1) // self._axis.size)
         self._axis.ledger.record(self._axis.name, "accumulate", x.nbytes, sent)
@@ -173,33 +176,28 @@ class OnNode(RunningSums):
     def _drop(self) -> None:
         self._kernels.count(self._have_dropped[self.dropped % self.room], 0)
 
-    def _all(self, words: Array, number: int, spins: int, yields: int) -> bool:
+    def _all(self, words: Array, number: int, look_once: bool = False) -> bool:
         """Whether all ranks have done with sum `number` what the words count."""
         turn, place = divmod(number, self.room)
-        times = self._axis.size * (turn + 1)
-        return bool(self._kernels.reached(words[place], 0, times, spins, yields))
+        times, looks = self._axis.size * (turn + 1), (0, 0) if look_once else self._patience
+        return bool(self._kernels.reached(words[place], 0, times, *looks))
 
-    def _await(self, words: Array, number: int) -> None:
-        """Return when they have."""
-        if not self._all(words, number, *self._patience):
-            with self._waiting(number):
-                while not self._all(words, number, *self._patience):
-                    time.sleep(NAP)
-
-    @contextmanager
-    def _waiting(self, number: int) -> Iterator[None]:
-        """Within, this rank waits for others at a sum: on the board and on the timeline."""
-        ledger, (size, dtype) = self._axis.ledger, (self._sums.shape[1], self._sums.dtype)
-        since = clock()
-        self._axis.transport.board.enter("sum", self._group, number + 1, size, dtype)
+    def _until(self, over: Callable[[], bool], number: int) -> None:
+        """Wait for other ranks at a sum until it is over: on the board and on the timeline."""
+        if over():
+            return
+        board, timeline, since = self._axis.transport.board, self._axis.ledger.timeline, clock()
+        size, dtype = self._sums.shape[1], self._sums.dtype
+        board.enter("sum", self._group, number + 1, size, dtype)
         try:
-            yield
+            while not over():
+                time.sleep(NAP)
         finally:
-            self._axis.transport.board.leave()
-            if ledger.timeline is not None:
-                nbytes = size * dtype.itemsize
-                call = Call("accumulate", self._axis.name, nbytes, False, since, clock())
-                ledger.timeline.calls.append(call)
+            board.leave()
+        if timeline is not None:
+            nbytes = size * dtype.itemsize
+            call = Call("accumulate", self._axis.name, nbytes, False, since, clock())
+            timeline.calls.append(call)
 
 
 def _layout(ranks: int, size: int, dtype: np.dtype[Any]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import pytest
 import hpcml
 from hpcml.comm import Mesh
 from hpcml.comm.faults import Delay
+from hpcml.comm.running import OnNode
 from hpcml.errors import NonFiniteError, UserError
 from hpcml.parallel.stale import StaleStep
 from tests.parallel.cases import KINDS, decay_matrices, make, reference, run, serial_mesh, values
@@ -185,10 +186,16 @@ def test_what_is_not_finite_and_still_on_its_way_is_found_at_the_end(mesh: Mesh)
 
 
 def test_gradients_under_way_count_as_buffers(mesh: Mesh) -> None:
+    """Where ranks share memory each gives its part of it."""
     account = hpcml.memory.account()
     before = account.live["buffers"]
     step = make("gpt", mesh, mode="async", staleness=2)
-    assert account.live["buffers"] - before == 3 * step.optimizer.storage.grad.nbytes
+    held = account.live["buffers"] - before
+    grad = step.optimizer.storage.grad.nbytes
+    if isinstance(step, StaleStep) and isinstance(step._sums, OnNode):
+        assert 0 < held - 3 * grad / mesh.world.size < 8192
+    else:
+        assert held == 3 * grad
 
 
 def test_no_sync_is_refused(mesh: Mesh) -> None:
