@@ -60,7 +60,7 @@ class Scratch:
         return self._window.rows(dtype)
 
     def prepare(self, dtype: np.dtype[Any]) -> None:
-        """Load what calls on this type need: to compile it may take longer than ranks wait."""
+        """Load what calls on this type need."""
         if dtype.char in "fd":
             self._of(dtype)
 

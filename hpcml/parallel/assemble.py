@@ -95,8 +95,9 @@ def parallelize(
         linear layers what `sequence_parallel` sends, and halos beside the interior of convolutions;
         by default where that gains.
     mode: "sync"; "local": every rank updates by itself, and parameters are averaged every `period`
-        steps, after `sync_steps` synchronous ones; or "async": gradients are summed in the
-        background and may miss `staleness` updates. After training, call `step.settle()`.
+        steps, after `sync_steps` synchronous ones; or "async": each adds its gradients to sums
+        when it has them, and they may miss `staleness` updates. After training, call
+        `step.settle()`.
     elastic: with "async", ranks train by themselves and are drawn to a common centre by this
         factor every `period` steps; `staleness` then counts such rounds.
     sync_batchnorm: batch norm takes its statistics over the microbatches that all data-parallel

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from hpcml import memory
+from hpcml.backend import kind, to_kind, xp
 from hpcml.comm.running import running_sums
 from hpcml.parallel.background import Staleness, advised
 from hpcml.parallel.local import LocalStep
@@ -35,11 +34,11 @@ class ElasticStep(LocalStep):
         """As for `LocalStep`; alpha times the number of ranks is at most 1."""
         super().__init__(*args, **options)
         self.alpha, self.bound, self.staleness = alpha, bound, Staleness()
-        own = self.optimizer.storage.data
+        own, device = self.optimizer.storage.data, self.optimizer.storage.device
         with advised(bound):
             self._sums = running_sums(self.axis, own.size, own.dtype, bound + 1)
-            self._difference = memory.empty(own.shape, own.dtype, "buffers")
-            self.center = memory.empty(own.shape, own.dtype, "optim")
+            self._difference = memory.empty(own.shape, own.dtype, "buffers", device)
+            self.center = memory.empty(own.shape, own.dtype, "optim", device)
         self.center[...] = own
 
     def _meet(self) -> None:
@@ -47,7 +46,7 @@ class ElasticStep(LocalStep):
         self._catch_up(self.bound)
         self.staleness.add(len(self._sums))
         own, difference = self.optimizer.storage.data, self._difference
-        np.subtract(own, self.center, out=difference)
+        xp(own).subtract(own, self.center, out=difference)
         difference *= self.alpha
         own -= difference
         with advised(self.bound):
@@ -58,7 +57,7 @@ class ElasticStep(LocalStep):
         """Move the centre by the sums that have come; wait while more than `most` have not."""
         with advised(self.bound):
             while len(self._sums) > most or self._sums.ready():
-                self.center += self._sums.first()[0]
+                self.center += to_kind(self._sums.first()[0], kind(self.center))
                 self._sums.drop()
 
     def settle(self) -> None:

@@ -97,8 +97,8 @@ class LocalStep(Step):
         if not self._differ:
             yield
             return
-        values = self.optimizer.storage.data
-        own = memory.empty(values.shape, values.dtype, "buffers")
+        values, device = self.optimizer.storage.data, self.optimizer.storage.device
+        own = memory.empty(values.shape, values.dtype, "buffers", device)
         own[...] = values
         self.settle()
         try:

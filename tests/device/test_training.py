@@ -52,6 +52,7 @@ def trained(kind: str, dtype: str, ranks: int = 1, **how: Any) -> tuple[list[flo
             mesh=hpcml.Mesh(**mesh_sizes), microbatch=1, seed=5, grad_clip=1.0, **how,
         )  # fmt: skip
         losses = [step(tokens()) for _ in range(STEPS)]
+        losses.append(step.evaluate([tokens()]))
         return losses, {name: np.array(array) for name, array in step.gathered()}
 
     return hpcml.run(program, ranks=ranks)[0]  # type: ignore[no-any-return]
@@ -93,6 +94,23 @@ STAGES = range(4) if os.environ.get("HPCML_GPU") == "1" else (0, 3)
 def test_ranks_that_divide_the_states(stage: int, device: Any) -> None:
     found = trained("cuda", "float64", ranks=3, zero=stage)
     same(found, "float64", 1e-10)
+
+
+@pytest.mark.parametrize(
+    "mode", [{"mode": "local", "period": 2}, {"mode": "async", "elastic": 0.2}]
+)
+def test_ranks_apart(mode: dict[str, Any], device: Any) -> None:
+    """Copies that differ: as the same ranks on the CPU."""
+    expected = trained("cpu", "float64", ranks=2, **mode)
+    found = trained("cuda", "float64", ranks=2, **mode)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-10)
+    for name, values in expected[1].items():
+        np.testing.assert_allclose(found[1][name], values, rtol=0, atol=1e-10, err_msg=name)
+
+
+def test_updates_in_the_background(device: Any) -> None:
+    """With none late, as they are with a bound of 0."""
+    same(trained("cuda", "float64", ranks=2, mode="async"), "float64", 1e-10)
 
 
 def test_ranks_that_divide_the_model(device: Any) -> None:

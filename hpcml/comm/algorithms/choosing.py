@@ -115,8 +115,8 @@ class Chooser:
             if len(self._chosen) >= _REMEMBERED:
                 self._chosen.clear()
             chosen = self._fresh(operation, nbytes if agreed else None, like, even, name, onto)
-            if chosen.name == "staged":  # now: later the call is on the board
-                self._link.scratch().prepare(dtype)
+            if chosen.prepare is not None:
+                chosen.prepare(self._link, dtype)
             self._chosen[key] = chosen
         return chosen
 

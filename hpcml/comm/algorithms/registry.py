@@ -124,6 +124,9 @@ class Algorithm:
     """Takes scratch memory that grows with the buffer: not chosen for long ones."""
     adds: bool = False
     """Takes a `Reduction` that adds to what the result holds; those that are `ordered` all do."""
+    prepare: Callable[[Any, Any], None] | None = None
+    """`prepare(link, dtype)` does what may take long, before the first such call is on the board:
+    ranks wait for each other in it."""
 
     def lean(self, onto: bool) -> bool:
         """Whether a call, with a result that is added to if `onto`, takes little scratch memory."""
@@ -142,6 +145,7 @@ def algorithm(
     applies: Callable[[Situation], bool] = _always,
     short: bool = False,
     adds: bool = False,
+    prepare: Callable[[Any, Any], None] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register the decorated function as an algorithm for `operation`.
 
@@ -161,7 +165,7 @@ def algorithm(
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = name or function.__name__
         _algorithms[operation][own] = Algorithm(
-            operation, own, function, cost, ordered, applies, short, adds
+            operation, own, function, cost, ordered, applies, short, adds, prepare
         )
         return function
 

@@ -36,11 +36,16 @@ def _shared_even(situation: Situation) -> bool:
     return situation.shared and situation.even
 
 
+def _prepare(link: Link, dtype: np.dtype[Any]) -> None:
+    """Load the kernels: to compile them may take longer than ranks wait for each other."""
+    link.scratch().prepare(dtype)
+
+
 def _cost(n: int, p: int, m: Machine) -> float:
     return 2 * m.alpha + 4 * n * m.gamma
 
 
-@algorithm("allreduce", "staged", cost=_cost, ordered=True, applies=_shared)
+@algorithm("allreduce", "staged", cost=_cost, ordered=True, applies=_shared, prepare=_prepare)
 def allreduce(link: Link, x: Array, out: Array, reduction: Reduction) -> None:
     """Each rank combines a slice of the chunk, then fetches those of the others.
 
@@ -75,7 +80,7 @@ def allreduce(link: Link, x: Array, out: Array, reduction: Reduction) -> None:
             here[block] = stage.rows[other, first + block.start : first + block.stop]
 
 
-@algorithm("reduce_scatter", "staged", cost=_cost, ordered=True, applies=_shared)
+@algorithm("reduce_scatter", "staged", cost=_cost, ordered=True, applies=_shared, prepare=_prepare)
 def reduce_scatter(
     link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Reduction
 ) -> None:
@@ -97,7 +102,7 @@ def reduce_scatter(
         fold(stage.rows, here[None], 0, start, start + here.size, start)
 
 
-@algorithm("allgather", "staged", cost=_cost, applies=_shared)
+@algorithm("allgather", "staged", cost=_cost, applies=_shared, prepare=_prepare)
 def allgather(link: Link, x: Array, out: Array, counts: Sequence[int]) -> None:
     """Each rank copies its block of the chunk to shared memory and fetches the others'.
 
