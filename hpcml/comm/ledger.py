@@ -1,7 +1,8 @@
 """What a rank communicated: calls, payload and bytes sent, by axis and operation.
 
-Payload (`bytes`): the input of an all-reduce, reduce-scatter, reduce, all-to-all or broadcast, the
-output of an all-gather, the message of a send; for gather and scatter the whole gathered array.
+Payload (`bytes`): the input of an all-reduce, reduce-scatter, reduce, all-to-all or broadcast, what
+is added to a running sum (accumulate), the output of an all-gather, the message of a send; for
+gather and scatter the whole gathered array.
 
 `bytes_sent` is what this rank puts on the wire. What a vendor's library really sends cannot be
 seen, so for its calls it is the volume of the standard bandwidth-optimal algorithm
