@@ -15,7 +15,7 @@ of backward, or for buckets on the way in between.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpcml.autograd import while_alive
@@ -31,29 +31,29 @@ from hpcml.parallel.groups import Groups
 class Gradients:
     """Collects the gradients of one step after the other.
 
-    arena: has room for one bucket at least. overlap: reduce in the background, one bucket beside
-    that which is filled, if there is room for two. ordered: deterministic mode. stages: those of a
-    pipeline that this rank has, each with its buckets: a backward is through one of them. tied:
-    buckets that are in use from their first contribution to the last, in memory of their own; the
-    first backward shows which others are.
+    overlap: reduce in the background, one bucket beside that which is filled, if there is room for
+    two. ordered: deterministic mode. stages: those of a pipeline that this rank has, each with its
+    buckets: a backward is through one of them. apart: buckets that are in use from their first
+    contribution to the last, in memory of their own; the first backward adds the others that are.
     """
+
+    arena: Arena
+    """To be given: it has room for one bucket at least."""
 
     def __init__(
         self,
         storage: FlatStorage,
         groups: Groups,
-        arena: Arena,
         overlap: bool,
         ordered: bool,
         stages: Mapping[int, Sequence[Bucket]],
-        tied: Collection[Bucket] = (),
+        apart: set[Bucket],
     ) -> None:
-        self.storage, self.groups, self.arena = storage, groups, arena
+        self.storage, self.groups, self.apart = storage, groups, apart
         self.overlap, self.ordered = overlap and groups.all.size > 1, ordered
         self.sharding = storage.sharding
         self._let_lie(at_home=self.sharding.whole("grads"))
         # In the order in which they are reduced; `_buckets` are those of the stage in backward.
-        self._apart = set(tied)
         self._orders = {stage: list(buckets)[::-1] for stage, buckets in stages.items()}
         self._stage, self._buckets = 0, list[Bucket]()
         self._learned: set[int] = set()
@@ -104,10 +104,14 @@ class Gradients:
             for bucket in self._buckets:
                 self._missing[bucket] = len(bucket.parameters)
 
-    def after_backward(self) -> None:
-        """Reduce what backward left: buckets of which some parameter got no gradient."""
+    def after_backward(self) -> bool:
+        """Reduce what backward left: buckets of which some parameter got no gradient.
+
+        Returns whether it has shown that more are `apart`: nothing is under way then.
+        """
         if not self._active:
-            return
+            return False
+        known = len(self.apart)
         if self._stage not in self._learned:
             self._learn()
         for bucket in self._buckets[self._reduced :]:
@@ -116,6 +120,7 @@ class Gradients:
         self._opened.clear()
         self._begun.add(self._stage)
         self._reduced, self._active = 0, False
+        return len(self.apart) > known
 
     def finish(self) -> None:
         """Complete the sums: each rank then has what its stage holds."""
@@ -165,7 +170,7 @@ class Gradients:
     def _open(self, bucket: Bucket) -> Array:
         if bucket not in self._slots:
             self._opened[bucket] = None
-            apart = bucket in self._apart
+            apart = bucket in self.apart
             if apart:
                 self._wait()  # for what it had in the microbatch before
             else:
@@ -211,30 +216,33 @@ class Gradients:
         for bucket in self._buckets[self._reduced :]:  # in the order so far, once more
             self._reduce(bucket)
         self._reduced = len(self._buckets)
-        agreed = self.groups.all.broadcast_object([numbers[bucket] for bucket in order])
-        learned = [self.storage.trained[number] for number in agreed]
         beside = self._open_beside_others()
+        found = ([numbers[bucket] for bucket in buckets] for buckets in (order, beside))
+        learned, beside = (
+            [self.storage.trained[number] for number in agreed]
+            for agreed in self.groups.all.broadcast_object([*found])
+        )
         if learned != self._buckets or beside:  # those that were ready had to wait for their turn
             self._wait()
             self.arena.shrink()
-        self._apart |= beside
+        self.apart.update(beside)
         self._buckets = self._orders[self._stage] = learned
 
-    def _open_beside_others(self) -> set[Bucket]:
+    def _open_beside_others(self) -> list[Bucket]:
         """Buckets that were open while others came and went, for which there is no place beside.
 
         Their parameters are used far apart, as what a model adds first and multiplies by last. One
         other may be a part of the same layer: for the two there is a place.
         """
         opened = {bucket: number for number, bucket in enumerate(self._opened)}
-        found, before = set[Bucket](), list[Bucket]()
+        found, before = list[Bucket](), list[Bucket]()
         for bucket in self._ready:
             if bucket in opened:
                 others = [other for other in before if opened[other] > opened[bucket]]
                 if len(others) > 1 or any(
                     not self.arena.spans(bucket.size + other.size) for other in others
                 ):
-                    found.add(bucket)
+                    found.append(bucket)
                 before.append(bucket)
         return found
 

@@ -30,24 +30,35 @@ class Shards:
     """Fetches units and lets them go; all ranks do so in the same order.
 
     prefetch: fetch the unit that came next in the last pass while this one is in use, as soon as
-    the arena has a place for it. most: elements for which there is a place beside a unit in use; a
-    larger unit is fetched in parts, so that those of the next one come as those of this one go.
+    the arena has a place for it.
     """
 
-    def __init__(
-        self, model: Module, storage: FlatStorage, axis: Axis, arena: Arena, prefetch: bool,
-        most: int,
-    ) -> None:  # fmt: skip
-        self.axis, self.sharding = axis, storage.sharding
-        self.arena, self.prefetch = arena, prefetch
+    arena: Arena
+
+    def __init__(self, model: Module, storage: FlatStorage, axis: Axis, prefetch: bool) -> None:
+        """To be given places: see `arrange`."""
+        self.axis, self.sharding, self.prefetch = axis, storage.sharding, prefetch
+        self._model, self._buckets = model, storage.buckets
         self.units: list[Unit] = []
         self._parked: list[Unit] = []  # whose memory is free to use, but still holds their values
+
+    def arrange(self, arena: Arena, most: int) -> None:
+        """Fetch into this arena from now on; what is here goes.
+
+        most: elements for which there is a place beside a unit in use; a larger unit is fetched in
+        parts, so that those of the next one come as those of this one go.
+        """
+        self.forget()
+        self.arena = arena
         self._seen: list[Unit] = []  # fetched in this pass
         self._order: list[Unit] = []  # fetched in the last whole pass
+        self.units = [
+            Unit(self, part)
+            for _, buckets in groupby(self._buckets, key=lambda bucket: bucket.unit)
+            for part in _parts(buckets, most)
+        ]
         self._users: list[_User] = []
-        for _, buckets in groupby(storage.buckets, key=lambda bucket: bucket.unit):
-            self.units += [Unit(self, part) for part in _parts(buckets, most)]
-        for module, parameters in units.users(model):
+        for module, parameters in units.users(self._model):
             fetched = dict.fromkeys(p.unit for p in parameters if isinstance(p.unit, Unit))
             if fetched:
                 self._users.append(_User(list(fetched)))

@@ -80,28 +80,37 @@ class Zero:
         most = int(bucket_mb * (1 << 20)) // storage.dtype.itemsize
         self._left_out = [p for p in self.held.parameters if id(p) not in storage.home]
         overlap = groups.all.overlaps if overlap is None else overlap
-        # Gradients in memory of this rank's own: a layer that only some ranks use has its place on
-        # those alone. What is gathered has the same place on all, in memory that they share.
-        where = storage.device
-
-        def alone(size: int) -> Array:
-            return memory.empty((size,), storage.dtype, "buffers", where)
-
-        tied, stages = self._tied(), self.held.by_stage(storage.trained)
-        sharded = not groups.sharding.whole("params")
-        ahead = sharded and overlap and groups.pp.size == 1  # in a pipeline passes are not alike
-        room = rooms(
-            storage.buckets, tied, most, beside=self._beside(), overlap=overlap, sharded=sharded
-        )
-        own = Arena(alone, [room.gradients])
-        self._gradients = Gradients(storage, groups, own, overlap, deterministic, stages, tied)
+        stages, sharded = self.held.by_stage(storage.trained), not groups.sharding.whole("params")
+        self._rooms = partial(
+            rooms, storage.buckets, most=most, beside=self._beside(), overlap=overlap,
+            sharded=sharded,
+        )  # fmt: skip
+        self._gradients = Gradients(storage, groups, overlap, deterministic, stages, self._tied())
         self._shards: Shards | None = None
         if sharded:
-            # Processes share no memory of a GPU.
-            together = partial(groups.shard.empty, dtype=storage.dtype)
-            places = [room.unit, room.second] if ahead else []
-            shared = Arena(together if where == "cpu" else alone, places)
-            self._shards = Shards(model, storage, groups.shard, shared, ahead, room.second)
+            ahead = overlap and groups.pp.size == 1  # in a pipeline passes are not alike
+            self._shards = Shards(model, storage, groups.shard, ahead)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Make places for what lives briefly, which is not there now.
+
+        Gradients in memory of this rank's own: a layer that only some ranks use has its place on
+        those alone. What is gathered has the same place on all, in memory that they share;
+        processes share none of a GPU.
+        """
+        storage = self.storage
+
+        def alone(size: int) -> Array:
+            return memory.empty((size,), storage.dtype, "buffers", storage.device)
+
+        room = self._rooms(self._gradients.apart)
+        self._gradients.arena = Arena(alone, [room.gradients])
+        if self._shards is not None:
+            together = partial(self.groups.shard.empty, dtype=storage.dtype)
+            places = [room.unit, room.second] if self._shards.prefetch else [room.unit]
+            shared = Arena(together if storage.device == "cpu" else alone, places)
+            self._shards.arrange(shared, room.second)
 
     def _tied(self) -> set[Bucket]:
         """Buckets with a parameter that several modules use, other than by its twins."""
@@ -168,8 +177,10 @@ class Zero:
 
     def after_backward(self) -> None:
         """Its gradients are complete."""
-        self._gradients.after_backward()
+        more_apart = self._gradients.after_backward()
         self.end_pass(whole=True)
+        if more_apart:
+            self._arrange()
 
     def end_pass(self, whole: bool = False) -> None:
         """Forward is over, and backward if `whole`: nobody needs gathered parameters now."""
