@@ -7,7 +7,7 @@ unit, as is every other module below the root.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -67,32 +67,40 @@ def divide(
 
     Small neighbours are joined as long as the result is no larger than the largest unit: fewer
     messages, no more memory. But what a tied head follows stays apart from what it follows: it is
-    used beside the head, whose own unit is large. Sizes are those of whole tensors: the same on
-    ranks that divide them.
+    used beside the head, whose own unit is large. And to what is used at several ends no more is
+    joined than it has itself: in backward it is there for long. Sizes are those of whole tensors:
+    the same on ranks that divide them.
     """
     wanted, seen = {id(p) for p in chosen}, set[int]()
-    found: list[list[Parameter]] = []
+    tied, found = set[int](), list[list[Parameter]]()
     for parameters in links or [parameters for _, parameters in users(model)]:
         own = [p for p in parameters if id(p) in wanted]
         if own:
             found.append([p for p in own if id(p) not in seen])
+            tied.update(id(p) for p in own if id(p) in seen)
             seen.update(map(id, own))
     elsewhere = [p for p in chosen if id(p) not in seen]  # the optimizer has them, not the model
     if elsewhere:
         found.append(elsewhere)
-    return [unit for unit in (found if links else _join(found)) if unit]
+    return [unit for unit in (found if links else _join(found, tied)) if unit]
 
 
-def _join(units: Sequence[list[Parameter]]) -> list[list[Parameter]]:
+def _join(units: Sequence[list[Parameter]], tied: Collection[int]) -> list[list[Parameter]]:
     """Units that are empty here are those of tied parameters, which an earlier one has."""
     sizes = [sum(prod(p.whole_shape) for p in unit) for unit in units]
-    largest, joined, size = max(sizes), [list(units[0])], sizes[0]
+    largest = max(sizes)
+    most = [
+        min(largest, 2 * size) if any(id(p) in tied for p in unit) else largest
+        for unit, size in zip(units, sizes, strict=True)
+    ]
+    joined, size, limit = [list(units[0])], sizes[0], most[0]
     for number, unit in enumerate(units[1:], 1):
         before_tied = units[number + 1 : number + 2] == [[]]
-        if size + sizes[number] <= largest and not before_tied:
+        limit = min(limit, most[number])
+        if size + sizes[number] <= limit and not before_tied:
             joined[-1] += unit
             size += sizes[number]
         else:
             joined.append(list(unit))
-            size = sizes[number]
+            size, limit = sizes[number], most[number]
     return joined

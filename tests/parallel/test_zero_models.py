@@ -234,3 +234,27 @@ def test_units_by_default_and_declared() -> None:
     gpt.units = ("transformer.layers.*",)  # type: ignore[assignment]
     with pytest.raises(UserError, match=r'GPT.units: no module is called "transformer.layers'):
         names(gpt)
+
+
+class Tied(nn.Module):
+    """A small vocabulary at both ends of layers, of which the last is the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source = nn.Embedding(6, 4)
+        self.position = nn.Embedding(5, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, size, bias=False) for size in (8, 4, 64))
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.source.weight
+
+
+def test_little_is_joined_to_what_is_used_at_several_ends() -> None:
+    """The first layer was: in backward all of it was there from the head to that layer."""
+    model = Tied()
+    model.name_parts()
+    found = [[p.name for p in unit] for unit in divide(model, list(model.parameters()))]
+    assert found == [
+        ["source.weight", "position.weight"],
+        ["layers.0.weight", "layers.1.weight"],
+        ["layers.2.weight"],
+    ]
