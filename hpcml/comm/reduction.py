@@ -40,30 +40,44 @@ class Reduction:
 
     def into(self, total: Array, x: Array) -> None:
         """total = total op x, in place, element by element; flat arrays of one type."""
-        self._fold([total, x], total)
+        self._fold([total, x], total, self._taken(total, total.size, 2))
 
-    def fold(self, rows: Sequence[Array], out: Array) -> None:
+    def fold(self, rows: Sequence[Array], out: Array, taken: Sequence[Array] | None = None) -> None:
         """out = ((rows[0] op rows[1]) op rows[2]) op ...: in this order, whatever the op.
 
-        `out` may be one of the rows. Flat arrays of one type and length.
+        `out` may be one of the rows. Flat arrays of one type and length. taken: of `scratch_for`,
+        where messages are under way.
         """
         rows = [out, *rows] if self.onto else rows
         if len(rows) > 1:
-            self._fold(rows, out)
+            self._fold(rows, out, self._taken(out, out.size, len(rows)) if taken is None else taken)
         elif rows[0] is not out:
             out[...] = rows[0]
 
-    def _fold(self, rows: Sequence[Array], out: Array) -> None:
+    def scratch_for(self, like: Array, count: int, rows: int) -> list[Array]:
+        """What `fold` of so many rows of at most `count` elements takes, before the first message.
+
+        For one that is under way when memory is refused nobody would wait. Raises MemoryLimitError.
+        """
+        return self._taken(like, count, rows + self.onto)
+
+    def _taken(self, like: Array, count: int, rows: int) -> list[Array]:
+        block = min(_block(like), count)
+        if is_half(like.dtype):
+            wide = [room(like, block, np.float32) for _ in range(2)]
+            return [*wide, room(like, block)]  # a result's own place may be a row to be read yet
+        return [room(like, block)] if rows > 2 else []
+
+    def _fold(self, rows: Sequence[Array], out: Array, taken: Sequence[Array]) -> None:
         with _quiet():
             if is_half(out.dtype):
-                self._fold_halves(rows, out)
+                self._fold_halves(rows, out, *taken)
                 return
             ufunc = getattr(xp(out), _UFUNCS[self.op])
             if len(rows) == 2:
                 ufunc(rows[0], rows[1], out=out)
                 return
-            block = _block(out)
-            total = room(out, min(block, out.size))
+            block, (total,) = _block(out), taken
             for start in range(0, out.size, block):
                 part = slice(start, min(start + block, out.size))
                 here = total[: part.stop - start]
@@ -72,11 +86,11 @@ class Reduction:
                     ufunc(here, row[part], out=here)
                 out[part] = here
 
-    def _fold_halves(self, rows: Sequence[Array], out: Array) -> None:
+    def _fold_halves(
+        self, rows: Sequence[Array], out: Array, total: Array, x: Array, words: Array
+    ) -> None:
         ufunc = getattr(xp(out), _UFUNCS[self.op])
         block = _block(out)
-        total, x = (room(out, min(block, out.size), np.float32) for _ in range(2))
-        words = room(out, total.size)  # `out` may be a row that is still to be read
         for start in range(0, out.size, block):
             part = slice(start, min(start + block, out.size))
             here, other, word = (array[: part.stop - start] for array in (total, x, words))

@@ -50,6 +50,7 @@ def reduce_scatter(
     size = longest(counts[link.rank], x, others)
     times = count_of(counts, x, others)
     scratch = in_turn(lambda: [room(x, size) for _ in range(others)], times)
+    taken = reduction.scratch_for(x, size, link.size)
 
     def started() -> Iterator[tuple[list[Array], Array, Pending]]:
         for part, places in turns(counts, x, others):
@@ -63,7 +64,7 @@ def reduce_scatter(
 
     for rows, target, messages in ahead(started()):
         messages.wait()
-        reduction.fold(rows, target)
+        reduction.fold(rows, target, taken)
 
 
 @algorithm("allreduce", "ordered", cost=_allreduce_cost, ordered=True)

@@ -75,6 +75,7 @@ def pairwise(link: Link, x: Array, out: Array, counts: Sequence[int], reduction:
     """
     size = longest(counts[link.rank], x)
     scratch = in_turn(lambda: room(x, size), count_of(counts, x) * (link.size - 1))
+    taken = reduction.scratch_for(x, size, 2)
 
     def started() -> Iterator[tuple[int, Array, Array, Array, Pending]]:
         for part, places in turns(counts, x):
@@ -88,7 +89,7 @@ def pairwise(link: Link, x: Array, out: Array, counts: Sequence[int], reduction:
     for step, own, coming, target, messages in ahead(started()):
         messages.wait()
         if step == 1:
-            reduction.fold([own, coming], target)
+            reduction.fold([own, coming], target, taken)
         else:
             reduction.into(target, coming)
 
@@ -107,6 +108,7 @@ def ring(link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Red
     size = longest(max(counts), x, rows)
     times = count_of(counts, x, rows)
     first, further = (in_turn(lambda: room(x, size), n) for n in (times, times * (link.size - 2)))
+    taken = reduction.scratch_for(x, size, 2)
 
     def begun() -> Iterator[tuple[slice, list[slice], Array, Pending]]:
         for part, places in turns(counts, x, rows):
@@ -119,7 +121,7 @@ def ring(link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Red
             reduction.into(coming, x[places[rank - step]])
             leaving, coming = coming, next(further)[: _length(places[rank - step - 1])]
             link.exchange(leaving, after, coming, before)
-        reduction.fold([coming, x[places[rank]]], out[part])
+        reduction.fold([coming, x[places[rank]]], out[part], taken)
 
 
 def _length(place: slice) -> int:
