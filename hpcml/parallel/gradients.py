@@ -95,8 +95,17 @@ class Gradients:
         self.on_way = not at_home
         self.storage.collect_gradients(None if at_home else self)
 
-    def before_backward(self, *, real: bool, last: bool, stage: int) -> None:
-        """A microbatch comes; `real`: with samples of this rank; `last`: of the step."""
+    def before_backward(
+        self, *, real: bool, last: bool, stage: int, used: Sequence[Bucket] = ()
+    ) -> None:
+        """A microbatch comes; `real`: with samples of this rank; `last`: of the step.
+
+        used: buckets in the order in which forward used them first, the same on all ranks, if that
+        is known: in the first backward they are expected in the reverse of it.
+        """
+        if stage not in self._learned:
+            place = {bucket: number for number, bucket in enumerate(used)}
+            self._orders[stage].sort(key=lambda bucket: place.get(bucket, -1), reverse=True)
         self._real, self._first = real, stage not in self._begun
         self._stage, self._buckets = stage, self._orders[stage]
         self._active = self.on_way or (self.overlap and last)

@@ -173,7 +173,8 @@ class Zero:
 
         stage: of the pipeline, through which backward goes.
         """
-        self._gradients.before_backward(real=real, last=last, stage=stage)
+        used = () if self._shards is None else self._shards.used()
+        self._gradients.before_backward(real=real, last=last, stage=stage, used=used)
 
     def after_backward(self) -> None:
         """Its gradients are complete."""
