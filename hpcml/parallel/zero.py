@@ -122,15 +122,15 @@ class Zero:
         }
 
     def _beside(self) -> int:
-        """Elements that reducing the largest bucket takes beside it, at most.
+        """Elements that reducing a bucket takes beside it, at most: some short ones take more.
 
         On a GPU it comes on top: the pieces there may leave no place for what is fetched ahead.
         """
         storage = self.storage
         if storage.device != "cpu":
             return 0
-        largest = max((bucket.size for bucket in storage.trained), default=0)
-        nbytes = self.groups.shard.scratch(largest, storage.dtype, storage.device)
+        told = partial(self.groups.shard.scratch, dtype=storage.dtype)
+        nbytes = max((told(bucket.size) for bucket in storage.trained), default=0)
         return -(-nbytes // storage.dtype.itemsize)
 
     def _place(self, bucket_bytes: int) -> None:

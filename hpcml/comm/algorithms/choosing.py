@@ -11,6 +11,7 @@ import numpy as np
 
 from hpcml.backend import is_half
 from hpcml.comm.algorithms import turns
+from hpcml.comm.algorithms.blocks import is_power
 from hpcml.comm.algorithms.registry import Algorithm, Machine, Situation, algorithms, find
 from hpcml.comm.link import Link
 from hpcml.comm.staging import on_device
@@ -125,7 +126,8 @@ class Chooser:
         size, at_once = self._link.size, self._deterministic or is_half(dtype)
         block = -(-nbytes // size)
         if nbytes <= SHORT and size > 1 and not at_once:
-            return nbytes * 3 // 2 + block  # recursive halving, and its result to be added
+            halving = nbytes * (3 if is_power(size) else 6) // 4
+            return halving + block  # recursive halving, and its result to be added
         return turns.most(block, size - 1, at_once=at_once, device=device)
 
     def _fresh(
