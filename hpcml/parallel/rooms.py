@@ -3,8 +3,9 @@
 Beside the model states a step holds at most a bucket of gradients, or what `bucket_mb` allows where
 that is more, and at stage 3 two units of parameters, one in use and one that comes or is used
 beside it. The gradient of a tied weight is under way from its first use in backward to its last,
-beside those of all others, and reducing a bucket takes scratch memory: what is too much then is
-taken off the place of the second unit.
+beside those of all others, and so is that of a layer that is called at several ends, which the
+first backward shows: then the places are made anew. And reducing a bucket takes scratch memory.
+What is too much is taken off the place of the second unit.
 """
 
 from __future__ import annotations
