@@ -62,12 +62,14 @@ def rooms(
 
 
 def _filled_at_once(buckets: Sequence[Bucket]) -> int:
-    """Elements of the largest bucket, or of the two with the parameters of one layer."""
+    """Elements of the largest bucket, or of the two with parameters of a layer and its parts."""
     layers = [{p.name.rpartition(".")[0] for p in bucket.parameters} for bucket in buckets]
+    around = [own | {layer.rpartition(".")[0] for layer in own} for own in layers]
     both = [
-        one.size + other.size
-        for (one, of_one), (other, of_other) in pairwise(zip(buckets, layers, strict=True))
-        if one.unit == other.unit and of_one & of_other
+        buckets[one].size + buckets[other].size
+        for one, other in pairwise(range(len(buckets)))
+        if buckets[one].unit == buckets[other].unit
+        and (layers[one] & around[other] or around[one] & layers[other])
     ]
     return max([*both, *(bucket.size for bucket in buckets)], default=0)
 

@@ -82,3 +82,11 @@ def test_several_tied_gradients_at_once_may_be_more() -> None:
     layers = [{name: 6400} for name in ("source.weight", "target.weight", "a.weight")]
     room, left = laid_out(layers, 3000, tied=2)
     assert (room, left) == ((6400, 6400, 0), -6400)
+
+
+def test_a_layer_and_its_parts_are_filled_at_once() -> None:
+    """As attention: its own weights and those of a layer in it have their gradients at once."""
+    block = {"b.attn.in_weight": 6400, "b.attn.out.weight": 1280, "b.up.weight": 3200}
+    room, left = laid_out([{"wte.weight": 9600}, block, block], 3000, tied=1)
+    assert left >= 0
+    assert room.gradients == 6400 + 1280
