@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -20,7 +19,7 @@ import numpy as np
 from hpcml.comm.axis import Axis
 from hpcml.comm.crash import CrashHook, installed
 from hpcml.comm.launch import read
-from hpcml.comm.request import Request
+from hpcml.comm.running import RunningSums, running_sums
 from hpcml.comm.world import world
 from hpcml.errors import UserError
 
@@ -101,7 +100,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, object] = {}
-        self._asked: deque[Request] = deque()
+        self._asked: RunningSums | None = None
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is threading.main_thread():
@@ -119,11 +118,17 @@ class StopFlag:
 
         `late`: as it was so many calls ago, so that ranks which may run apart do not wait here.
         """
-        mine = np.array([self.signal is not None], np.uint8)
+        asked = self.signal is not None
         if late == 0:
-            return bool(axis.allreduce(mine, "max")[0])
-        self._asked.append(axis.iallreduce(mine, "max"))
-        return len(self._asked) > late and bool(self._asked.popleft().wait()[0])
+            return bool(axis.allreduce(np.array([asked], np.uint8), "max")[0])
+        if self._asked is None:
+            self._asked = running_sums(axis, 1, np.float32, late + 1)
+        self._asked.add(np.zeros(1, np.float32), asked)
+        if len(self._asked) <= late:
+            return False
+        heard = bool(self._asked.first()[1].any())
+        self._asked.drop()
+        return heard
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

@@ -122,11 +122,14 @@ class OnNode(RunningSums):
         """`own`: this rank's part of so many bytes as `_layout` says, from `Axis.empty`."""
         super().__init__(room)
         self._axis, self._own = axis, own
-        self._group = Group(f"{axis.name}, sums", axis.transport.members)
+        window = memory.owner_of(own)
+        # The calls of each are counted apart.
+        name = f"{axis.name}, sums in window {window.number}"
+        self._group = Group(name, axis.transport.members)
         self._kernels = kernels.compiled(dtype.name).running
         self._patience = patience(axis.size)
         width, stride = _layout(axis.size, size, dtype)
-        whole = np.frombuffer(memory.owner_of(own).region, np.uint8)
+        whole = np.frombuffer(window.region, np.uint8)
         head, sums = whole[: room * width * 8], whole[room * width * 8 :][: room * stride]
         words = head.view(np.int64).reshape(room, width)
         self._have_added, self._have_dropped = words[:, :_LINE], words[:, _LINE : 2 * _LINE]
@@ -183,7 +186,10 @@ class OnNode(RunningSums):
         return bool(self._kernels.reached(words[place], 0, times, *looks))
 
     def _until(self, over: Callable[[], bool], number: int) -> None:
-        """Wait for other ranks at a sum until it is over: on the board and on the timeline."""
+        """Wait for other ranks at a sum until it is over: on the board and on the timeline.
+
+        What does not wait is on neither: that takes no longer than to copy the array.
+        """
         if over():
             return
         board, timeline, since = self._axis.transport.board, self._axis.ledger.timeline, clock()

@@ -120,7 +120,8 @@ def parallelize(
         earlier weights; vertical_sync: with "pipedream", all stages those of as many updates. After
         training, call `step.settle()`.
     metrics: functions of outputs and targets, such as `nn.evaluation.accuracy`, by name: their mean
-        over samples is in `step.scores` after a step and in what `step.measure` returns.
+        over samples is in `step.scores` after a step (with "async" those of this rank) and in what
+        `step.measure` returns.
 
     Without a number of threads (`backend.set_threads`) the processes of a node share its cores, or
     each has OMP_NUM_THREADS. Raises UserError for what this version cannot do.

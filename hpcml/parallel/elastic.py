@@ -38,7 +38,7 @@ class ElasticStep(LocalStep):
         with advised(bound):
             self._sums = running_sums(self.axis, own.size, own.dtype, bound + 1)
             self._difference = memory.empty(own.shape, own.dtype, "buffers", device)
-            self.center = memory.empty(own.shape, own.dtype, "optim", device)
+            self.center = memory.empty(own.shape, own.dtype, "buffers", device)
         self.center[...] = own
 
     def _meet(self) -> None:

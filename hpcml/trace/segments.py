@@ -13,7 +13,7 @@ from hpcml.trace.record import Recorded
 
 TRANSFER, WAITING = "transfer", "waiting"
 """What is no compute: to send, reduce, gather; and only to wait for another rank."""
-_WAITS = ("send", "recv", "barrier")
+_WAITS = ("send", "recv", "barrier", "accumulate")
 
 
 class Segment(NamedTuple):

@@ -178,4 +178,6 @@ class _Loop:
         world = self.of.mesh.world
         record["memory"] = usage.memory_record(world)
         record["comm"] = usage.comm_record(world, sent)
-        self.own.write({"step": record["step"], "memory": usage.own_memory(), "comm": sent})
+        late = {name: record[name] for name in ("staleness",) if name in record}
+        own = {"step": record["step"], "memory": usage.own_memory(), "comm": sent, **late}
+        self.own.write(own)

@@ -84,6 +84,7 @@ def _write(run: Run, ending: Ending) -> None:
     """Write the files of the end; the other ranks help to gather what goes into them."""
     step = run.step
     digest = None
+    late = _staleness(run) if ending.together else {}
     if ending.together or not step.collective:
         buffers = step.gathered_buffers()
         entries = step.gathered()
@@ -106,8 +107,18 @@ def _write(run: Run, ending: Ending) -> None:
                 "param_hash": digest,
                 "seconds": ending.seconds,
                 "exit": ending.exit,
+                **late,
             },
         )
+
+
+def _staleness(run: Run) -> dict[str, Any]:
+    """How late gradients were over all ranks and steps, where they may be. Collective."""
+    if run.step.staleness is None:
+        return {}
+    every = run.mesh.world.allgather_object(run.step.staleness.record())
+    mean = sum(one["mean"] for one in every) / len(every)
+    return {"staleness": {"mean": mean, "max": max(one["max"] for one in every)}}
 
 
 def _plain(value: Any) -> bool:

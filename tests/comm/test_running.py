@@ -44,7 +44,9 @@ def sums_of(ranks: int, size: int, room: int, dtype: str = "float64") -> list[On
         axis: Any = SimpleNamespace(
             name="dp", size=ranks, rank=rank, transport=transport, ledger=Ledger()
         )
-        own = memory.adopt(region, 0, (8,), np.uint8, "buffers", SimpleNamespace(region=region))
+        own = memory.adopt(
+            region, 0, (8,), np.uint8, "buffers", SimpleNamespace(region=region, number=1)
+        )
         made.append(OnNode(axis, own, size, np.dtype(dtype), room))
     return made
 
@@ -196,7 +198,12 @@ import numpy as np
 from hpcml.comm import Mesh
 from hpcml.comm.running import running_sums
 axis = Mesh()["dp"]
+others = running_sums(axis, 5, np.float32, 4)
 sums = running_sums(axis, 5, np.float32, 1)
+for _ in range(3):
+    if axis.rank != 1: time.sleep(0.1)
+    others.add(np.ones(5, np.float32))
+    others.first(), others.drop()
 sums.add(np.ones(5, np.float32))
 sums.first(), sums.drop()
 if axis.rank == 1: time.sleep(100)
@@ -206,8 +213,10 @@ sums.first()
 
 
 def test_who_is_missing_from_a_sum_is_told(job: Job) -> None:
+    """It was taken to be further, where it had waited for as many of others."""
     process = job(3, PROGRAM, HPCML_TIMEOUT="2")
     output = process.communicate(timeout=60)[0]
     assert process.returncode not in (0, None)
-    assert "in sum #2 on dp, sums (ranks 0-2), 5 float32, at <string>:12\n" in output
+    place = "on dp, sums in window 2 (ranks 0-2), 5 float32, at <string>:17\n"
+    assert f"in sum #2 {place}" in output
     assert "missing: rank 1, computing for" in output

@@ -234,6 +234,17 @@ def test_elastic_averaging_is_that_of_the_paper() -> None:
         np.testing.assert_allclose(step.center, center, rtol=0, atol=1e-13)
 
 
+def test_the_centre_is_no_state_of_the_optimizer(mesh: Mesh) -> None:
+    """The formula beside the table of a run's memory knows none."""
+    live = hpcml.memory.account().live
+    before = live["optim"]
+    step = elastic(mesh, 0, 1, 0)
+    states = live["optim"] - before
+    plain = make("mlp", mesh, mode="local", period=2)
+    assert live["optim"] - before == 2 * states
+    del step, plain
+
+
 def test_elastic_rounds_keep_the_bound() -> None:
     def late() -> tuple[Any, ...]:
         step = elastic(Mesh(), 2, 2, 20)

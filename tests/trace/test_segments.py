@@ -12,7 +12,7 @@ from tests.trace.support import recorded, wait
 def test_work_is_cut_where_calls_are() -> None:
     work = [("0F0", 1, 5), ("0sendF0", 5, 6), ("0B0", 7, 12), ("U", 20, 22)]
     beside = Call("all_reduce", "dp", 4, True, 7, 9)
-    calls = [wait(7, 8), wait(8, 10), wait(13, 14, "send"), beside]
+    calls = [wait(7, 8), wait(8, 10), wait(13, 14, "send"), beside, wait(15, 16, "accumulate")]
     (found,) = segments([recorded(0, {"pp": 0}, work, calls)])
     assert found == [
         ("F", 0, 0, 1, 5),
@@ -21,6 +21,7 @@ def test_work_is_cut_where_calls_are() -> None:
         ("waiting", 0, 0, 8, 10),
         ("B", 0, 0, 10, 12),
         ("waiting", -1, -1, 13, 14),
+        ("waiting", -1, -1, 15, 16),
         ("U", -1, -1, 20, 22),
     ]
 

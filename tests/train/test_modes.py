@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,18 @@ def test_records_say_how_late_gradients_were(finished: dict[str, Path], mode: st
         assert 0 <= found["last"] <= found["max"] <= bound
         assert 0 <= found["mean"] <= found["max"]
     assert all("staleness" not in record for record in metrics(finished["sync"]))
+
+
+@pytest.mark.parametrize("mode", ["async", "elastic"])
+def test_the_summary_says_how_late_they_were_on_all_ranks(
+    finished: dict[str, Path], mode: str
+) -> None:
+    files = sorted((finished[mode] / "ranks").glob("rank-*.jsonl"))
+    every = [json.loads(path.read_text().splitlines()[-1])["staleness"] for path in files]
+    found = summary(finished[mode])["staleness"]
+    assert found["max"] == max(one["max"] for one in every)
+    assert found["mean"] == pytest.approx(sum(one["mean"] for one in every) / len(every))
+    assert len(every) > 1 and "staleness" not in summary(finished["sync"])
 
 
 @pytest.mark.parametrize("mode", MODES)
