@@ -25,6 +25,8 @@ _LOOK = 0.05
 """Seconds after which whoever waits looks whether the job has failed."""
 _GRACE = 1.0
 """Seconds for the other ranks to notice that the job has failed, before they are interrupted."""
+_TIMES = 3
+"""How often they are told to end: what is raised in a `__del__` is ignored there."""
 
 
 class OtherRankFailed(RuntimeError):
@@ -213,10 +215,11 @@ class _Job:
                     pass
         except KeyboardInterrupt as error:
             self._fail("the caller", error)
-        if self._all_end_within(_GRACE):
-            return
-        for thread in self._threads:  # those that compute, and would not look for long
-            _raise_in(thread, OtherRankFailed)
+        for _ in range(_TIMES):
+            if self._all_end_within(_GRACE):
+                return
+            for thread in self._threads:  # those that compute, and would not look for long
+                _raise_in(thread, OtherRankFailed)
         if not self._all_end_within(_GRACE):
             assert self._failure is not None, "ranks go on only after a failure"
             self._failure.add_note(f"Some ranks could not be ended. {self._roll_call()}")

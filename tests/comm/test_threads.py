@@ -265,6 +265,30 @@ def test_the_error_of_a_rank_is_raised_and_wakes_the_others():
     assert "rank 2: has raised KeyError" in note
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_rank_is_ended_where_the_first_call_to_end_is_ignored():
+    """Python ignores what is raised in a `__del__`: the rank computed on and on."""
+    busy = threading.Event()
+
+    class Slow:
+        def __del__(self) -> None:
+            busy.set()
+            while True:
+                pass
+
+    def program() -> None:
+        if Mesh().rank == 1:
+            Slow()
+            while True:
+                pass
+        busy.wait(30)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError) as caught:
+        hpcml.run(program, ranks=2)
+    assert not any("could not be ended" in note for note in caught.value.__notes__)
+
+
 def test_the_note_says_where_the_others_were():
     inside = threading.Barrier(3)
 
