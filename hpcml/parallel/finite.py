@@ -7,11 +7,12 @@ computed from them, and outputs before gradients.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -20,9 +21,23 @@ from hpcml.backend import Array, is_array, xp
 from hpcml.nn import Module
 
 Named = Iterable[tuple[str, Array]]
+P = ParamSpec("P")
+T = TypeVar("T")
 
-quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-"""A run that diverges says so once, by its loss; NumPy need not warn before."""
+
+def quiet(function: Callable[P, T]) -> Callable[P, T]:
+    """A function without NumPy's warnings: a run that diverges says so once, by its loss.
+
+    `np.errstate` as a decorator would do, but reports of waiting ranks would take its frame for the
+    line of the program.
+    """
+
+    @functools.wraps(function)
+    def quietly(*args: P.args, **options: P.kwargs) -> T:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return function(*args, **options)
+
+    return quietly
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from hpcml.errors import NonFiniteError, UserError
 from hpcml.optim import clip_scale
 from hpcml.parallel import Step, data
 from hpcml.parallel.data import broadcast_parameters
+from hpcml.parallel.finite import quiet
 from hpcml.parallel.pipeline.schedules import ASYNCHRONOUS
 from hpcml.train import kinds
 from hpcml.train.build import build_model, load_data, make_step, try_sample, with_loss
@@ -132,7 +133,7 @@ def _require_finite(numbers: Mapping[str, float]) -> None:
         )
 
 
-@np.errstate(all="ignore")
+@quiet
 def _run(step: Step, batch: Any, number: int | None) -> _Run:
     """Make an update, watching a microbatch; every rank makes the same calls whatever comes."""
     before = _copied(step.gathered())
