@@ -228,8 +228,11 @@ class NodeBoard(Board):
         return self._places[key][0]
 
     def _layer(self, name: str) -> int:
-        """What a file belongs to: communication, other parts of this package, or the program."""
-        ours = name.startswith(_COMM)
+        """What a file belongs to: communication, other parts of this package, or the program.
+
+        contextlib, which begins and ends everybody's blocks, is passed over like communication.
+        """
+        ours = name.startswith(_COMM) or name == contextlib.__file__
         layer = _OURS if ours else _OTHERS if name.startswith(_PACKAGE) else _PROGRAM
         self._layers[name] = layer
         return layer

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -193,6 +195,21 @@ def test_a_position_is_read_as_it_was_written() -> None:
     assert call.place == here
     ranks[1].leave()
     assert ranks[0].sheet.positions()[1].inside == [] and ranks[1].waiting() is None
+
+
+def test_a_call_at_the_beginning_of_a_block_is_at_the_line_of_the_block() -> None:
+    """It was at the line of contextlib that begins all blocks."""
+    board = boards()[0]
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        board.enter("barrier", DP, 1, 0, "uint8")
+        yield
+
+    with block():
+        here = f"{__file__}:{sys._getframe().f_lineno - 1}"
+    (call,) = board.sheet.position(0).inside
+    assert call.place == here
 
 
 def test_threads_of_a_rank_have_places_of_their_own() -> None:
