@@ -21,11 +21,13 @@ class Refusals:
     """A rank's own refusal, from where it came up to where all ranks meet."""
 
     def __init__(self) -> None:
-        self._own: UserError | None = None
+        self._own: tuple[type[UserError], str] | None = None
 
     @contextmanager
     def kept(self, alone: Callable[[], bool]) -> Iterator[None]:
         """Within, what is refused is kept until `tell`, after which sums must not be numbers.
+
+        Of several the first, and of that the words: its traceback holds all that was computed.
 
         alone: whether no rank waits for another within, asked when one has refused; else all come
         to refuse the same, or the job ends.
@@ -35,14 +37,14 @@ class Refusals:
         except UserError as error:
             if not alone():
                 raise
-            self._own = error
+            self._own = self._own or (type(error), str(error))
 
     def tell(self, axis: Axis, sums: Array) -> None:
         """Raise what a rank of the axis has refused, given sums over these. Collective."""
         if np.isfinite(sums).all():
             return
-        own, self._own = self._own, None
-        mine = None if own is None else (type(own), str(own))
+        mine, self._own = self._own, None
         for found in axis.allgather_object(mine):
             if found is not None:
-                raise found[0](found[1])
+                kind, message = found
+                raise kind(message)

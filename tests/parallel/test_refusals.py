@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from hpcml import nn
 from hpcml.comm import Mesh
 from hpcml.comm import run as on_threads
 from hpcml.errors import UserError
+from hpcml.parallel.refusals import Refusals
 from tests.parallel.cases import name_of, ranks_of
 
 cases = pytest.mark.parametrize
@@ -80,6 +82,23 @@ def test_all_refuse(layout: dict[str, int], options: dict[str, Any], bad: str) -
 
     found = on_threads(program, ranks=ranks_of(layout), timeout=20)
     assert all(lines == found[0] for lines in found) and "\n" not in "".join(found[0])
+
+
+def test_of_what_is_refused_the_first_words_are_kept_and_nothing_that_was_computed() -> None:
+    """Else a later step, short of the memory that is held, refuses in its turn and is told."""
+    refusals, computed = Refusals(), []
+
+    def refuse(message: str) -> None:
+        activations = np.zeros(9)
+        computed.append(weakref.ref(activations))
+        raise UserError(message)
+
+    for message in ("a sample is too large", "no memory"):
+        with refusals.kept(lambda: True):
+            refuse(message)
+    assert all(found() is None for found in computed)
+    with pytest.raises(UserError, match="a sample is too large"):
+        refusals.tell(Mesh()["dp"], np.array([np.nan]))
 
 
 class Choosy(nn.Module):
