@@ -147,6 +147,21 @@ def test_results_are_the_callers(on_ranks: OnRanks) -> None:
     on_ranks(program)
 
 
+def test_no_limit_keeps_ranks_from_telling_each_other(on_ranks: OnRanks) -> None:
+    """One that was refused memory has none to tell it with, and the others wait for its words."""
+
+    def program(axis: Axis) -> None:
+        memory.set_limit(1)
+        try:
+            assert axis.allgather_object("refused") == ["refused"] * axis.size
+            with pytest.raises(MemoryLimitError):
+                axis.allgather(np.ones(9))
+        finally:
+            memory.set_limit(0)
+
+    on_ranks(program)
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_limit_holds_in_the_background(ranks: int, first: int) -> None:
