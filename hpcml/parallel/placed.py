@@ -20,6 +20,7 @@ from hpcml.parallel.batch import as_tensor, size_of
 from hpcml.parallel.buffers import Buffers
 from hpcml.parallel.division import Division
 from hpcml.parallel.finite import quiet
+from hpcml.parallel.limits import advised
 from hpcml.parallel.refusals import Refusals
 from hpcml.parallel.replicas import ReplicaError, check_replicas
 from hpcml.parallel.scores import Metric, Scores
@@ -130,8 +131,12 @@ class PlacedModel:
     @quiet
     def try_batch(self, batch: Any) -> None:
         """Evaluate the loss of a batch and forget it: raises what a step would raise."""
-        with evaluating(self.model):
-            self._loss(self.division.fields(batch, slice(0, size_of(batch))))
+        samples = size_of(batch)
+        with (
+            advised(self.zero.optimizer, self.groups.sharding, samples),
+            evaluating(self.model),
+        ):
+            self._loss(self.division.fields(batch, slice(0, samples)))
         self.zero.end_pass()
 
     def predict(self, *inputs: Any) -> Array:

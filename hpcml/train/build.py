@@ -173,10 +173,11 @@ def decay_matrices(model: Module) -> list[dict[str, Any]]:
 
 
 def try_sample(step: Step, data: Data) -> None:
-    """Evaluate two samples, so that a model or loss that does not fit the data says so now.
+    """Evaluate a few samples, so that a model or loss that does not fit the data says so now.
 
-    Collective. Where ranks need each other to compute, one that refuses alone cannot ask the others
-    to agree, which wait for it in the model: it ends the job.
+    Two, which must be alike, unless ranks compute one at once. Collective. Where ranks need each
+    other to compute, one that refuses alone cannot ask the others to agree, which wait for it in
+    the model: it ends the job.
     """
     mesh, tried = step.mesh, partial(_try_sample, step, data)
     if mesh.size > step.axis.size or step.zero.gathers:
@@ -186,8 +187,9 @@ def try_sample(step: Step, data: Data) -> None:
 
 
 def _try_sample(step: Step, data: Data) -> None:
+    samples = min(2, step.microbatch or 2)
     try:
-        step.try_batch(next(iter(Batches(data.train, 2, None))))
+        step.try_batch(next(iter(Batches(data.train, samples, None))))
     except UserError:
         raise
     except (ValueError, TypeError, IndexError) as error:

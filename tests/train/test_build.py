@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import ClassVar
 
 import numpy as np
@@ -9,11 +10,11 @@ import pytest
 import threadpoolctl
 
 import hpcml
-from hpcml import backend, nn
+from hpcml import backend, memory, nn
 from hpcml.autograd import Tensor
 from hpcml.comm import Mesh, run
 from hpcml.data.core import Data
-from hpcml.errors import UserError
+from hpcml.errors import MemoryLimitError, UserError
 from hpcml.models import GPT
 from hpcml.parallel import threads
 from hpcml.train.build import decay_matrices, try_sample
@@ -76,3 +77,36 @@ def test_a_model_that_one_rank_alone_refuses() -> None:
 
     with pytest.raises(UserError, match='"row" of 6 inputs: a part of 7 came'):
         run(program, ranks=2, timeout=5)
+
+
+class Wide(nn.Module):
+    """Activations of 40 kB a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(2, 10_000), nn.Linear(10_000, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+@pytest.mark.parametrize(
+    ("microbatch", "advice"),
+    [
+        (0, r"train\.microbatch=1, at most: 2 samples were under way"),
+        (3, r"train\.microbatch=1, at most: 2 samples were under way"),
+        (1, ""),
+    ],
+)
+def test_samples_that_do_not_fit_into_memory(microbatch: int, advice: str) -> None:
+    """What would fit is said, and no more samples are tried than are computed at once."""
+    step = hpcml.parallelize(
+        Wide(), loss=nn.MSELoss(), optimizer=hpcml.optim.SGD, mesh=Mesh(), microbatch=microbatch
+    )
+    data = Data([(np.zeros(2, np.float32), np.zeros(2, np.float32))] * 4)
+    memory.set_limit(memory.account().total + 60_000)
+    try:
+        with pytest.raises(MemoryLimitError, match=advice) if advice else nullcontext():
+            try_sample(step, data)
+    finally:
+        memory.set_limit(0)
