@@ -67,9 +67,9 @@ def divide(
 
     Small neighbours are joined as long as the result is no larger than the largest unit: fewer
     messages, no more memory. But what a tied head follows stays apart from what it follows: it is
-    used beside the head, whose own unit is large. And to what is used at several ends no more is
-    joined than it has itself: in backward it is there for long. Sizes are those of whole tensors:
-    the same on ranks that divide them.
+    used beside the head, whose own unit is large. And what is used at several ends is in backward
+    there for long: to it no more is joined than it has itself, and the rest of its module is
+    another unit. Sizes are those of whole tensors: the same on ranks that divide them.
     """
     wanted, seen = {id(p) for p in chosen}, set[int]()
     tied, found = set[int](), list[list[Parameter]]()
@@ -79,14 +79,27 @@ def divide(
             found.append([p for p in own if id(p) not in seen])
             tied.update(id(p) for p in own if id(p) in seen)
             seen.update(map(id, own))
+    parted, rests = list[list[Parameter]](), set[int]()
+    for unit in found:
+        several, rest = ([p for p in unit if (id(p) in tied) == both] for both in (True, False))
+        if several and rest:
+            parted += [several, rest]
+            rests.add(id(rest[0]))
+        else:
+            parted.append(unit)
     elsewhere = [p for p in chosen if id(p) not in seen]  # the optimizer has them, not the model
     if elsewhere:
-        found.append(elsewhere)
-    return [unit for unit in (found if links else _join(found, tied)) if unit]
+        parted.append(elsewhere)
+    return [unit for unit in (parted if links else _join(parted, tied, rests)) if unit]
 
 
-def _join(units: Sequence[list[Parameter]], tied: Collection[int]) -> list[list[Parameter]]:
-    """Units that are empty here are those of tied parameters, which an earlier one has."""
+def _join(
+    units: Sequence[list[Parameter]], tied: Collection[int], rests: Collection[int]
+) -> list[list[Parameter]]:
+    """Units that are empty here are those of tied parameters, which an earlier one has.
+
+    rests: the first parameters of units that stay apart from the one before.
+    """
     sizes = [sum(prod(p.whole_shape) for p in unit) for unit in units]
     largest = max(sizes)
     most = [
@@ -95,9 +108,9 @@ def _join(units: Sequence[list[Parameter]], tied: Collection[int]) -> list[list[
     ]
     joined, size, limit = [list(units[0])], sizes[0], most[0]
     for number, unit in enumerate(units[1:], 1):
-        before_tied = units[number + 1 : number + 2] == [[]]
+        apart = units[number + 1 : number + 2] == [[]] or any(id(p) in rests for p in unit)
         limit = min(limit, most[number])
-        if size + sizes[number] <= limit and not before_tied:
+        if size + sizes[number] <= limit and not apart:
             joined[-1] += unit
             size += sizes[number]
         else:

@@ -248,6 +248,28 @@ class Tied(nn.Module):
         self.head.weight = self.source.weight
 
 
+class Embeddings(nn.Module):
+    """As BERT has them, in one module, with a small vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word, self.position = nn.Embedding(6, 4), nn.Embedding(20, 4)
+        self.ln = nn.LayerNorm(4)
+
+
+def test_what_is_used_at_several_ends_is_apart_from_the_rest_of_its_module() -> None:
+    """The norm was remade for the first layer, while the word had been there since the head."""
+    model = nn.Sequential(Embeddings(), nn.Linear(4, 64, bias=False), nn.Linear(4, 6, bias=False))
+    model[2].weight = model[0].word.weight  # type: ignore[index]
+    model.name_parts()
+    found = [[p.name for p in unit] for unit in divide(model, list(model.parameters()))]
+    assert found == [
+        ["0.word.weight"],
+        ["0.position.weight", "0.ln.weight", "0.ln.bias"],
+        ["1.weight"],
+    ]
+
+
 def test_little_is_joined_to_what_is_used_at_several_ends() -> None:
     """The first layer was: in backward all of it was there from the head to that layer."""
     model = Tied()
