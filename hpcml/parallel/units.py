@@ -66,10 +66,10 @@ def divide(
     links: units that are given, and are not joined.
 
     Small neighbours are joined as long as the result is no larger than the largest unit: fewer
-    messages, no more memory. But what a tied head follows stays apart from what it follows: it is
-    used beside the head, whose own unit is large. And what is used at several ends is in backward
-    there for long: to it no more is joined than it has itself, and the rest of its module is
-    another unit. Sizes are those of whole tensors: the same on ranks that divide them.
+    messages, no more memory. But what a head follows that is tied, or the largest unit, stays apart
+    from what it follows: it is used beside that head. And what is used at several ends is in
+    backward there for long: to it no more is joined than it has itself, and the rest of its module
+    is another unit. Sizes are those of whole tensors: the same on ranks that divide them.
     """
     wanted, seen = {id(p) for p in chosen}, set[int]()
     tied, found = set[int](), list[list[Parameter]]()
@@ -108,7 +108,10 @@ def _join(
     ]
     joined, size, limit = [list(units[0])], sizes[0], most[0]
     for number, unit in enumerate(units[1:], 1):
-        apart = units[number + 1 : number + 2] == [[]] or any(id(p) in rests for p in unit)
+        before_head = units[number + 1 : number + 2] == [[]] or (
+            number == len(units) - 2 and sizes[-1] == largest
+        )
+        apart = before_head or any(id(p) in rests for p in unit)
         limit = min(limit, most[number])
         if size + sizes[number] <= limit and not apart:
             joined[-1] += unit

@@ -248,6 +248,17 @@ class Tied(nn.Module):
         self.head.weight = self.source.weight
 
 
+def test_what_a_large_head_follows_is_apart_from_the_layer_before() -> None:
+    """A part of the last block came beside the head, for the norm after it."""
+    model = nn.Sequential(
+        nn.Linear(4, 16, bias=False), nn.Linear(4, 16, bias=False), nn.LayerNorm(4),
+        nn.Linear(4, 64, bias=False),
+    )  # fmt: skip
+    model.name_parts()
+    found = [[p.name for p in unit] for unit in divide(model, list(model.parameters()))]
+    assert found == [["0.weight", "1.weight"], ["2.weight", "2.bias"], ["3.weight"]]
+
+
 class Embeddings(nn.Module):
     """As BERT has them, in one module, with a small vocabulary."""
 
