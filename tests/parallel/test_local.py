@@ -93,17 +93,20 @@ def test_the_average_is_that_of_the_ranks() -> None:
 
 @cases("options", [{"mode": "local", "period": 3}, {"mode": "async", "elastic": 0.2, "period": 3}])
 def test_evaluation_leaves_training_alone(mesh: Mesh, options: dict[str, Any]) -> None:
-    plain, watched = (make("own", mesh, "float32", "adamw", **options) for _ in range(2))
+    """To the bit, but for the centre's sum, which is made in the order in which ranks come."""
+    plain, watched = (make("own", mesh, "float64", "adamw", **options) for _ in range(2))
+    bound = 1e-13 if options["mode"] == "async" and mesh.size > 2 else 0.0
     seen = []
     for number in range(7):
         batch = KINDS["own"].batch(8, number)
-        assert plain(batch) == watched(batch)
+        assert plain(batch) == pytest.approx(watched(batch), rel=bound, abs=0)
         seen.append(watched.evaluate([KINDS["own"].batch(5, 99)]))
         watched.check_replicas()
         mine, other = plain.optimizer.storage, watched.optimizer.storage
-        np.testing.assert_array_equal(mine.data, other.data)
+        np.testing.assert_allclose(mine.data, other.data, rtol=0, atol=bound)
     plain.settle()
-    assert plain.evaluate([KINDS["own"].batch(5, 99)]) == seen[-1] != seen[0]
+    last = plain.evaluate([KINDS["own"].batch(5, 99)])
+    assert last == pytest.approx(seen[-1], rel=bound, abs=0) and last != seen[0]
 
 
 def test_clipping_is_by_the_ranks_own_norm(mesh: Mesh) -> None:
