@@ -98,6 +98,23 @@ def test_scratch_can_be_told_before(dtype: str, deterministic: bool, on_ranks: O
     on_ranks(program, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("nbytes", [300_001, 1 << 19, 1 << 20, 3 << 20])
+def test_scratch_is_little_beside_blocks_of_a_few_pieces(nbytes: int, on_ranks: OnRanks) -> None:
+    """It was as much as a block of 1 MiB, and above the bound of what ZeRO may hold."""
+
+    def program(axis: Axis) -> None:
+        rows = nbytes // 4
+        told = axis.scratch(rows * axis.size, np.dtype("float32"))
+        assert told <= 4 * _BLOCK + (rows * 2 + 200 if axis.size > 1 else 0)  # and for sums
+        x, out = np.ones(rows * axis.size, "f"), np.empty(rows, "f")
+        for name in ("pairwise", None):
+            out[...] = 0
+            assert taken(partial(axis.reduce_scatter, x, out=out, algorithm=name)) <= told
+            assert (out == axis.size).all()
+
+    on_ranks(program)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("operation", ["reduce_scatter", "allreduce"])
 def test_what_is_refused_has_sent_nothing(

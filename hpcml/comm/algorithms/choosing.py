@@ -124,7 +124,7 @@ class Chooser:
     def scratch(self, nbytes: int, dtype: np.dtype[Any], device: bool) -> int:
         """Bytes for messages that a reduce-scatter of so many takes beside them, at most."""
         size, at_once = self._link.size, self._deterministic or is_half(dtype)
-        block = -(-nbytes // size)
+        block = -(-nbytes // (size * dtype.itemsize)) * dtype.itemsize
         if nbytes <= SHORT and size > 1 and not at_once:
             halving = nbytes * (3 if is_power(size) else 6) // 4
             return halving + block  # recursive halving, and its result to be added

@@ -47,7 +47,7 @@ def reduce_scatter(
     others; where these are several, a piece is so much shorter, down to a quarter.
     """
     others = link.size - 1
-    size = longest(counts[link.rank], x, others)
+    size = longest(counts[link.rank], counts, x, others)
     times = count_of(counts, x, others)
     scratch = in_turn(lambda: [room(x, size) for _ in range(others)], times)
     taken = reduction.scratch_for(x, size, link.size)

@@ -73,7 +73,7 @@ def pairwise(link: Link, x: Array, out: Array, counts: Sequence[int], reduction:
 
     Thakur, Rabenseifner, Gropp 2005, section 4.3; in t turns. Scratch memory of two pieces.
     """
-    size = longest(counts[link.rank], x)
+    size = longest(counts[link.rank], counts, x)
     scratch = in_turn(lambda: room(x, size), count_of(counts, x) * (link.size - 1))
     taken = reduction.scratch_for(x, size, 2)
 
@@ -101,11 +101,11 @@ def ring(link: Link, x: Array, out: Array, counts: Sequence[int], reduction: Red
     Ranks talk to their neighbours alone (the first half of the ring all-reduce of Patarasuk and
     Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations"). In t turns
     of which the next begins before the last sums of one are made. Scratch memory of two pieces,
-    which are halved among more than two ranks.
+    of four that are shorter among more than two ranks.
     """
     rank, before, after = link.rank, (link.rank - 1) % link.size, (link.rank + 1) % link.size
     rows = min(2, link.size - 1)
-    size = longest(max(counts), x, rows)
+    size = longest(max(counts), counts, x, rows)
     times = count_of(counts, x, rows)
     first, further = (in_turn(lambda: room(x, size), n) for n in (times, times * (link.size - 2)))
     taken = reduction.scratch_for(x, size, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle
+from math import ceil
 from typing import TypeVar
 
 from hpcml.comm.algorithms.blocks import spans
@@ -22,6 +23,9 @@ DEVICE_PIECE = 1 << 22
 """The same on a GPU, where messages and sums take longer to start. Not measured yet."""
 _PARTS = 4
 """Into so many a piece is cut at most for algorithms that receive from several ranks at once."""
+_LINE = 64
+_SHORT = 1 << 18
+"""Bytes of a block up to which it is one piece: more messages cost most there."""
 
 
 def turns(counts: Sequence[int], like: Array, rows: int = 1) -> Iterator[tuple[slice, list[slice]]]:
@@ -31,25 +35,26 @@ def turns(counts: Sequence[int], like: Array, rows: int = 1) -> Iterator[tuple[s
     turn, of whole blocks, if these are short; none if all are empty. rows: pieces that a rank
     receives in a turn.
     """
-    places, step = spans(counts), _elements(like, rows)
+    places, step = spans(counts), _step(counts, like, rows)
     for start in range(0, max(counts), step):
         part = slice(start, start + step)
         yield part, [_within(place, part) for place in places]
 
 
-def longest(count: int, like: Array, rows: int = 1) -> int:
-    """Elements of the longest piece of a block of so many."""
-    return min(count, _elements(like, rows))
+def longest(own: int, counts: Sequence[int], like: Array, rows: int = 1) -> int:
+    """Elements of the longest piece of a block of `own`."""
+    return min(own, _step(counts, like, rows))
 
 
 def count_of(counts: Sequence[int], like: Array, rows: int = 1) -> int:
     """How many turns there are."""
-    return -(-max(counts) // _elements(like, rows))
+    return -(-max(counts) // _step(counts, like, rows))
 
 
 def turns_of(nbytes: float, rows: int = 1) -> int:
     """Turns of blocks of so many bytes of the host, for formulas of costs."""
-    return max(1, -int(-nbytes // _share(PIECE, rows)))
+    block = ceil(nbytes)
+    return max(1, -(-block // _share(block, PIECE, rows)))
 
 
 def most(block: int, others: int, *, at_once: bool, device: bool) -> int:
@@ -58,7 +63,7 @@ def most(block: int, others: int, *, at_once: bool, device: bool) -> int:
     at_once: from all of them in a turn, else from one after the other.
     """
     rows = others if at_once else 1
-    piece = min(block, _share(DEVICE_PIECE if device else PIECE, rows))
+    piece = min(block, _share(block, DEVICE_PIECE if device else PIECE, rows))
     if not piece or not others:
         return 0
     times = -(-block // piece) * (1 if at_once else others)
@@ -83,13 +88,19 @@ def ahead(started: Iterable[T]) -> Iterator[T]:
         yield before
 
 
-def _elements(like: Array, rows: int) -> int:
+def _step(counts: Sequence[int], like: Array, rows: int) -> int:
+    """Elements of a piece, alike on all ranks."""
     piece = DEVICE_PIECE if on_device(like) else PIECE
-    return max(1, _share(piece, rows) // like.itemsize)
+    return max(1, _share(max(counts) * like.itemsize, piece, rows) // like.itemsize)
 
 
-def _share(piece: int, rows: int) -> int:
-    return piece // min(max(rows, 1), _PARTS)
+def _share(block: int, piece: int, rows: int) -> int:
+    """Bytes of a piece of a block of so many.
+
+    If it is not short, about a quarter of it at most, so that two pieces are half of it.
+    """
+    own = _SHORT if block <= _SHORT else -(-block // (4 * _LINE)) * _LINE
+    return min(own, piece // min(max(rows, 1), _PARTS))
 
 
 def _within(place: slice, part: slice) -> slice:
