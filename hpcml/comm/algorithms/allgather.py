@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hpcml.comm.algorithms.blocks import Cores, is_power, rounds, spans, starts
 from hpcml.comm.algorithms.registry import Machine, algorithm
 from hpcml.comm.link import Link
-from hpcml.comm.staging import room
+from hpcml.comm.pieces import Several
 from hpcml.comm.transport import Array
 
 
@@ -59,28 +59,32 @@ def recursive_doubling(link: Link, x: Array, out: Array, counts: Sequence[int]) 
         link.send(out, cores.behind)
 
 
-@algorithm("allgather", cost=bruck_cost, short=True)
+@algorithm("allgather", cost=bruck_cost)
 def bruck(link: Link, x: Array, out: Array, counts: Sequence[int]) -> None:
     """Double the blocks in every round, for any p: ceil(log2 p) alpha + (p-1)/p n beta.
 
-    Blocks are collected in the order rank, rank + 1, ... and put in their places last
-    (Bruck et al. 1997, "Efficient algorithms for all-to-all communications in multiport
-    message-passing systems"; Thakur, Rabenseifner, Gropp 2005, section 4.1). That copy is not in
-    the formula, so this is for short messages. Scratch memory of n.
+    Blocks are collected in the order rank, rank + 1, ..., rank 0 after the last (Bruck et al. 1997,
+    "Efficient algorithms for all-to-all communications in multiport message-passing systems";
+    Thakur, Rabenseifner, Gropp 2005, section 4.1): here where they belong, so that those on either
+    side of the end are two messages, and nothing is copied last.
     """
-    size, rank = link.size, link.rank
-    edges = starts([counts[(rank + offset) % size] for offset in range(size)])
-    found = room(x, edges[-1])
-    found[: x.size] = x
+    size, rank, edges = link.size, link.rank, starts(counts)
+
+    def blocks(first: int, number: int) -> list[Array]:
+        first %= size
+        end, over = min(first + number, size), first + number - size
+        found = [out[edges[first] : edges[end]]]
+        return [*found, out[: edges[over]]] if over > 0 else found
+
+    out[edges[rank] : edges[rank + 1]] = x
     have = 1
     while have < size:
         more = min(have, size - have)
-        coming = found[edges[have] : edges[have + more]]
-        link.exchange(found[: edges[more]], (rank - have) % size, coming, (rank + have) % size)
+        before, after = (rank - have) % size, (rank + have) % size
+        messages = [link.irecv(part, after) for part in blocks(after, more)]
+        messages += [link.isend(part, before) for part in blocks(rank, more)]
+        Several(messages).wait()
         have += more
-    wrapped = edges[size - rank]  # here the block of rank 0 begins
-    out[out.size - wrapped :] = found[:wrapped]
-    out[: out.size - wrapped] = found[wrapped:]
 
 
 @algorithm("allgather", cost=ring_cost)
