@@ -18,13 +18,20 @@ class Arena:
     places, as memory that they share needs it.
     """
 
-    def __init__(self, allocate: Callable[[int], Array], sizes: Sequence[int] = ()) -> None:
+    exact = False
+    """Whether each part is an array of its own, so that no more is held than is taken: as long as
+    it is not known what is taken at once."""
+
+    def __init__(
+        self, allocate: Callable[[int], Array], sizes: Sequence[int] = (), dear: bool = False
+    ) -> None:
         """Make one without any memory yet.
 
         allocate: of a number of elements, makes a flat array. sizes: elements that the first arrays
-        have at least, the largest first.
+        have at least; what comes first takes the smallest that it fits. dear: to make an array
+        takes long: one that is exact stays until one of another size is made.
         """
-        self._allocate, self._sizes = allocate, sizes
+        self._allocate, self._sizes, self._dear = allocate, sizes, dear
         self._chunks: list[_Chunk] = []
         self._lent: dict[int, tuple[_Chunk, int, int]] = {}
 
@@ -33,17 +40,19 @@ class Arena:
 
         apart: in memory of its own, for what stays long, and would keep what is large from a place.
         """
-        if not any(self._places(size, apart)):
-            # The new one takes the place of smaller ones that nobody uses.
-            self._chunks = [chunk for chunk in self._chunks if chunk.taken or chunk.apart]
-            planned = 0 if apart else self._planned()
-            self._chunks.append(_Chunk(self._allocate(max(size, planned)), apart))
+        least = min((free for free, _, _ in self._places(size, apart)), default=0)
+        planned = 0 if apart else self._planned(size)
+        if not least or size <= planned < least:
+            if not least:  # the new one takes the place of those that nobody uses
+                self._chunks = [chunk for chunk in self._chunks if chunk.taken or chunk.apart]
+                planned = 0 if apart else self._planned(size)
+            self._chunks.append(_Chunk(self._allocate(max(size, planned)), apart, planned))
         _, number, start = min(self._places(size, apart))
         return self._lend(self._chunks[number], start, size)
 
     def fits(self, size: int) -> bool:
         """Whether there is a place for so much, or will be in one of the first arrays."""
-        return any(self._places(size)) or size <= self._planned()
+        return any(self._places(size)) or size <= self._planned(size)
 
     def spans(self, size: int) -> bool:
         """Whether so much would have a place in the first arrays, were they free."""
@@ -58,10 +67,8 @@ class Arena:
         """Take back what `take` gave: its values are lost."""
         chunk, start, end = self._lent.pop(id(array))
         chunk.taken.remove((start, end))
-
-    def shrink(self) -> None:
-        """Let go of the arrays of which no part is lent."""
-        self._chunks = [chunk for chunk in self._chunks if chunk.taken]
+        if self.exact and not self._dear:
+            self._chunks.remove(chunk)
 
     def _places(self, size: int, apart: bool = False) -> Iterator[tuple[int, int, int]]:
         """Free elements, number of the chunk and start of each place for `size` elements.
@@ -70,16 +77,21 @@ class Arena:
         leaves one gap when it is given back, whichever goes first.
         """
         for number, chunk in enumerate(self._chunks):
-            if chunk.apart is apart:
+            if chunk.apart is apart and (not self.exact or chunk.array.size == size):
                 for start, end in chunk.gaps():
                     if end - start >= size:
                         at_end = start > 0 and end == chunk.array.size
                         yield end - start, number, end - size if at_end else start
 
-    def _planned(self) -> int:
-        """Elements of the next of the first arrays; 0 if all are there."""
-        there = sum(not chunk.apart for chunk in self._chunks)
-        return self._sizes[there] if there < len(self._sizes) else 0
+    def _planned(self, size: int) -> int:
+        """Elements of that of the first arrays in which to put `size`; 0 if there is none."""
+        if self.exact:
+            return 0
+        coming = list(self._sizes)
+        for chunk in self._chunks:
+            if chunk.planned:
+                coming.remove(chunk.planned)
+        return min((one for one in coming if one >= size), default=max(coming, default=0))
 
     def _lend(self, chunk: _Chunk, start: int, size: int) -> Array:
         end = start + size
@@ -93,8 +105,8 @@ class Arena:
 class _Chunk:
     """An array, and which parts of it are taken."""
 
-    def __init__(self, array: Array, apart: bool) -> None:
-        self.array, self.apart = array, apart
+    def __init__(self, array: Array, apart: bool, planned: int) -> None:
+        self.array, self.apart, self.planned = array, apart, planned
         self.taken: list[tuple[int, int]] = []
         self._views: dict[tuple[int, int], Array] = {}
 

@@ -38,7 +38,7 @@ class Gradients:
     """
 
     arena: Arena
-    """To be given: it has room for one bucket at least."""
+    """To be given."""
 
     def __init__(
         self,
@@ -113,14 +113,10 @@ class Gradients:
             for bucket in self._buckets:
                 self._missing[bucket] = len(bucket.parameters)
 
-    def after_backward(self) -> bool:
-        """Reduce what backward left: buckets of which some parameter got no gradient.
-
-        Returns whether it has shown that more are `apart`: nothing is under way then.
-        """
+    def after_backward(self) -> None:
+        """Reduce what backward left: buckets of which some parameter got no gradient."""
         if not self._active:
-            return False
-        known = len(self.apart)
+            return
         if self._stage not in self._learned:
             self._learn()
         for bucket in self._buckets[self._reduced :]:
@@ -129,7 +125,6 @@ class Gradients:
         self._opened.clear()
         self._begun.add(self._stage)
         self._reduced, self._active = 0, False
-        return len(self.apart) > known
 
     def finish(self) -> None:
         """Complete the sums: each rank then has what its stage holds."""
@@ -231,9 +226,6 @@ class Gradients:
             [self.storage.trained[number] for number in agreed]
             for agreed in self.groups.all.broadcast_object([*found])
         )
-        if learned != self._buckets or beside:  # those that were ready had to wait for their turn
-            self._wait()
-            self.arena.shrink()
         self.apart.update(beside)
         self._buckets = self._orders[self._stage] = learned
 

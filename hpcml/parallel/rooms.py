@@ -3,9 +3,11 @@
 Beside the model states a step holds at most a bucket of gradients, or what `bucket_mb` allows where
 that is more, and at stage 3 two units of parameters, one in use and one that comes or is used
 beside it. The gradient of a tied weight is under way from its first use in backward to its last,
-beside those of all others, and so is that of a layer that is called at several ends, which the
-first backward shows: then the places are made anew. And reducing a bucket takes scratch memory.
-What is too much is taken off the place of the second unit.
+beside those of all others, and so is that of a layer that is called at several ends. And reducing a
+bucket takes scratch memory. What is too much is taken off the place of the second unit. The first
+steps show which gradients are under way for long, and how much is used beside the unit in use: then
+the places are made anew. Where they have no place within the bound, small models and such with many
+tied weights, there are none: each part is an array of its own, as long as it is used.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Rooms(NamedTuple):
     unit: int
     """For the unit in use."""
     second: int
-    """For what is fetched before its use, or used beside it."""
+    """For what is fetched before its use, or used beside it: what the bound leaves, which may be
+    less than nothing."""
 
 
 def rooms(
@@ -35,15 +38,17 @@ def rooms(
     most: int,
     *,
     beside: int,
+    together: int,
     overlap: bool,
     sharded: bool,
 ) -> Rooms:
     """The places for buckets and units of these sizes.
 
     tied: buckets whose gradients stay. most: elements of gradients that are on their way at once,
-    if no bucket is larger. beside: elements that reducing one takes. overlap: one may be reduced
-    while others are filled. sharded: units are gathered; for the second one half a unit is left at
-    least, unless what is filled at once leaves less.
+    if no bucket is larger. beside: elements that reducing one takes. together: those of the units
+    in use beside one of them, as far as is known. overlap: one may be reduced while others are
+    filled. sharded: units are gathered; for the second one half a unit is left at least, unless
+    what is filled at once leaves less, and what is in use together.
     """
     sizes = Counter[int]()
     for bucket in buckets:
@@ -57,8 +62,8 @@ def rooms(
         return Rooms(gradients, unit, unit)
     left = max([most, *(bucket.size for bucket in trained)])
     left = _aligned(left - sum(bucket.size for bucket in tied) - beside)
-    gradients = max(least, min(gradients, left + _aligned(unit // 2)))
-    return Rooms(gradients, unit, unit - min(max(gradients - left, 0), unit))
+    gradients = max(least, min(gradients, left + unit - max(together, _aligned(unit // 2))))
+    return Rooms(gradients, unit, unit - max(gradients - left, 0))
 
 
 def _filled_at_once(buckets: Sequence[Bucket]) -> int:

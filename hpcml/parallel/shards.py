@@ -8,6 +8,7 @@ until another is fetched: backward begins with the one with which forward ended.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 from math import prod
@@ -36,20 +37,27 @@ class Shards:
     arena: Arena
 
     def __init__(self, model: Module, storage: FlatStorage, axis: Axis, prefetch: bool) -> None:
-        """To be given places: see `arrange`."""
+        """To be given places, and divided: see `arrange` and `divide`."""
         self.axis, self.sharding, self.prefetch = axis, storage.sharding, prefetch
         self._model, self._buckets = model, storage.buckets
         self.units: list[Unit] = []
         self._parked: list[Unit] = []  # whose memory is free to use, but still holds their values
+        self.together = 0
+        """Elements that were in use beside a unit, at most, as far as was noted."""
 
-    def arrange(self, arena: Arena, most: int) -> None:
-        """Fetch into this arena from now on; what is here goes.
-
-        most: elements for which there is a place beside a unit in use; a larger unit is fetched in
-        parts, so that those of the next one come as those of this one go.
-        """
+    def arrange(self, arena: Arena) -> None:
+        """Fetch into this arena from now on; what is here goes."""
         self.forget()
         self.arena = arena
+
+    def divide(self, most: int) -> None:
+        """Fetch units of more elements in parts; what is here goes.
+
+        For so much there is a place beside a unit in use: parts of the next one come as those of
+        this one go.
+        """
+        self.forget()
+        self.together = 0
         self._seen: list[Unit] = []  # fetched in this pass
         self._order: list[Unit] = []  # fetched in the last whole pass
         self.units = [
@@ -76,6 +84,8 @@ class Shards:
                 unit.start(background=False)
             unit.wait()
         unit.show()
+        if self.arena.exact:
+            self._note_together()
         self._seen.append(unit)
         self._start_next()
 
@@ -114,6 +124,17 @@ class Shards:
         if whole:
             self._order = self._seen
         self._seen = []
+
+    def _note_together(self) -> None:
+        """Note what is in use now, if that is more than the largest unit, which may be in parts."""
+        held, sizes = Counter[int](), Counter[int]()
+        for unit in self.units:
+            number = unit.buckets[0].unit
+            sizes[number] += unit.size
+            if unit.slots and unit not in self._parked and not unit.coming:
+                held[number] += unit.size
+        if held.total() > max(sizes.values()):
+            self.together = max(self.together, held.total() - max(held.values()))
 
     def _drop_parked(self, keep: Collection[Unit] = ()) -> None:
         kept = [unit for unit in self._parked if unit in keep]

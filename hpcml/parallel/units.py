@@ -103,7 +103,7 @@ def _join(
     sizes = [sum(prod(p.whole_shape) for p in unit) for unit in units]
     largest = max(sizes)
     most = [
-        min(largest, 2 * size) if any(id(p) in tied for p in unit) else largest
+        min(largest, 2 * size) if any(id(p) in tied or id(p) in rests for p in unit) else largest
         for unit, size in zip(units, sizes, strict=True)
     ]
     joined, size, limit = [list(units[0])], sizes[0], most[0]

@@ -30,6 +30,10 @@ from hpcml.parallel.pipeline.actions import Kind
 from hpcml.parallel.rooms import rooms
 from hpcml.parallel.shards import HeldOf, Shards, assemble, detach, gather, gathered
 
+_SHOWING = 2
+"""Steps that show what is alive at once: gradients, then the parts in which units are gathered.
+These are single buckets in the first."""
+
 
 class Zero:
     """Lays out parameters, gradients and optimizer state, and keeps them right from step to step.
@@ -90,6 +94,7 @@ class Zero:
         if sharded:
             ahead = overlap and groups.pp.size == 1  # in a pipeline passes are not alike
             self._shards = Shards(model, storage, groups.shard, ahead)
+        self._shown = 0
         self._arrange()
 
     def _arrange(self) -> None:
@@ -104,13 +109,19 @@ class Zero:
         def alone(size: int) -> Array:
             return memory.empty((size,), storage.dtype, "buffers", storage.device)
 
-        room = self._rooms(self._gradients.apart)
+        shards = self._shards
+        together = shards.together if shards and self._shown == _SHOWING else 0
+        room = self._rooms(self._gradients.apart, together=together)
+        self._exact = room.second < together
         self._gradients.arena = Arena(alone, [room.gradients])
-        if self._shards is not None:
-            together = partial(self.groups.shard.empty, dtype=storage.dtype)
-            places = [room.unit, room.second] if self._shards.prefetch else [room.unit]
-            shared = Arena(together if storage.device == "cpu" else alone, places)
-            self._shards.arrange(shared, room.second)
+        if shards is not None:
+            shared = partial(self.groups.shard.empty, dtype=storage.dtype)
+            second = max(room.second, 0) if shards.prefetch else together
+            places = [room.unit, second]
+            arena = Arena(shared if storage.device == "cpu" else alone, places, dear=True)
+            shards.arrange(arena)
+            if self._shown < _SHOWING:
+                shards.divide(room.second if self._shown else 0)
 
     def _tied(self) -> set[Bucket]:
         """Buckets with a parameter that several modules use, other than by its twins."""
@@ -167,6 +178,10 @@ class Zero:
         for parameter in self._left_out:
             parameter.gradient = None  # else it would add up for ever
         self._gradients.begin(rounds)
+        exact = self._exact or self._shown < _SHOWING
+        self._gradients.arena.exact = exact
+        if self._shards is not None:
+            self._shards.arena.exact = exact
 
     def before_backward(self, *, real: bool = True, last: bool = True, stage: int = 0) -> None:
         """Backward of a microbatch comes; `real`: not only for company; `last`: of the step, here.
@@ -178,10 +193,8 @@ class Zero:
 
     def after_backward(self) -> None:
         """Its gradients are complete."""
-        more_apart = self._gradients.after_backward()
+        self._gradients.after_backward()
         self.end_pass(whole=True)
-        if more_apart:
-            self._arrange()
 
     def end_pass(self, whole: bool = False) -> None:
         """Forward is over, and backward if `whole`: nobody needs gathered parameters now."""
@@ -193,6 +206,9 @@ class Zero:
         with self._span(Kind.REDUCE):
             self._gradients.finish()
             self.held.add_up(self.storage, self._gradients.complete, self.groups.pp)
+        if self._shown < _SHOWING:
+            self._shown += 1
+            self._arrange()
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient, in which every parameter counts once."""

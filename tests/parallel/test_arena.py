@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from hpcml.backend import Array
 from hpcml.parallel.arena import Arena
@@ -76,6 +77,35 @@ def test_places_of_unlike_sizes() -> None:
     arena.give_back(unit)
     assert arena.fits(100)
     assert allocate.sizes == [100, 60]
+
+
+def test_what_is_small_has_the_smaller_place() -> None:
+    """It took that of the largest, if it came first, and the largest took another."""
+    arena = Arena(allocate := Counted(), [100, 20])
+    arena.give_back(arena.take(90))
+    pool, head = arena.take(10), arena.take(100)
+    assert allocate.sizes == [100, 20]
+    arena.give_back(head)
+    arena.give_back(pool)
+    arena.give_back(arena.take(21))
+    assert allocate.sizes == [100, 20]
+
+
+@pytest.mark.parametrize("dear", [False, True])
+def test_no_more_than_is_taken(dear: bool) -> None:
+    """As long as it is not known what is taken at once; what is dear is used again."""
+    arena = Arena(allocate := Counted(), [100], dear)
+    arena.exact = True
+    first, tied = arena.take(90), arena.take(5, apart=True)
+    arena.give_back(first)
+    arena.give_back(arena.take(90))
+    second = arena.take(80)  # in place of the first
+    assert not arena.fits(1)
+    assert sum(chunk.array.size for chunk in arena._chunks) == 85
+    arena.give_back(second)
+    arena.give_back(tied)
+    assert sum(chunk.array.size for chunk in arena._chunks) == (85 if dear else 0)
+    assert allocate.sizes == ([90, 5, 80] if dear else [90, 5, 90, 80])
 
 
 def test_what_stays_long_is_apart() -> None:

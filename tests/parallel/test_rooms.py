@@ -27,14 +27,22 @@ def buckets(units: Sequence[dict[str, int]], most: int) -> list[Bucket]:
 
 
 def laid_out(
-    units: Sequence[dict[str, int]], most: int, *, tied: int, beside: int = 0, overlap: bool = True
+    units: Sequence[dict[str, int]],
+    most: int,
+    *,
+    tied: int,
+    beside: int = 0,
+    together: int = 0,
+    overlap: bool = True,
 ) -> tuple[Rooms, int]:
     """Places where the first so many units are tied, and what the bound leaves beside them."""
     found = buckets(units, most)
     of_tied = [bucket for bucket in found if bucket.unit < tied]
     sizes = np.bincount([b.unit for b in found], [b.size for b in found])
     bound = max(most, *(bucket.size for bucket in found)) + 2 * int(sizes.max())
-    room = rooms(found, of_tied, most, beside=beside, overlap=overlap, sharded=True)
+    room = rooms(
+        found, of_tied, most, beside=beside, together=together, overlap=overlap, sharded=True
+    )
     return room, bound - sum(room) - sum(bucket.size for bucket in of_tied) - beside
 
 
@@ -78,10 +86,10 @@ def test_where_no_unit_can_come() -> None:
 
 
 def test_several_tied_gradients_at_once_may_be_more() -> None:
-    """All of them wait: the second is beyond the bound, whoever lays them out."""
+    """All of them wait: the bound leaves no place for the second, not even for all of a unit."""
     layers = [{name: 6400} for name in ("source.weight", "target.weight", "a.weight")]
     room, left = laid_out(layers, 3000, tied=2)
-    assert (room, left) == ((6400, 6400, 0), -6400)
+    assert (room, left) == ((6400, 6400, -6400), 0)
 
 
 def test_a_layer_and_its_parts_are_filled_at_once() -> None:

@@ -25,7 +25,7 @@ _PARTS = 4
 """Into so many a piece is cut at most for algorithms that receive from several ranks at once."""
 _LINE = 64
 _SHORT = 1 << 18
-"""Bytes of a block up to which it is one piece: more messages cost most there."""
+"""Bytes of what comes of a block, up to which it does so at once: more messages cost most there."""
 
 
 def turns(counts: Sequence[int], like: Array, rows: int = 1) -> Iterator[tuple[slice, list[slice]]]:
@@ -99,8 +99,9 @@ def _share(block: int, piece: int, rows: int) -> int:
 
     If it is not short, about a quarter of it at most, so that two pieces are half of it.
     """
-    own = _SHORT if block <= _SHORT else -(-block // (4 * _LINE)) * _LINE
-    return min(own, piece // min(max(rows, 1), _PARTS))
+    parts = min(max(rows, 1), _PARTS)
+    own = block if block * parts < _SHORT else -(-block // (4 * _LINE)) * _LINE
+    return min(max(own, 1), piece // parts)
 
 
 def _within(place: slice, part: slice) -> slice:
