@@ -86,7 +86,8 @@ def _states(mesh: Mesh, size: Size, precision: str, stage: int, split: str) -> l
     rows = []
     for microbatches in MICROBATCHES:
         batch = batch_of(replace(size, batch=microbatches * ranks))
-        step(batch)  # the first learns in which order units and buckets come
+        for _ in range(2):  # which show what is alive at once, and in which order
+            step(batch)
         account.reset_peak()
         counted = mesh.ledger.snapshot()
         step(batch)

@@ -116,7 +116,7 @@ def fits(size: Size, stage: int, precision: str, budget: int, ranks: int) -> boo
     def train() -> None:
         memory.set_limit(budget)
         step = our_step(size, precision, zero=stage)
-        for _ in range(2):  # from the second on, units are fetched ahead
+        for _ in range(3):  # from the third on there are places, and units are fetched ahead
             step(fields)
 
     try:
