@@ -63,6 +63,9 @@ class Gradients:
         self._reduced = 0  # of the buckets, in this backward
         self._missing = dict.fromkeys(storage.trained, 0)
         self._slots: dict[Bucket, Array] = {}
+        self.filled = 0
+        """Elements of buckets that were filled at once, others than those apart, at most: of the
+        last step in which the arena was exact."""
         self._own = {bucket: self._part(bucket) for bucket in storage.trained}
         self._pending: list[tuple[Request, Array]] = []
         self._active = False
@@ -84,6 +87,8 @@ class Gradients:
         self._ready.clear()
         self._opened.clear()
         self._reduced = 0
+        if self.arena.exact:
+            self.filled = 0
         if self.sharding.whole("grads"):
             several = rounds > 1 or self.groups.replica.size > 1
             self._let_lie(at_home=not (self.ordered and several))
@@ -180,6 +185,9 @@ class Gradients:
             else:
                 self._make_room(bucket.size)
             slot = self._slots[bucket] = self.arena.take(bucket.size, apart)
+            if self.arena.exact:
+                filled = sum(one.size for one in self._slots if one not in self.apart)
+                self.filled = max(self.filled, filled)
             for gap in bucket.gaps():
                 slot[gap] = 0
             for number, parameter in enumerate(bucket.parameters):

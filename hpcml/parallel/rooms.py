@@ -38,6 +38,7 @@ def rooms(
     most: int,
     *,
     beside: int,
+    filled: int,
     together: int,
     overlap: bool,
     sharded: bool,
@@ -45,10 +46,11 @@ def rooms(
     """The places for buckets and units of these sizes.
 
     tied: buckets whose gradients stay. most: elements of gradients that are on their way at once,
-    if no bucket is larger. beside: elements that reducing one takes. together: those of the units
-    in use beside one of them, as far as is known. overlap: one may be reduced while others are
-    filled. sharded: units are gathered; for the second one half a unit is left at least, unless
-    what is filled at once leaves less, and what is in use together.
+    if no bucket is larger. beside: elements that reducing one takes. filled: those that are filled
+    at once, or 0. together: those of the units in use beside one of them, as far as is known.
+    overlap: a bucket may be reduced while others are filled. sharded: units are gathered; for the
+    second one half a unit is left at least, unless what is filled at once leaves less, and what is
+    in use together.
     """
     sizes = Counter[int]()
     for bucket in buckets:
@@ -56,7 +58,8 @@ def rooms(
     unit = max(sizes.values())
     trained = [bucket for bucket in buckets if bucket.trained]
     passing = [bucket for bucket in trained if bucket not in tied]
-    largest, least = max((bucket.size for bucket in passing), default=0), _filled_at_once(passing)
+    largest = max((bucket.size for bucket in passing), default=0)
+    least = filled or _filled_at_once(passing)
     gradients = max(least, min(_aligned(most), least + largest)) if overlap else least
     if not sharded:
         return Rooms(gradients, unit, unit)

@@ -31,8 +31,7 @@ from hpcml.parallel.rooms import rooms
 from hpcml.parallel.shards import HeldOf, Shards, assemble, detach, gather, gathered
 
 _SHOWING = 2
-"""Steps that show what is alive at once: gradients, then the parts in which units are gathered.
-These are single buckets in the first."""
+"""Steps that show what is alive at once: gradients, then the parts in which units are gathered."""
 
 
 class Zero:
@@ -100,6 +99,9 @@ class Zero:
     def _arrange(self) -> None:
         """Make places for what lives briefly, which is not there now.
 
+        Until it has been shown what that is, and where these are too large, it has memory of its
+        own, and of units each bucket by itself.
+
         Gradients in memory of this rank's own: a layer that only some ranks use has its place on
         those alone. What is gathered has the same place on all, in memory that they share;
         processes share none of a GPU.
@@ -110,9 +112,12 @@ class Zero:
             return memory.empty((size,), storage.dtype, "buffers", storage.device)
 
         shards = self._shards
-        together = shards.together if shards and self._shown == _SHOWING else 0
-        room = self._rooms(self._gradients.apart, together=together)
-        self._exact = room.second < together
+        seen = self._gradients.filled, shards.together if shards else 0
+        filled, together = self.groups.all.broadcast_object(seen) if self._shown else seen
+        known = self._shown == _SHOWING
+        room = self._rooms(self._gradients.apart, filled=filled if known else 0, together=together)
+        ahead = room.second - together
+        self._exact = not known or ahead < 0
         self._gradients.arena = Arena(alone, [room.gradients])
         if shards is not None:
             shared = partial(self.groups.shard.empty, dtype=storage.dtype)
@@ -120,8 +125,8 @@ class Zero:
             places = [room.unit, second]
             arena = Arena(shared if storage.device == "cpu" else alone, places, dear=True)
             shards.arrange(arena)
-            if self._shown < _SHOWING:
-                shards.divide(room.second if self._shown else 0)
+            if self._exact:  # else there are places for the parts of the last step
+                shards.divide(ahead if self._shown and shards.prefetch else 0)
 
     def _tied(self) -> set[Bucket]:
         """Buckets with a parameter that several modules use, other than by its twins."""
@@ -177,11 +182,10 @@ class Zero:
         """A step begins; `rounds`: the most microbatches that a rank has in it."""
         for parameter in self._left_out:
             parameter.gradient = None  # else it would add up for ever
-        self._gradients.begin(rounds)
-        exact = self._exact or self._shown < _SHOWING
-        self._gradients.arena.exact = exact
+        self._gradients.arena.exact = self._exact
         if self._shards is not None:
-            self._shards.arena.exact = exact
+            self._shards.arena.exact = self._exact
+        self._gradients.begin(rounds)
 
     def before_backward(self, *, real: bool = True, last: bool = True, stage: int = 0) -> None:
         """Backward of a microbatch comes; `real`: not only for company; `last`: of the step, here.

@@ -32,6 +32,7 @@ def laid_out(
     *,
     tied: int,
     beside: int = 0,
+    filled: int = 0,
     together: int = 0,
     overlap: bool = True,
 ) -> tuple[Rooms, int]:
@@ -41,8 +42,9 @@ def laid_out(
     sizes = np.bincount([b.unit for b in found], [b.size for b in found])
     bound = max(most, *(bucket.size for bucket in found)) + 2 * int(sizes.max())
     room = rooms(
-        found, of_tied, most, beside=beside, together=together, overlap=overlap, sharded=True
-    )
+        found, of_tied, most, beside=beside, filled=filled, together=together, overlap=overlap,
+        sharded=True,
+    )  # fmt: skip
     return room, bound - sum(room) - sum(bucket.size for bucket in of_tied) - beside
 
 
