@@ -19,8 +19,10 @@ class Arena:
     """
 
     exact = False
-    """Whether each part is an array of its own, so that no more is held than is taken: as long as
-    it is not known what is taken at once."""
+    """Whether each part is an array of its own, as long as it is not known what is taken at once:
+    little more is held than is taken."""
+    short = False
+    """Whether more was taken at once than the first arrays are for."""
 
     def __init__(
         self, allocate: Callable[[int], Array], sizes: Sequence[int] = (), dear: bool = False
@@ -46,13 +48,14 @@ class Arena:
             if not least:  # the new one takes the place of those that nobody uses
                 self._chunks = [chunk for chunk in self._chunks if chunk.taken or chunk.apart]
                 planned = 0 if apart else self._planned(size)
+            self.short |= not (apart or self.exact or size <= planned)
             self._chunks.append(_Chunk(self._allocate(max(size, planned)), apart, planned))
         _, number, start = min(self._places(size, apart))
         return self._lend(self._chunks[number], start, size)
 
     def fits(self, size: int) -> bool:
         """Whether there is a place for so much, or will be in one of the first arrays."""
-        return any(self._places(size)) or size <= self._planned(size)
+        return not self.exact and (any(self._places(size)) or size <= self._planned(size))
 
     def spans(self, size: int) -> bool:
         """Whether so much would have a place in the first arrays, were they free."""

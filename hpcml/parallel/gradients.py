@@ -106,13 +106,16 @@ class Gradients:
         """A microbatch comes; `real`: with samples of this rank; `last`: of the step.
 
         used: buckets in the order in which forward used them first, the same on all ranks, if that
-        is known: in the first backward they are expected in the reverse of it.
+        is known: in the first backward they are expected in the reverse of it, and others last.
         """
         if stage not in self._learned:
             place = {bucket: number for number, bucket in enumerate(used)}
             self._orders[stage].sort(key=lambda bucket: place.get(bucket, -1), reverse=True)
         self._real, self._first = real, stage not in self._begun
         self._stage, self._buckets = stage, self._orders[stage]
+        if used:  # for what was left out this time nothing waits
+            known = set(used)
+            self._buckets = sorted(self._buckets, key=lambda bucket: bucket not in known)
         self._active = self.on_way or (self.overlap and last)
         if self._active:
             for bucket in self._buckets:
@@ -154,6 +157,10 @@ class Gradients:
             self._let_lie(at_home=True)
             for parameter in self.storage.parameters:
                 parameter.gradient = parameter.gradient_buffer
+
+    def learn_anew(self) -> None:
+        """Let the next backward show again in which order buckets come."""
+        self._learned.clear()
 
     def complete(self, bucket: Bucket) -> Array:
         """What this rank has of the complete gradient, once it is."""

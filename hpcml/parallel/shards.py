@@ -81,6 +81,7 @@ class Shards:
         else:
             self._drop_parked()
             if not unit.coming:
+                self._drop_coming()  # guessed wrong
                 unit.start(background=False)
             unit.wait()
         unit.show()
@@ -115,12 +116,9 @@ class Shards:
 
     def end(self, whole: bool = True) -> None:
         """A pass is over; `whole`: with its backward, so that the next one will be like it."""
+        self._drop_coming()
         for unit in self.units:
-            if unit.coming:  # guessed wrong
-                unit.wait()
-                unit.give_back()
-            else:
-                self.park(unit)
+            self.park(unit)
         if whole:
             self._order = self._seen
         self._seen = []
@@ -142,6 +140,12 @@ class Shards:
             if unit not in kept:
                 unit.give_back()
         self._parked = kept
+
+    def _drop_coming(self) -> None:
+        for unit in self.units:
+            if unit.coming:
+                unit.wait()
+                unit.give_back()
 
     def _start_next(self) -> None:
         here = len(self._seen)

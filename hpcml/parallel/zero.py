@@ -210,9 +210,18 @@ class Zero:
         with self._span(Kind.REDUCE):
             self._gradients.finish()
             self.held.add_up(self.storage, self._gradients.complete, self.groups.pp)
-        if self._shown < _SHOWING:
+        if self._shown == _SHOWING and self._more_was_taken():
+            self._shown = 0
+            self._gradients.learn_anew()
+            self._arrange()
+        elif self._shown < _SHOWING:
             self._shown += 1
             self._arrange()
+
+    def _more_was_taken(self) -> bool:
+        """Whether a step took more at once than those that showed it, at stage 3 on all ranks."""
+        shards = self._shards
+        return shards is not None and (shards.arena.short or self._gradients.arena.short)
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient, in which every parameter counts once."""
