@@ -93,7 +93,7 @@ class Zero:
         if sharded:
             ahead = overlap and groups.pp.size == 1  # in a pipeline passes are not alike
             self._shards = Shards(model, storage, groups.shard, ahead)
-        self._shown = 0
+        self._shown, self._tight = 0, False
         self._arrange()
 
     def _arrange(self) -> None:
@@ -114,10 +114,10 @@ class Zero:
         shards = self._shards
         seen = self._gradients.filled, shards.together if shards else 0
         filled, together = self.groups.all.broadcast_object(seen) if self._shown else seen
-        known = self._shown == _SHOWING
+        known = self._shown >= _SHOWING
         room = self._rooms(self._gradients.apart, filled=filled if known else 0, together=together)
         ahead = room.second - together
-        self._exact = not known or ahead < 0
+        self._exact = not known or self._tight or ahead < 0
         self._gradients.arena = Arena(alone, [room.gradients])
         if shards is not None:
             shared = partial(self.groups.shard.empty, dtype=storage.dtype)
@@ -210,12 +210,14 @@ class Zero:
         with self._span(Kind.REDUCE):
             self._gradients.finish()
             self.held.add_up(self.storage, self._gradients.complete, self.groups.pp)
-        if self._shown == _SHOWING and self._more_was_taken():
+        self._shown += 1
+        if self._shown <= _SHOWING:
+            self._arrange()
+        elif self._more_was_taken():
+            # At once: what is taken in turn leaves gaps. Later: the model has changed.
+            self._tight |= self._shown == _SHOWING + 1
             self._shown = 0
             self._gradients.learn_anew()
-            self._arrange()
-        elif self._shown < _SHOWING:
-            self._shown += 1
             self._arrange()
 
     def _more_was_taken(self) -> bool:
