@@ -112,8 +112,9 @@ class Zero:
             return memory.empty((size,), storage.dtype, "buffers", storage.device)
 
         shards = self._shards
-        seen = self._gradients.filled, shards.together if shards else 0
-        filled, together = self.groups.all.broadcast_object(seen) if self._shown else seen
+        filled, together = self._gradients.filled, shards.together if shards else 0
+        if shards and self._shown:  # what is gathered has places that are alike
+            filled, together = self.groups.all.broadcast_object((filled, together))
         known = self._shown >= _SHOWING
         room = self._rooms(self._gradients.apart, filled=filled if known else 0, together=together)
         ahead = room.second - together
