@@ -18,13 +18,13 @@ from hpcml.parallel import groups, modes, spatial, tensor, threads
 from hpcml.parallel.batchnorm import synchronise, turn_of
 from hpcml.parallel.data import broadcast_parameters
 from hpcml.parallel.division import Division
+from hpcml.parallel.gathering import detach
 from hpcml.parallel.pipeline.assemble import Assembly, assemble, placement
 from hpcml.parallel.pipeline.asynchronous import AsynchronousStep
 from hpcml.parallel.pipeline.chain import cuttable
 from hpcml.parallel.pipeline.schedules import ASYNCHRONOUS
 from hpcml.parallel.pipeline.step import PipelineStep
 from hpcml.parallel.scores import Metric
-from hpcml.parallel.shards import detach
 from hpcml.parallel.step import LossFunction, Step
 from hpcml.parallel.zero import Zero
 

@@ -21,6 +21,7 @@ from hpcml.optim.buckets import Bucket
 from hpcml.parallel import units
 from hpcml.parallel.arena import Arena
 from hpcml.parallel.data import broadcast_parameters
+from hpcml.parallel.gathering import HeldOf, assemble, detach, gather, gathered
 from hpcml.parallel.gradients import Gradients
 from hpcml.parallel.groups import Groups
 from hpcml.parallel.held import Held
@@ -28,7 +29,7 @@ from hpcml.parallel.limits import advised
 from hpcml.parallel.norm import norm
 from hpcml.parallel.pipeline.actions import Kind
 from hpcml.parallel.rooms import rooms
-from hpcml.parallel.shards import HeldOf, Shards, assemble, detach, gather, gathered
+from hpcml.parallel.shards import Shards
 
 _SHOWING = 2
 """Steps that show what is alive at once: gradients, then the parts in which units are gathered."""
@@ -127,7 +128,8 @@ class Zero:
             arena = Arena(shared if storage.device == "cpu" else alone, places, dear=True)
             shards.arrange(arena)
             if self._exact:  # else there are places for the parts of the last step
-                shards.divide(ahead if self._shown and shards.prefetch else 0)
+                parts = shards.prefetch and 0 < self._shown < _SHOWING
+                shards.divide(ahead if parts else 0)
 
     def _tied(self) -> set[Bucket]:
         """Buckets with a parameter that several modules use, other than by its twins."""

@@ -54,7 +54,7 @@ def count_of(counts: Sequence[int], like: Array, rows: int = 1) -> int:
 def turns_of(nbytes: float, rows: int = 1) -> int:
     """Turns of blocks of so many bytes of the host, for formulas of costs."""
     block = ceil(nbytes)
-    return max(1, -(-block // _share(block, PIECE, rows)))
+    return max(1, -(-block // _share(block, rows, device=False)))
 
 
 def most(block: int, others: int, *, at_once: bool, device: bool) -> int:
@@ -63,7 +63,7 @@ def most(block: int, others: int, *, at_once: bool, device: bool) -> int:
     at_once: from all of them in a turn, else from one after the other.
     """
     rows = others if at_once else 1
-    piece = min(block, _share(block, DEVICE_PIECE if device else PIECE, rows))
+    piece = min(block, _share(block, rows, device))
     if not piece or not others:
         return 0
     times = -(-block // piece) * (1 if at_once else others)
@@ -90,18 +90,17 @@ def ahead(started: Iterable[T]) -> Iterator[T]:
 
 def _step(counts: Sequence[int], like: Array, rows: int) -> int:
     """Elements of a piece, alike on all ranks."""
-    piece = DEVICE_PIECE if on_device(like) else PIECE
-    return max(1, _share(max(counts) * like.itemsize, piece, rows) // like.itemsize)
+    return max(1, _share(max(counts) * like.itemsize, rows, on_device(like)) // like.itemsize)
 
 
-def _share(block: int, piece: int, rows: int) -> int:
+def _share(block: int, rows: int, device: bool) -> int:
     """Bytes of a piece of a block of so many.
 
-    If it is not short, about a quarter of it at most, so that two pieces are half of it.
+    On the host about a quarter at most of one that is not short, so that two pieces are half of it.
     """
     parts = min(max(rows, 1), _PARTS)
-    own = block if block * parts < _SHORT else -(-block // (4 * _LINE)) * _LINE
-    return min(max(own, 1), piece // parts)
+    most = (DEVICE_PIECE if device else PIECE) // parts
+    return most if device or block * parts < _SHORT else min(-(-block // (4 * _LINE)) * _LINE, most)
 
 
 def _within(place: slice, part: slice) -> slice:
