@@ -57,7 +57,7 @@ def test_expanded_inputs(operation: Primitive) -> None:
         values = [
             function(Tensor(x), *map(Tensor, arrays[1:])) for x in (expanded, expanded.copy())
         ]
-        np.testing.assert_allclose(values[0].numpy(), values[1].numpy(), rtol=1e-12)
+        np.testing.assert_allclose(values[0].numpy(), values[1].numpy(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

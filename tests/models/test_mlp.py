@@ -31,7 +31,7 @@ def test_as_in_pytorch(activation: str) -> None:
     peer.load_state_dict(state)
     x = np.random.default_rng(0).normal(size=(5, 3, 4))
     found, expected = model(Tensor(x)), peer(torch.tensor(x).flatten(1))
-    np.testing.assert_allclose(found.numpy(), expected.detach().numpy(), rtol=1e-12)
+    np.testing.assert_allclose(found.numpy(), expected.detach().numpy(), rtol=1e-12, atol=1e-14)
     found.sum().backward()
     expected.sum().backward()
     for own, other in zip(model.parameters(), peer.parameters(), strict=True):
