@@ -1,5 +1,6 @@
 """Automatic differentiation: tensors, primitives with one adjoint for each input, backward."""
 
+from hpcml.autograd.backward import contributions
 from hpcml.autograd.functions import cat, maximum, minimum, stack, where
 from hpcml.autograd.gradcheck import gradcheck
 from hpcml.autograd.mode import enable_grad, no_grad, saved_tensors_hooks
@@ -13,6 +14,7 @@ __all__ = [
     "Primitive",
     "Tensor",
     "cat",
+    "contributions",
     "enable_grad",
     "from_dlpack",
     "gradcheck",

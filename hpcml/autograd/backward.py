@@ -7,6 +7,7 @@ same collectives.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -41,6 +42,23 @@ def _record(root: Context) -> tuple[list[Any], dict[int, int]]:
                 found.add(source)
                 pending.append(source)
     return sorted(found, key=attrgetter("order"), reverse=True), uses
+
+
+def contributions(root: Tensor) -> Iterator[Tensor]:
+    """The leaves to whose gradients `root.backward()` would add, in that order.
+
+    One that is used several times comes as often.
+    """
+    if root.ctx is not None:
+        for ctx in _record(root.ctx)[0]:
+            yield from _leaves(ctx, range(len(ctx.needs)))
+
+
+def _leaves(ctx: Context, which: Iterable[int]) -> Iterator[Tensor]:
+    for one in which:
+        source = ctx.sources[one]
+        if ctx.needs[one] and isinstance(source, Tensor):
+            yield source
 
 
 class _Gradients:
@@ -81,7 +99,9 @@ class _Gradients:
         elif result.dtype != kind:
             result, fresh = widened(result).astype(kind, copy=False), True
         if leaf is not None:
-            self._deliver(leaf, before, result, complete, fresh)
+            _deliver(leaf, before, result, complete, fresh)
+            del before, place, result  # hooks may let the memory go
+            self._contributed(leaf)
         elif complete:
             self.of[source] = (result, fresh)  # type: ignore[index]
         else:
@@ -89,19 +109,22 @@ class _Gradients:
             out = before if ours else empty_like(before)
             self.of[source] = (xp(before).add(before, result, out=out), True)  # type: ignore[index]
 
-    def _deliver(
-        self, leaf: Tensor, before: Array | None, result: Array, complete: bool, fresh: bool
-    ) -> None:
-        if before is None:
-            leaf.receive(result, fresh)
-        elif not complete:
-            before += result
-        elif result is not before:
-            before[...] = result
+    def _contributed(self, leaf: Tensor) -> None:
         self.uses[id(leaf)] -= 1
         if self.uses[id(leaf)] == 0:
             for hook in tuple(leaf.grad_hooks):  # one may remove itself
                 hook(leaf)
+
+
+def _deliver(
+    leaf: Tensor, before: Array | None, result: Array, complete: bool, fresh: bool
+) -> None:
+    if before is None:
+        leaf.receive(result, fresh)
+    elif not complete:
+        before += result
+    elif result is not before:
+        before[...] = result
 
 
 class Deferred:
@@ -118,6 +141,11 @@ class Deferred:
     def add(self, ctx: Context, which: list[int], g: Array) -> None:
         """Leave the gradients of some inputs of a use for later."""
         self._steps.append((ctx, which, g))
+
+    def contributions(self) -> Iterator[Tensor]:
+        """The parameters to whose gradients they add, in that order; see `contributions`."""
+        for ctx, which, _ in self._steps:
+            yield from _leaves(ctx, which)
 
     def compute(self) -> None:
         """Compute them, in the order of backward; once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpcml import memory
+from hpcml.autograd import Tensor
 from hpcml.bench.rounds import alternate
 from hpcml.bench.scaling import KINDS, of_kind
 from hpcml.bench.step import Size, batch_of, our_step
@@ -69,8 +70,8 @@ def clocked(step: Step) -> Iterator[list[float]]:
     zero, seconds = step.zero, []
     begin, end = zero.before_backward, zero.after_backward
 
-    def before(**how: Any) -> None:
-        begin(**how)
+    def before(coming: Iterable[Tensor], **how: Any) -> None:
+        begin(coming, **how)
         seconds.append(-time.perf_counter())
 
     def after() -> None:

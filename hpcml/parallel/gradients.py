@@ -15,10 +15,12 @@ of backward, or for buckets on the way in between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from hpcml.autograd import while_alive
+from hpcml.autograd import Tensor, while_alive
 from hpcml.backend import Array
 from hpcml.comm.request import Request
 from hpcml.nn import Parameter
@@ -58,10 +60,8 @@ class Gradients:
         self._stage, self._buckets = 0, list[Bucket]()
         self._learned: set[int] = set()
         self._begun: set[int] = set()  # of which a microbatch is in the sums
-        self._opened: dict[Bucket, None] = {}  # in this backward, in their order
-        self._ready: dict[Bucket, None] = {}
         self._reduced = 0  # of the buckets, in this backward
-        self._missing = dict.fromkeys(storage.trained, 0)
+        self._missing = Counter[Bucket]()  # parameters whose gradients are still to come in it
         self._slots: dict[Bucket, Array] = {}
         self.filled = 0
         """Elements of buckets that were filled at once, others than those apart, at most: of the
@@ -84,8 +84,6 @@ class Gradients:
         self._wait()
         for bucket in list(self._slots):  # of a backward that raised
             self.arena.give_back(self._forget(bucket))
-        self._ready.clear()
-        self._opened.clear()
         self._reduced = 0
         if self.arena.exact:
             self.filled = 0
@@ -101,36 +99,30 @@ class Gradients:
         self.storage.collect_gradients(None if at_home else self)
 
     def before_backward(
-        self, *, real: bool, last: bool, stage: int, used: Sequence[Bucket] = ()
+        self, coming: Iterable[Tensor], *, real: bool, last: bool, stage: int
     ) -> None:
         """A microbatch comes; `real`: with samples of this rank; `last`: of the step.
 
-        used: buckets in the order in which forward used them first, the same on all ranks, if that
-        is known: in the first backward they are expected in the reverse of it, and others last.
+        coming: the leaves to whose gradients it will add, in that order.
         """
-        if stage not in self._learned:
-            place = {bucket: number for number, bucket in enumerate(used)}
-            self._orders[stage].sort(key=lambda bucket: place.get(bucket, -1), reverse=True)
         self._real, self._first = real, stage not in self._begun
-        self._stage, self._buckets = stage, self._orders[stage]
-        if used:  # for what was left out this time nothing waits
-            known = set(used)
-            self._buckets = sorted(self._buckets, key=lambda bucket: bucket not in known)
-        self._active = self.on_way or (self.overlap and last)
+        self._stage, self._active = stage, self.on_way or (self.overlap and last)
         if self._active:
-            for bucket in self._buckets:
-                self._missing[bucket] = len(bucket.parameters)
+            home = self.storage.home
+            found = [id(leaf) for leaf in coming if id(leaf) in home]
+            self._missing = Counter(home[leaf] for leaf in set(found))
+            if stage not in self._learned:
+                self._learn([home[leaf] for leaf in found])
+        self._buckets = self._orders[stage]
+        if self._active:
+            self._reduce_what_is_ready()
 
     def after_backward(self) -> None:
-        """Reduce what backward left: buckets of which some parameter got no gradient."""
+        """Reduce what it left, if it was another backward than was told."""
         if not self._active:
             return
-        if self._stage not in self._learned:
-            self._learn()
         for bucket in self._buckets[self._reduced :]:
             self._reduce(bucket)
-        self._ready.clear()
-        self._opened.clear()
         self._begun.add(self._stage)
         self._reduced, self._active = 0, False
 
@@ -185,7 +177,6 @@ class Gradients:
 
     def _open(self, bucket: Bucket) -> Array:
         if bucket not in self._slots:
-            self._opened[bucket] = None
             apart = bucket in self.apart
             if apart:
                 self._wait()  # for what it had in the microbatch before
@@ -216,50 +207,54 @@ class Gradients:
     def _arrived(self, parameter: Any) -> None:
         if not self._active:
             return
-        bucket = self.storage.home[id(parameter)]
-        self._missing[bucket] -= 1
-        if self._missing[bucket] == 0:
-            self._ready[bucket] = None
-            # All ranks reduce in one order, even if a parameter is used on some of them only.
-            while self._buckets[self._reduced : self._reduced + 1] and (
-                self._buckets[self._reduced] in self._ready
-            ):
-                self._reduced += 1
-                self._reduce(self._buckets[self._reduced - 1])
+        self._missing[self.storage.home[id(parameter)]] -= 1
+        self._reduce_what_is_ready()
 
-    def _learn(self) -> None:
-        """Take the order in which buckets were ready on the first rank for all steps to come."""
-        self._learned.add(self._stage)
-        order = [*self._ready, *(b for b in self._buckets if b not in self._ready)]
-        numbers = {bucket: number for number, bucket in enumerate(self.storage.trained)}
-        for bucket in self._buckets[self._reduced :]:  # in the order so far, once more
+    def _reduce_what_is_ready(self) -> None:
+        """All ranks do so in one order, even if a parameter is used on some of them only."""
+        while self._reduced < len(self._buckets):
+            bucket = self._buckets[self._reduced]
+            if self._missing[bucket] > 0:
+                break
+            self._reduced += 1
             self._reduce(bucket)
-        self._reduced = len(self._buckets)
-        beside = self._open_beside_others()
-        found = ([numbers[bucket] for bucket in buckets] for buckets in (order, beside))
-        learned, beside = (
+
+    def _learn(self, coming: Sequence[Bucket]) -> None:
+        """Take the order in which buckets will be ready on the first rank for all steps to come.
+
+        coming: the bucket of each contribution of the backward that begins. What it leaves out goes
+        where it was expected, after the one before it.
+        """
+        self._learned.add(self._stage)
+        order = list(dict.fromkeys(reversed(coming)))[::-1]
+        known = set(order)
+        for before, bucket in pairwise([None, *self._orders[self._stage]]):
+            if bucket is not None and bucket not in known:
+                order.insert(order.index(before) + 1 if before else 0, bucket)
+        numbers = {bucket: number for number, bucket in enumerate(self.storage.trained)}
+        found = [[numbers[one] for one in some] for some in (order, self._beside_others(coming))]
+        order, beside = (
             [self.storage.trained[number] for number in agreed]
-            for agreed in self.groups.all.broadcast_object([*found])
+            for agreed in self.groups.all.broadcast_object(found)
         )
         self.apart.update(beside)
-        self._buckets = self._orders[self._stage] = learned
+        self._orders[self._stage] = order
 
-    def _open_beside_others(self) -> list[Bucket]:
-        """Buckets that were open while others came and went, for which there is no place beside.
+    def _beside_others(self, coming: Sequence[Bucket]) -> list[Bucket]:
+        """Buckets that are filled while others come and go, for which there is no place beside.
 
         Their parameters are used far apart, as what a model adds first and multiplies by last. One
         other may be a part of the same layer: for the two there is a place.
         """
-        opened = {bucket: number for number, bucket in enumerate(self._opened)}
+        opened = {bucket: number for number, bucket in enumerate(dict.fromkeys(coming))}
         found, before = list[Bucket](), list[Bucket]()
-        for bucket in self._ready:
-            if bucket in opened:
-                others = [other for other in before if opened[other] > opened[bucket]]
-                if len(others) > 1 or any(
-                    not self.arena.spans(bucket.size + other.size) for other in others
-                ):
-                    found.append(bucket)
-                before.append(bucket)
+        for bucket in reversed(dict.fromkeys(reversed(coming))):
+            others = [other for other in before if opened[other] > opened[bucket]]
+            if len(others) > 1 or any(
+                not self.arena.spans(bucket.size + other.size) for other in others
+            ):
+                found.append(bucket)
+            before.append(bucket)
         return found
 
     def _reduce(self, bucket: Bucket) -> None:

@@ -98,10 +98,6 @@ class Shards:
             unit.hide()
             self._parked.append(unit)
 
-    def used(self) -> list[Bucket]:
-        """What this pass has needed so far, in the order in which it was first."""
-        return [bucket for unit in dict.fromkeys(self._seen) for bucket in unit.buckets]
-
     def forget(self, changed: Iterable[Unit] = ()) -> None:
         """Fetch the units (or all of them) anew when they are needed next: they have changed."""
         for unit in changed or self.units:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hpcml import kernels, rng
-from hpcml.autograd import Tensor
+from hpcml.autograd import Tensor, contributions
 from hpcml.backend import Array
 from hpcml.comm import Mesh
 from hpcml.errors import NonFiniteError, UserError
@@ -146,7 +146,7 @@ class Step(PlacedModel):
                 loss = self._loss(self.division.fields(batch, part.samples))
             self.scored(part.weight)
             last = part.last and not self._holding
-            self.zero.before_backward(real=part.weight > 0, last=last)
+            self.zero.before_backward(contributions(loss), real=part.weight > 0, last=last)
             with span(Kind.BACKWARD, 0, part.number):
                 loss.backward(np.full(loss.shape, part.weight * factor, loss.dtype))
         self.zero.after_backward()

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import tee
 
 from hpcml import memory
+from hpcml.autograd import Tensor
 from hpcml.backend import Array, to_kind
 from hpcml.nn import Module, Parameter
 from hpcml.optim import Optimizer
@@ -42,15 +43,15 @@ class Zero:
 
         zero = Zero(model, optimizer, groups.divide(mesh, stage=2))
         zero.begin()
-        zero.before_backward()
+        zero.before_backward(contributions(loss))
         loss.backward()  # of this rank's share of the batch's mean loss
         zero.after_backward()
         zero.finish()
         zero.update(clip_scale(zero.norm(), 1.0))
 
     With A microbatches it is `begin(A)`, and the three lines in the middle repeat, all but the last
-    time with `before_backward(last=False)`: what is reduced early would else be reduced again. All
-    ranks do so equally often; in stages 0 and 1, unless `lockstep`, a rank may do it fewer times.
+    time with `last=False`: what is reduced early would else be reduced again. All ranks do so
+    equally often; in stages 0 and 1, unless `lockstep`, a rank may do it fewer times.
     """
 
     def __init__(
@@ -190,13 +191,15 @@ class Zero:
             self._shards.arena.exact = self._exact
         self._gradients.begin(rounds)
 
-    def before_backward(self, *, real: bool = True, last: bool = True, stage: int = 0) -> None:
+    def before_backward(
+        self, coming: Iterable[Tensor], *, real: bool = True, last: bool = True, stage: int = 0
+    ) -> None:
         """Backward of a microbatch comes; `real`: not only for company; `last`: of the step, here.
 
-        stage: of the pipeline, through which backward goes.
+        coming: the leaves to whose gradients it adds, see `hpcml.autograd.contributions`. stage: of
+        the pipeline, through which backward goes.
         """
-        used = () if self._shards is None else self._shards.used()
-        self._gradients.before_backward(real=real, last=last, stage=stage, used=used)
+        self._gradients.before_backward(coming, real=real, last=last, stage=stage)
 
     def after_backward(self) -> None:
         """Its gradients are complete."""

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from hpcml.autograd import Tensor, enable_grad, no_grad
+from hpcml.autograd import Tensor, contributions, enable_grad, no_grad
 from hpcml.autograd.ops import fused, linear, norm
 from tests.autograd.support import Array, leaf, normal, noting
 
@@ -59,6 +59,25 @@ def test_diamonds_many_uses_and_unused_inputs() -> None:
     total = sum((y * i for i in range(200)), y * 0)
     total.sum().backward()
     np.testing.assert_allclose(y.gradient, [199 * 100.0] * 2)
+
+
+def test_contributions_are_known_before() -> None:
+    """Each leaf as often as backward adds to its gradient, in that order."""
+    first, twice, last, unused, constant = (leaf(normal(3, 3)) for _ in range(5))
+    constant.requires_grad_(False)
+    x = (first @ twice) * constant
+    unused * x
+    out = (x @ twice + last).sum()
+    coming = list(contributions(out))
+    seen: list[Tensor] = []
+    for one in (first, twice, last, unused):
+        one.register_post_accumulate_grad_hook(seen.append)
+    out.backward()
+    names = {id(one): name for name, one in
+             [("first", first), ("twice", twice), ("last", last)]}  # fmt: skip
+    assert [names[id(one)] for one in coming] == ["last", "twice", "first", "twice"]
+    assert [names[id(one)] for one in seen] == ["last", "first", "twice"]
+    assert not list(contributions(first))  # a leaf itself: there is no backward
 
 
 BUFFERS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -124,12 +125,13 @@ class Flow:
         batch, index = self._of[microbatch]
         return batch.loss_gradient(index, loss)
 
-    def before_backward(self, stage: int, microbatch: int) -> None:
+    def before_backward(self, stage: int, microbatch: int, coming: Iterable[Tensor]) -> None:
         """Gradients come: of the weights that forward has seen."""
         self.stash.show(self._version[microbatch])
         batch, index = self._of[microbatch]
         real = batch.parts[index].weight > 0
-        self.step.zero.before_backward(real=real, last=batch.completes(index), stage=stage)
+        last = batch.completes(index)
+        self.step.zero.before_backward(coming, real=real, last=last, stage=stage)
 
     def reduce(self, stage: int, microbatch: int) -> None:
         """Not asked for: an update reduces gradients itself."""

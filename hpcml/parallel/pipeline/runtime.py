@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpcml.autograd import Context, Tensor, no_grad, primitive
-from hpcml.autograd.backward import Deferred, backward
+from hpcml.autograd.backward import Deferred, backward, contributions
 from hpcml.backend import Array, xp
 from hpcml.parallel.pipeline.actions import Action, Kind
 from hpcml.parallel.pipeline.transfers import Incoming, Transfers
@@ -39,8 +39,8 @@ class Work(Protocol):
     def loss_gradient(self, microbatch: int, loss: Tensor) -> Array:
         """By how much the loss counts."""
 
-    def before_backward(self, stage: int, microbatch: int) -> None:
-        """Gradients of parameters come."""
+    def before_backward(self, stage: int, microbatch: int, coming: Iterable[Tensor]) -> None:
+        """Gradients of parameters come, contributions to these in this order."""
 
     def reduce(self, stage: int, microbatch: int) -> None:
         """They are complete, as far as this microbatch goes."""
@@ -124,16 +124,15 @@ class Runtime:
         return list(made) if isinstance(made, tuple) else [made]
 
     def _backward(self, stage: int, microbatch: int) -> None:
-        self.work.before_backward(stage, microbatch)
         self._back(stage, microbatch, defer=False)
 
     def _input(self, stage: int, microbatch: int) -> None:
         self.kept[stage, microbatch].deferred = self._back(stage, microbatch, defer=True)
 
     def _weight(self, stage: int, microbatch: int) -> None:
-        self.work.before_backward(stage, microbatch)
         deferred = self.kept[stage, microbatch].deferred
         assert deferred is not None, "a table has I before W"
+        self.work.before_backward(stage, microbatch, deferred.contributions())
         deferred.compute()
 
     def _back(self, stage: int, microbatch: int, defer: bool) -> Deferred | None:
@@ -148,6 +147,8 @@ class Runtime:
             pairs = [(one, next(arrived)) for one in kept.outputs if _has_gradient(one.data)]
             root, gradient = _root(pairs)
         kept.outputs = []
+        if not defer:
+            self.work.before_backward(stage, microbatch, contributions(root))
         deferred = backward(root, gradient, defer=defer) if root.ctx is not None else None
         if stage > 0:
             gradients = [_gradient(one) for one in kept.inputs if _has_gradient(one.data)]

@@ -247,11 +247,11 @@ class Microbatches:
         weight = self.parts[microbatch].weight * self.factor
         return xp(loss.data).full(loss.shape, weight, loss.dtype)
 
-    def before_backward(self, stage: int, microbatch: int) -> None:
-        """Gradients of parameters come."""
+    def before_backward(self, stage: int, microbatch: int, coming: Iterable[Tensor]) -> None:
+        """Gradients of parameters come, contributions to these in this order."""
         last = microbatch + 1 == len(self.parts) and not self.step._holding
         real = self.parts[microbatch].weight > 0
-        self.step.zero.before_backward(real=real, last=last, stage=stage)
+        self.step.zero.before_backward(coming, real=real, last=last, stage=stage)
 
     def reduce(self, stage: int, microbatch: int) -> None:
         """They are complete, as far as this microbatch goes."""
