@@ -226,10 +226,11 @@ class Gradients:
         where it was expected, after the one before it.
         """
         self._learned.add(self._stage)
-        order = list(dict.fromkeys(reversed(coming)))[::-1]
-        known = set(order)
-        for before, bucket in pairwise([None, *self._orders[self._stage]]):
-            if bucket is not None and bucket not in known:
+        expected = self._orders[self._stage]
+        ready = _by_last_use(coming)
+        order = [bucket for bucket in ready if bucket in expected]
+        for before, bucket in pairwise([None, *expected]):
+            if bucket is not None and bucket not in ready:
                 order.insert(order.index(before) + 1 if before else 0, bucket)
         numbers = {bucket: number for number, bucket in enumerate(self.storage.trained)}
         found = [[numbers[one] for one in some] for some in (order, self._beside_others(coming))]
@@ -248,7 +249,7 @@ class Gradients:
         """
         opened = {bucket: number for number, bucket in enumerate(dict.fromkeys(coming))}
         found, before = list[Bucket](), list[Bucket]()
-        for bucket in reversed(dict.fromkeys(reversed(coming))):
+        for bucket in _by_last_use(coming):
             others = [other for other in before if opened[other] > opened[bucket]]
             if len(others) > 1 or any(
                 not self.arena.spans(bucket.size + other.size) for other in others
@@ -334,3 +335,7 @@ class Gradients:
             request.wait()
             if self.on_way:
                 self.arena.give_back(source)
+
+
+def _by_last_use(coming: Sequence[Bucket]) -> list[Bucket]:
+    return list(dict.fromkeys(reversed(coming)))[::-1]
