@@ -143,7 +143,10 @@ class Deferred:
         self._steps.append((ctx, which, g))
 
     def contributions(self) -> Iterator[Tensor]:
-        """The parameters to whose gradients they add, in that order; see `contributions`."""
+        """The parameters to whose gradients they add, in that order; see `contributions`.
+
+        Not those of joint adjoints: these are complete already.
+        """
         for ctx, which, _ in self._steps:
             yield from _leaves(ctx, which)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from hpcml.autograd import Tensor, while_alive
@@ -60,8 +59,11 @@ class Gradients:
         self._stage, self._buckets = 0, list[Bucket]()
         self._learned: set[int] = set()
         self._begun: set[int] = set()  # of which a microbatch is in the sums
-        self._reduced = 0  # of the buckets, in this backward
-        self._missing = Counter[Bucket]()  # parameters whose gradients are still to come in it
+        # In this backward: parameters whose gradients the record tells of, those that are waited
+        # for, those that have come, and what is reduced.
+        self._told, self._due, self._come = (Counter[Bucket]() for _ in range(3))
+        self._reduced: set[Bucket] = set()
+        self._more: set[Bucket] = set()  # to which more comes than the record tells of
         self._slots: dict[Bucket, Array] = {}
         self.filled = 0
         """Elements of buckets that were filled at once, others than those apart, at most: of the
@@ -84,7 +86,6 @@ class Gradients:
         self._wait()
         for bucket in list(self._slots):  # of a backward that raised
             self.arena.give_back(self._forget(bucket))
-        self._reduced = 0
         if self.arena.exact:
             self.filled = 0
         if self.sharding.whole("grads"):
@@ -108,23 +109,20 @@ class Gradients:
         self._real, self._first = real, stage not in self._begun
         self._stage, self._active = stage, self.on_way or (self.overlap and last)
         if self._active:
-            home = self.storage.home
-            found = [id(leaf) for leaf in coming if id(leaf) in home]
-            self._missing = Counter(home[leaf] for leaf in set(found))
-            if stage not in self._learned:
-                self._learn([home[leaf] for leaf in found])
-        self._buckets = self._orders[stage]
-        if self._active:
+            self._expect(coming)
             self._reduce_what_is_ready()
 
     def after_backward(self) -> None:
-        """Reduce what it left, if it was another backward than was told."""
+        """Reduce what has waited for gradients that did not come."""
         if not self._active:
             return
-        for bucket in self._buckets[self._reduced :]:
-            self._reduce(bucket)
+        for bucket in self._buckets:
+            if self._come[bucket] > self._told[bucket]:
+                self._more.add(bucket)
+            if bucket not in self._reduced:
+                self._reduce(bucket)
         self._begun.add(self._stage)
-        self._reduced, self._active = 0, False
+        self._active = False
 
     def finish(self) -> None:
         """Complete the sums: each rank then has what its stage holds."""
@@ -149,10 +147,6 @@ class Gradients:
             self._let_lie(at_home=True)
             for parameter in self.storage.parameters:
                 parameter.gradient = parameter.gradient_buffer
-
-    def learn_anew(self) -> None:
-        """Let the next backward show again in which order buckets come."""
-        self._learned.clear()
 
     def complete(self, bucket: Bucket) -> Array:
         """What this rank has of the complete gradient, once it is."""
@@ -207,49 +201,78 @@ class Gradients:
     def _arrived(self, parameter: Any) -> None:
         if not self._active:
             return
-        self._missing[self.storage.home[id(parameter)]] -= 1
+        bucket = self.storage.home[id(parameter)]
+        if bucket in self._reduced:
+            raise RuntimeError(
+                f"{parameter.name}: a gradient came after it had been reduced; an adjoint that "
+                "calls backward() itself may do so for a parameter once in a step's backward, and "
+                "from the first step on"
+            )
+        self._come[bucket] += 1
         self._reduce_what_is_ready()
 
     def _reduce_what_is_ready(self) -> None:
         """All ranks do so in one order, even if a parameter is used on some of them only."""
-        while self._reduced < len(self._buckets):
-            bucket = self._buckets[self._reduced]
-            if self._missing[bucket] > 0:
+        for bucket in self._buckets[len(self._reduced) :]:
+            if self._come[bucket] < self._due[bucket]:
                 break
-            self._reduced += 1
+            self._reduced.add(bucket)
             self._reduce(bucket)
 
-    def _learn(self, coming: Sequence[Bucket]) -> None:
-        """Take the order in which buckets will be ready on the first rank for all steps to come.
+    def _expect(self, coming: Iterable[Tensor]) -> None:
+        """Know what backward brings, so that nothing waits for what gets no gradient.
 
-        coming: the bucket of each contribution of the backward that begins. What it leaves out goes
-        where it was expected, after the one before it.
+        The record does not tell what adjoints do that go backward by themselves. So in the first
+        backward what seems to get no gradient, or not all, comes last and waits for all; from then
+        on only that which got more.
         """
-        self._learned.add(self._stage)
-        expected = self._orders[self._stage]
-        ready = _by_last_use(coming)
-        order = [bucket for bucket in ready if bucket in expected]
-        for before, bucket in pairwise([None, *expected]):
-            if bucket is not None and bucket not in ready:
-                order.insert(order.index(before) + 1 if before else 0, bucket)
-        numbers = {bucket: number for number, bucket in enumerate(self.storage.trained)}
-        found = [[numbers[one] for one in some] for some in (order, self._beside_others(coming))]
-        order, beside = (
-            [self.storage.trained[number] for number in agreed]
-            for agreed in self.groups.all.broadcast_object(found)
-        )
-        self.apart.update(beside)
-        self._orders[self._stage] = order
+        home, expected = self.storage.home, set(self._orders[self._stage])
+        leaves = [id(leaf) for leaf in coming if home.get(id(leaf)) in expected]
+        self._told = Counter(home[leaf] for leaf in set(leaves))
+        self._due, self._come = Counter(self._told), Counter()
+        self._reduced.clear()
+        first, used = self._stage not in self._learned, [home[leaf] for leaf in leaves]
+        if first or self._comes_otherwise(_by_last_use(used)):
+            whole = set(self._learn(used))
+        self._buckets = self._orders[self._stage]
+        if first:
+            self._buckets = sorted(self._buckets, key=lambda bucket: bucket not in whole)
+        for bucket in self._buckets if first else self._more:
+            self._due[bucket] = len(bucket.parameters)
 
-    def _beside_others(self, coming: Sequence[Bucket]) -> list[Bucket]:
+    def _comes_otherwise(self, ready: list[Bucket]) -> bool:
+        """Whether buckets come in another order than was learned, on all ranks alike."""
+        if self.sharding.whole("params"):  # ranks may use different layers
+            return False
+        known = set(ready)
+        return [one for one in self._orders[self._stage] if one in known] != ready
+
+    def _learn(self, used: Sequence[Bucket]) -> list[Bucket]:
+        """Agree on the order in which buckets will be ready on the first rank.
+
+        used: the bucket of each contribution of the backward that begins. Returns those that get
+        gradients of all their parameters.
+        """
+        trained, ready = self.storage.trained, _by_last_use(used)
+        numbers = {bucket: number for number, bucket in enumerate(trained)}
+        whole = [bucket for bucket in ready if self._told[bucket] == len(bucket.parameters)]
+        told = ready, whole, self._beside_others(used)
+        agreed = self.groups.all.broadcast_object([[numbers[one] for one in some] for some in told])
+        ready, whole, beside = ([trained[number] for number in some] for some in agreed)
+        self.apart.update(beside)
+        self._learned.add(self._stage)
+        self._orders[self._stage] = _merged(ready, self._orders[self._stage])
+        return whole
+
+    def _beside_others(self, used: Sequence[Bucket]) -> list[Bucket]:
         """Buckets that are filled while others come and go, for which there is no place beside.
 
         Their parameters are used far apart, as what a model adds first and multiplies by last. One
         other may be a part of the same layer: for the two there is a place.
         """
-        opened = {bucket: number for number, bucket in enumerate(dict.fromkeys(coming))}
+        opened = {bucket: number for number, bucket in enumerate(dict.fromkeys(used))}
         found, before = list[Bucket](), list[Bucket]()
-        for bucket in _by_last_use(coming):
+        for bucket in _by_last_use(used):
             others = [other for other in before if opened[other] > opened[bucket]]
             if len(others) > 1 or any(
                 not self.arena.spans(bucket.size + other.size) for other in others
@@ -337,5 +360,15 @@ class Gradients:
                 self.arena.give_back(source)
 
 
-def _by_last_use(coming: Sequence[Bucket]) -> list[Bucket]:
-    return list(dict.fromkeys(reversed(coming)))[::-1]
+def _by_last_use(used: Sequence[Bucket]) -> list[Bucket]:
+    return list(dict.fromkeys(reversed(used)))[::-1]
+
+
+def _merged(order: Sequence[Bucket], expected: Sequence[Bucket]) -> list[Bucket]:
+    """Those in order, and the others that are expected, each after the one before it there."""
+    merged, place = list(order), 0
+    for bucket in expected:
+        if bucket not in order:
+            merged.insert(place, bucket)
+        place = merged.index(bucket) + 1
+    return merged

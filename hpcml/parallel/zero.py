@@ -117,6 +117,7 @@ class Zero:
         filled, together = self._gradients.filled, shards.together if shards else 0
         if shards and self._shown:  # what is gathered has places that are alike
             filled, together = self.groups.all.broadcast_object((filled, together))
+        self._apart = len(self._gradients.apart)
         known = self._shown >= _SHOWING
         room = self._rooms(self._gradients.apart, filled=filled if known else 0, together=together)
         ahead = room.second - together
@@ -223,13 +224,14 @@ class Zero:
             # At once: what is taken in turn leaves gaps. Later: the model has changed.
             self._tight |= self._shown == _SHOWING + 1
             self._shown = 0
-            self._gradients.learn_anew()
             self._arrange()
 
     def _more_was_taken(self) -> bool:
         """Whether a step took more at once than those that showed it, at stage 3 on all ranks."""
-        shards = self._shards
-        return shards is not None and (shards.arena.short or self._gradients.arena.short)
+        shards, gradients = self._shards, self._gradients
+        if shards is None:
+            return False
+        return shards.arena.short or gradients.arena.short or len(gradients.apart) > self._apart
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient, in which every parameter counts once."""

@@ -430,6 +430,55 @@ def test_a_model_that_changes(
     assert max(peak for number, peak in enumerate(peaks) if number != first) <= most
 
 
+class Moving(nn.Module):
+    """A layer that comes first, last or not at all."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1500, 96)
+        self.blocks = nn.ModuleList(Feed(384) for _ in range(8))
+        self.head = nn.Linear(96, 1500, bias=False)
+        self.moving = nn.Linear(96, 96)
+        self.where = ""
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        if self.where == "first":
+            x = self.moving(x)
+        for block in self.blocks:
+            x = x + block(x)
+        if self.where == "last":
+            x = self.moving(x)
+        return self.head(x)
+
+
+@cases("tied", [False, True])
+@cases("overlap", [False, True])
+def test_a_layer_that_comes_elsewhere(
+    mesh: Mesh, overlap: bool, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others waited for it, where it was expected at the other end; at stage 3 none does."""
+    monkeypatch.setattr(turns, "PIECE", 1 << 12)
+    monkeypatch.setattr(choosing, "SHORT", 0)
+    gc.collect()
+    account, model = memory.account(), Moving(tied)
+    before = account.live["buffers"]
+    step = hpcml.parallelize(
+        model, loss=NextTokenLoss(), optimizer=AdamW, mesh=mesh, zero=3, microbatch=1,
+        overlap=overlap, bucket_mb=0.3,
+    )  # fmt: skip
+    tokens = np.stack([np.arange(5)] * mesh.size)
+    account.reset_peak()
+    for where in ("", "", "", "first", "last", "last", "first", "", "first"):
+        model.where = where
+        step((tokens, tokens))
+    largest = 4 * max(bucket.size for bucket in step.optimizer.storage.buckets)
+    assert 4 * 96 * 1500 <= largest <= 4 * 96 * 1500 * 1.03  # also the largest unit
+    assert account.peak["buffers"] - before <= 3 * largest
+
+
 class Translator(nn.Module):
     """Two vocabularies, of which the second is tied to the head."""
 

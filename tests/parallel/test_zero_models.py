@@ -10,7 +10,7 @@ import pytest
 
 import hpcml
 from hpcml import nn
-from hpcml.autograd import Context, Tensor, primitive
+from hpcml.autograd import Context, Tensor, enable_grad, no_grad, primitive
 from hpcml.comm import Mesh
 from hpcml.errors import UserError
 from hpcml.optim import AdamW
@@ -291,3 +291,117 @@ def test_little_is_joined_to_what_is_used_at_several_ends() -> None:
         ["layers.0.weight", "layers.1.weight"],
         ["layers.2.weight"],
     ]
+
+
+@primitive
+def again(ctx: Context, x: Any, function: Any = None) -> Any:
+    """What a function makes of x, computed again in backward instead of kept."""
+    ctx.attributes = function
+    ctx.save(x)
+    with no_grad():
+        return function(Tensor(x)).data
+
+
+@again.adjoint
+def _(ctx: Context, g: Any) -> Any:
+    (x,) = ctx.saved
+    with enable_grad():
+        inner = Tensor(x, requires_grad=True)
+        out = ctx.attributes(inner)
+    out.backward(g)
+    return inner.gradient
+
+
+class Forgetting(nn.Module):
+    """Blocks that are computed again in backward, from a step on; their biases are used beside."""
+
+    def __init__(self, since: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(4))
+        self.scales = nn.ModuleList(nn.LayerNorm(6) for _ in range(4))
+        self.since, self.number = since, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block, scale in zip(self.blocks, self.scales, strict=True):
+            if self.number >= self.since:
+                x = scale(again(x, function=lambda y, block=block: block(y).tanh() + y))
+            else:
+                x = scale(block(x).tanh() + x)
+        self.number += 1
+        return self.last(x)
+
+
+def forgetting(mesh: Mesh, since: int, **options: Any) -> dict[str, Any]:
+    """Losses and all gradients of some steps."""
+    hpcml.manual_seed(3)
+    step = hpcml.parallelize(
+        Forgetting(since).double(), loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, **options
+    )
+    found = dict[str, Any]()
+    for number in range(5):
+        x, y = np.random.default_rng(number).standard_normal((2, 12, 6))
+        found[f"loss {number}"] = step((x, y))
+        for name, gradient in step.gathered_gradients():
+            found[f"{name} {number}"] = gradient.copy()
+    return found
+
+
+@cases("bucket_mb", [1e-4, 25])
+@cases("overlap", [False, True])
+@cases("stage", [0, 1, 2, 3])
+def test_backward_within_backward(mesh: Mesh, stage: int, overlap: bool, bucket_mb: float) -> None:
+    """The record does not tell of the gradients that it brings: they were left out of the sums."""
+    expected = forgetting(serial_mesh(), 0)
+    found = forgetting(mesh, 0, zero=stage, overlap=overlap, bucket_mb=bucket_mb)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        atol = 1e-12 * np.abs(array).max()
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=atol, err_msg=name)
+
+
+@cases("stage", [2, 3])
+def test_backward_within_backward_from_a_later_step_on(mesh: Mesh, stage: int) -> None:
+    with pytest.raises(RuntimeError, match=r"blocks\.3\.weight: a gradient came after it had been"):
+        forgetting(mesh, 2, zero=stage, bucket_mb=1e-4)
+
+
+class Ended(nn.Module):
+    """One layer at both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends = nn.Linear(6, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ends(x).tanh()
+        for block in self.blocks:
+            x = block(x).tanh() + x
+        return self.ends(x)
+
+
+@cases("since", [0, 2])
+@cases("stage", [0, 1, 2, 3])
+def test_what_the_optimizer_does_not_have_may_get_gradients(
+    mesh: Mesh, stage: int, since: int
+) -> None:
+    """Frozen at first: a KeyError at stage 3, where frozen parameters are divided too."""
+
+    def run(mesh: Mesh, **options: Any) -> dict[str, Any]:
+        hpcml.manual_seed(3)
+        model = Ended().double()
+        model.ends.requires_grad_(False)
+        step = hpcml.parallelize(
+            model, loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, bucket_mb=1e-4, **options
+        )
+        for number in range(4):
+            if number == since:
+                model.ends.requires_grad_(True)
+            step(tuple(np.random.default_rng(number).standard_normal((2, 12, 6))))
+        return values(step)
+
+    expected, found = run(serial_mesh()), run(mesh, zero=stage, overlap=True)
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-12, err_msg=name)
