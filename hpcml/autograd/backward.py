@@ -44,17 +44,20 @@ def _record(root: Context) -> tuple[list[Any], dict[int, int]]:
     return sorted(found, key=attrgetter("order"), reverse=True), uses
 
 
-def contributions(root: Tensor) -> Iterator[Tensor]:
+def contributions(root: Tensor) -> Iterator[Tensor | None]:
     """The leaves to whose gradients `root.backward()` would add, in that order.
 
-    One that is used several times comes as often.
+    One that is used several times comes as often. None comes where an adjoint from elsewhere may
+    call `backward()` itself, and so add to others.
     """
     if root.ctx is not None:
         for ctx in _record(root.ctx)[0]:
             yield from _leaves(ctx, range(len(ctx.needs)))
 
 
-def _leaves(ctx: Context, which: Iterable[int]) -> Iterator[Tensor]:
+def _leaves(ctx: Context, which: Iterable[int]) -> Iterator[Tensor | None]:
+    if ctx.primitive.nests:
+        yield None
     for one in which:
         source = ctx.sources[one]
         if ctx.needs[one] and isinstance(source, Tensor):
@@ -142,7 +145,7 @@ class Deferred:
         """Leave the gradients of some inputs of a use for later."""
         self._steps.append((ctx, which, g))
 
-    def contributions(self) -> Iterator[Tensor]:
+    def contributions(self) -> Iterator[Tensor | None]:
         """The parameters to whose gradients they add, in that order; see `contributions`.
 
         Not those of joint adjoints: these are complete already.

@@ -70,7 +70,7 @@ def clocked(step: Step) -> Iterator[list[float]]:
     zero, seconds = step.zero, []
     begin, end = zero.before_backward, zero.after_backward
 
-    def before(coming: Iterable[Tensor], **how: Any) -> None:
+    def before(coming: Iterable[Tensor | None], **how: Any) -> None:
         begin(coming, **how)
         seconds.append(-time.perf_counter())
 

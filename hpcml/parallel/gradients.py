@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from hpcml.autograd import Tensor, while_alive
 from hpcml.backend import Array
 from hpcml.comm.request import Request
@@ -59,11 +61,11 @@ class Gradients:
         self._stage, self._buckets = 0, list[Bucket]()
         self._learned: set[int] = set()
         self._begun: set[int] = set()  # of which a microbatch is in the sums
-        # In this backward: parameters whose gradients the record tells of, those that are waited
-        # for, those that have come, and what is reduced.
-        self._told, self._due, self._come = (Counter[Bucket]() for _ in range(3))
+        # In this backward: parameters whose gradients are waited for, and those that have come, the
+        # bucket of the last one last.
+        self._due, self._come = Counter[Bucket](), dict[Bucket, int]()
         self._reduced: set[Bucket] = set()
-        self._more: set[Bucket] = set()  # to which more comes than the record tells of
+        self._observing = False  # whether the order in which they come is not known before
         self._slots: dict[Bucket, Array] = {}
         self.filled = 0
         """Elements of buckets that were filled at once, others than those apart, at most: of the
@@ -100,11 +102,11 @@ class Gradients:
         self.storage.collect_gradients(None if at_home else self)
 
     def before_backward(
-        self, coming: Iterable[Tensor], *, real: bool, last: bool, stage: int
+        self, coming: Iterable[Tensor | None], *, real: bool, last: bool, stage: int
     ) -> None:
         """A microbatch comes; `real`: with samples of this rank; `last`: of the step.
 
-        coming: the leaves to whose gradients it will add, in that order.
+        coming: the leaves to whose gradients it will add, in that order; see `contributions`.
         """
         self._real, self._first = real, stage not in self._begun
         self._stage, self._active = stage, self.on_way or (self.overlap and last)
@@ -116,11 +118,13 @@ class Gradients:
         """Reduce what has waited for gradients that did not come."""
         if not self._active:
             return
-        for bucket in self._buckets:
-            if self._come[bucket] > self._told[bucket]:
-                self._more.add(bucket)
-            if bucket not in self._reduced:
-                self._reduce(bucket)
+        for bucket in self._buckets[len(self._reduced) :]:
+            self._reduce(bucket)
+        if self._observing:
+            come = [bucket for bucket in self._come if bucket in self._buckets]
+            rest = [bucket for bucket in self._buckets if bucket not in self._come]
+            (self._orders[self._stage],) = self._agreed(come + rest)
+            self._observing = False
         self._begun.add(self._stage)
         self._active = False
 
@@ -204,41 +208,38 @@ class Gradients:
         bucket = self.storage.home[id(parameter)]
         if bucket in self._reduced:
             raise RuntimeError(
-                f"{parameter.name}: a gradient came after it had been reduced; an adjoint that "
-                "calls backward() itself may do so for a parameter once in a step's backward, and "
-                "from the first step on"
+                f"{parameter.name}: a gradient came after it had been reduced; what an adjoint "
+                "computes by calling backward() itself must be used nowhere else in the step"
             )
-        self._come[bucket] += 1
+        self._come[bucket] = self._come.pop(bucket, 0) + 1
         self._reduce_what_is_ready()
 
     def _reduce_what_is_ready(self) -> None:
         """All ranks do so in one order, even if a parameter is used on some of them only."""
         for bucket in self._buckets[len(self._reduced) :]:
-            if self._come[bucket] < self._due[bucket]:
+            if self._come.get(bucket, 0) < self._due[bucket]:
                 break
             self._reduced.add(bucket)
             self._reduce(bucket)
 
-    def _expect(self, coming: Iterable[Tensor]) -> None:
+    def _expect(self, coming: Iterable[Tensor | None]) -> None:
         """Know what backward brings, so that nothing waits for what gets no gradient.
 
-        The record does not tell what adjoints do that go backward by themselves. So in the first
-        backward what seems to get no gradient, or not all, comes last and waits for all; from then
-        on only that which got more.
+        Where adjoints may bring more, all wait for gradients of all their parameters.
         """
-        home, expected = self.storage.home, set(self._orders[self._stage])
-        leaves = [id(leaf) for leaf in coming if home.get(id(leaf)) in expected]
-        self._told = Counter(home[leaf] for leaf in set(leaves))
-        self._due, self._come = Counter(self._told), Counter()
-        self._reduced.clear()
-        first, used = self._stage not in self._learned, [home[leaf] for leaf in leaves]
-        if first or self._comes_otherwise(_by_last_use(used)):
-            whole = set(self._learn(used))
+        home, buckets = self.storage.home, self._orders[self._stage]
+        told, mine = list(coming), set(buckets)
+        leaves = [id(leaf) for leaf in told if leaf is not None and home.get(id(leaf)) in mine]
+        used, more = [home[leaf] for leaf in leaves], any(leaf is None for leaf in told)
+        first = self._stage not in self._learned
+        if first or (not more and self._comes_otherwise(_by_last_use(used))):
+            self._learn(used, more)
         self._buckets = self._orders[self._stage]
-        if first:
-            self._buckets = sorted(self._buckets, key=lambda bucket: bucket not in whole)
-        for bucket in self._buckets if first else self._more:
-            self._due[bucket] = len(bucket.parameters)
+        self._reduced.clear()
+        self._come.clear()
+        self._due = Counter(home[leaf] for leaf in set(leaves))
+        if more:
+            self._due = Counter({bucket: len(bucket.parameters) for bucket in buckets})
 
     def _comes_otherwise(self, ready: list[Bucket]) -> bool:
         """Whether buckets come in another order than was learned, on all ranks alike."""
@@ -247,22 +248,27 @@ class Gradients:
         known = set(ready)
         return [one for one in self._orders[self._stage] if one in known] != ready
 
-    def _learn(self, used: Sequence[Bucket]) -> list[Bucket]:
+    def _learn(self, used: Sequence[Bucket], more: bool) -> None:
         """Agree on the order in which buckets will be ready on the first rank.
 
-        used: the bucket of each contribution of the backward that begins. Returns those that get
-        gradients of all their parameters.
+        used: the bucket of each contribution of the backward that begins. more: it may bring more.
+        In the first one of a stage that shows the order, if any rank's does.
         """
-        trained, ready = self.storage.trained, _by_last_use(used)
-        numbers = {bucket: number for number, bucket in enumerate(trained)}
-        whole = [bucket for bucket in ready if self._told[bucket] == len(bucket.parameters)]
-        told = ready, whole, self._beside_others(used)
-        agreed = self.groups.all.broadcast_object([[numbers[one] for one in some] for some in told])
-        ready, whole, beside = ([trained[number] for number in some] for some in agreed)
+        ready, beside = self._agreed(_by_last_use(used), self._beside_others(used))
         self.apart.update(beside)
-        self._learned.add(self._stage)
         self._orders[self._stage] = _merged(ready, self._orders[self._stage])
-        return whole
+        if self._stage not in self._learned:
+            self._learned.add(self._stage)
+            unknown = self.groups.all.allreduce(np.array([more], np.float32), "max")
+            self._observing = bool(unknown[0])
+
+    def _agreed(self, *found: Sequence[Bucket]) -> list[list[Bucket]]:
+        """What the first rank has found. Collective."""
+        trained = self.storage.trained
+        numbers = {bucket: number for number, bucket in enumerate(trained)}
+        told = [[numbers[bucket] for bucket in buckets] for buckets in found]
+        agreed = self.groups.all.broadcast_object(told)
+        return [[trained[number] for number in some] for some in agreed]
 
     def _beside_others(self, used: Sequence[Bucket]) -> list[Bucket]:
         """Buckets that are filled while others come and go, for which there is no place beside.

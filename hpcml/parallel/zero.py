@@ -193,7 +193,12 @@ class Zero:
         self._gradients.begin(rounds)
 
     def before_backward(
-        self, coming: Iterable[Tensor], *, real: bool = True, last: bool = True, stage: int = 0
+        self,
+        coming: Iterable[Tensor | None],
+        *,
+        real: bool = True,
+        last: bool = True,
+        stage: int = 0,
     ) -> None:
         """Backward of a microbatch comes; `real`: not only for company; `last`: of the step, here.
 

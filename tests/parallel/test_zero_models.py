@@ -351,20 +351,42 @@ def forgetting(mesh: Mesh, since: int, **options: Any) -> dict[str, Any]:
 @cases("bucket_mb", [1e-4, 25])
 @cases("overlap", [False, True])
 @cases("stage", [0, 1, 2, 3])
-def test_backward_within_backward(mesh: Mesh, stage: int, overlap: bool, bucket_mb: float) -> None:
-    """The record does not tell of the gradients that it brings: they were left out of the sums."""
-    expected = forgetting(serial_mesh(), 0)
-    found = forgetting(mesh, 0, zero=stage, overlap=overlap, bucket_mb=bucket_mb)
+@cases("since", [0, 2, 5])
+def test_backward_within_backward(
+    mesh: Mesh, since: int, stage: int, overlap: bool, bucket_mb: float
+) -> None:
+    """The record does not tell of the gradients that it brings: they were left out of the sums.
+
+    From the first microbatch on, or a later one or step.
+    """
+    expected = forgetting(serial_mesh(), since)
+    found = forgetting(mesh, since, zero=stage, overlap=overlap, bucket_mb=bucket_mb, microbatch=2)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         atol = 1e-12 * np.abs(array).max()
         np.testing.assert_allclose(found[name], array, rtol=0, atol=atol, err_msg=name)
 
 
+class Twice(nn.Module):
+    """A layer that is used as it is, and by what is computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(again(self.first(x), function=lambda y: self.layer(y).tanh()))
+
+
 @cases("stage", [2, 3])
-def test_backward_within_backward_from_a_later_step_on(mesh: Mesh, stage: int) -> None:
-    with pytest.raises(RuntimeError, match=r"blocks\.3\.weight: a gradient came after it had been"):
-        forgetting(mesh, 2, zero=stage, bucket_mb=1e-4)
+def test_backward_within_backward_to_what_is_used_beside(mesh: Mesh, stage: int) -> None:
+    """It is reduced when one of both has come."""
+    step = hpcml.parallelize(Twice(), loss=nn.MSELoss(), optimizer=AdamW, mesh=mesh, zero=stage)
+    x = np.ones((12, 6), np.float32)
+    with pytest.raises(
+        RuntimeError, match=r"layer\.\w+: a gradient came after it had been reduced"
+    ):
+        step((x, x))
 
 
 class Ended(nn.Module):

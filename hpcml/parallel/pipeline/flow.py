@@ -125,7 +125,7 @@ class Flow:
         batch, index = self._of[microbatch]
         return batch.loss_gradient(index, loss)
 
-    def before_backward(self, stage: int, microbatch: int, coming: Iterable[Tensor]) -> None:
+    def before_backward(self, stage: int, microbatch: int, coming: Iterable[Tensor | None]) -> None:
         """Gradients come: of the weights that forward has seen."""
         self.stash.show(self._version[microbatch])
         batch, index = self._of[microbatch]

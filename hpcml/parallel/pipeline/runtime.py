@@ -39,7 +39,7 @@ class Work(Protocol):
     def loss_gradient(self, microbatch: int, loss: Tensor) -> Array:
         """By how much the loss counts."""
 
-    def before_backward(self, stage: int, microbatch: int, coming: Iterable[Tensor]) -> None:
+    def before_backward(self, stage: int, microbatch: int, coming: Iterable[Tensor | None]) -> None:
         """Gradients of parameters come, contributions to these in this order."""
 
     def reduce(self, stage: int, microbatch: int) -> None:

@@ -247,7 +247,7 @@ class Microbatches:
         weight = self.parts[microbatch].weight * self.factor
         return xp(loss.data).full(loss.shape, weight, loss.dtype)
 
-    def before_backward(self, stage: int, microbatch: int, coming: Iterable[Tensor]) -> None:
+    def before_backward(self, stage: int, microbatch: int, coming: Iterable[Tensor | None]) -> None:
         """Gradients of parameters come, contributions to these in this order."""
         last = microbatch + 1 == len(self.parts) and not self.step._holding
         real = self.parts[microbatch].weight > 0
