@@ -15,13 +15,14 @@ of backward, or for buckets on the way in between.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hpcml.autograd import Tensor, while_alive
+from hpcml.autograd.record import empty_like
 from hpcml.backend import Array
 from hpcml.comm.request import Request
 from hpcml.nn import Parameter
@@ -65,6 +66,9 @@ class Gradients:
         # bucket of the last one last.
         self._due, self._come = Counter[Bucket](), dict[Bucket, int]()
         self._reduced: set[Bucket] = set()
+        # What came before its turn, of each parameter: pipelines may compute gradients of weights
+        # later than others, but not all.
+        self._early: dict[int, deque[Array]] = {}
         self._observing = False  # whether the order in which they come is not known before
         self._slots: dict[Bucket, Array] = {}
         self.filled = 0
@@ -94,6 +98,7 @@ class Gradients:
             several = rounds > 1 or self.groups.replica.size > 1
             self._let_lie(at_home=not (self.ordered and several))
         self._begun.clear()
+        self._early.clear()
         for parameter in self.storage.parameters:
             parameter.gradient = None
 
@@ -112,6 +117,7 @@ class Gradients:
         self._stage, self._active = stage, self.on_way or (self.overlap and last)
         if self._active:
             self._expect(coming)
+            self._take_early()
             self._reduce_what_is_ready()
 
     def after_backward(self) -> None:
@@ -204,6 +210,11 @@ class Gradients:
 
     def _arrived(self, parameter: Any) -> None:
         if not self._active:
+            if self.on_way and self.ordered and self.groups.pp.size > 1:  # others come first
+                early = empty_like(parameter.gradient)
+                early[...] = parameter.gradient
+                self._early.setdefault(id(parameter), deque()).append(early)
+                parameter.gradient = None
             return
         bucket = self.storage.home[id(parameter)]
         if bucket in self._reduced:
@@ -213,6 +224,14 @@ class Gradients:
             )
         self._come[bucket] = self._come.pop(bucket, 0) + 1
         self._reduce_what_is_ready()
+
+    def _take_early(self) -> None:
+        """Take what the microbatch, whose turn it is, has brought before."""
+        for bucket in self._buckets if self._early else ():
+            for parameter in bucket.parameters:
+                early = self._early.get(id(parameter))
+                if early:
+                    parameter.receive(early.popleft(), fresh=False)
 
     def _reduce_what_is_ready(self) -> None:
         """All ranks do so in one order, even if a parameter is used on some of them only."""
