@@ -16,7 +16,7 @@ from hpcml.comm.guard import StopFlag, agree, leave, refuse
 from hpcml.errors import NonFiniteError, UserError
 from tests.comm.jobs import Job
 
-LIMIT = 60
+LIMIT = 120  # with cold caches every rank compiles the package first
 """Seconds that a job may take on a busy machine; all of them would hang for ever without guard."""
 
 PREAMBLE = """
