@@ -52,7 +52,7 @@ class Primitive:
         self.hands_on = False  # whether the result is the first input itself
         self.joint = False  # whether all adjoints of a use must be called one after the other
         # Whether adjoints may call backward() themselves: of those from elsewhere it is not known.
-        self.nests = not getattr(forward, "__module__", "").startswith("hpcml.")
+        self.nests = not str(getattr(forward, "__module__", "")).startswith("hpcml.")
         self.takes: Callable[[np.dtype[Any]], bool] = _no_halves
         """Which 16-bit types it and its adjoints take as they are, on the CPU."""
         self.on_device = False

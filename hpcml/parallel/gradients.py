@@ -15,11 +15,9 @@ of backward, or for buckets on the way in between.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
-
-import numpy as np
 
 from hpcml.autograd import Tensor, while_alive
 from hpcml.autograd.record import empty_like
@@ -30,46 +28,31 @@ from hpcml.optim.buckets import Bucket
 from hpcml.optim.flat import FlatStorage
 from hpcml.parallel.arena import Arena
 from hpcml.parallel.groups import Groups
+from hpcml.parallel.turns import Turns
 
 
 class Gradients:
     """Collects the gradients of one step after the other.
 
-    overlap: reduce in the background, one bucket beside that which is filled, if there is room for
-    two. ordered: deterministic mode. stages: those of a pipeline that this rank has, each with its
-    buckets: a backward is through one of them. apart: buckets that are in use from their first
-    contribution to the last, in memory of their own; the first backward adds the others that are.
+    turns: the order of the buckets. overlap: reduce in the background, one bucket beside that which
+    is filled, if there is room for two. ordered: deterministic mode.
     """
 
     arena: Arena
     """To be given."""
 
     def __init__(
-        self,
-        storage: FlatStorage,
-        groups: Groups,
-        overlap: bool,
-        ordered: bool,
-        stages: Mapping[int, Sequence[Bucket]],
-        apart: set[Bucket],
+        self, storage: FlatStorage, groups: Groups, turns: Turns, overlap: bool, ordered: bool
     ) -> None:
-        self.storage, self.groups, self.apart = storage, groups, apart
+        self.storage, self.groups, self.turns = storage, groups, turns
         self.overlap, self.ordered = overlap and groups.all.size > 1, ordered
         self.sharding = storage.sharding
         self._let_lie(at_home=self.sharding.whole("grads"))
-        # In the order in which they are reduced; `_buckets` are those of the stage in backward.
-        self._orders = {stage: list(buckets)[::-1] for stage, buckets in stages.items()}
-        self._stage, self._buckets = 0, list[Bucket]()
-        self._learned: set[int] = set()
-        self._begun: set[int] = set()  # of which a microbatch is in the sums
-        # In this backward: parameters whose gradients are waited for, and those that have come, the
-        # bucket of the last one last.
-        self._due, self._come = Counter[Bucket](), dict[Bucket, int]()
-        self._reduced: set[Bucket] = set()
-        # What came before its turn, of each parameter: pipelines may compute gradients of weights
-        # later than others, but not all.
+        self._stage = 0  # in backward
+        self._begun: set[int] = set()  # stages of which a microbatch is in the sums
+        # What came before its microbatch, of each parameter: pipelines may compute gradients of
+        # weights later than others, but not all.
         self._early: dict[int, deque[Array]] = {}
-        self._observing = False  # whether the order in which they come is not known before
         self._slots: dict[Bucket, Array] = {}
         self.filled = 0
         """Elements of buckets that were filled at once, others than those apart, at most: of the
@@ -90,6 +73,7 @@ class Gradients:
     def begin(self, rounds: int) -> None:
         """A step of so many microbatches a rank begins."""
         self._wait()
+        self._active = False
         for bucket in list(self._slots):  # of a backward that raised
             self.arena.give_back(self._forget(bucket))
         if self.arena.exact:
@@ -116,7 +100,7 @@ class Gradients:
         self._real, self._first = real, stage not in self._begun
         self._stage, self._active = stage, self.on_way or (self.overlap and last)
         if self._active:
-            self._expect(coming)
+            self.turns.expect(stage, coming, self.arena.spans)
             self._take_early()
             self._reduce_what_is_ready()
 
@@ -124,21 +108,15 @@ class Gradients:
         """Reduce what has waited for gradients that did not come."""
         if not self._active:
             return
-        for bucket in self._buckets[len(self._reduced) :]:
+        for bucket in self.turns.rest():
             self._reduce(bucket)
-        if self._observing:
-            come = [bucket for bucket in self._come if bucket in self._buckets]
-            rest = [bucket for bucket in self._buckets if bucket not in self._come]
-            (self._orders[self._stage],) = self._agreed(come + rest)
-            self._observing = False
         self._begun.add(self._stage)
         self._active = False
 
     def finish(self) -> None:
         """Complete the sums: each rank then has what its stage holds."""
         self._wait()
-        sharding, groups = self.sharding, self.groups
-        buckets = [bucket for order in self._orders.values() for bucket in order]
+        sharding, groups, buckets = self.sharding, self.groups, self.turns.all()
         if self.on_way and sharding.stage == 0:
             for bucket in buckets:
                 groups.all.allgather(self._own[bucket], out=bucket.grad)
@@ -166,9 +144,8 @@ class Gradients:
         if self.sharding.stage == 0:
             self.groups.all.allreduce(self.storage.grad, out=self.storage.grad)
             return
-        for order in self._orders.values():
-            for bucket in order:
-                self._start(bucket, bucket.grad, background=False)
+        for bucket in self.turns.all():
+            self._start(bucket, bucket.grad, background=False)
 
     # --- during backward --------------------------------------------------------------------------
 
@@ -181,14 +158,14 @@ class Gradients:
 
     def _open(self, bucket: Bucket) -> Array:
         if bucket not in self._slots:
-            apart = bucket in self.apart
+            apart = bucket in self.turns.apart
             if apart:
                 self._wait()  # for what it had in the microbatch before
             else:
                 self._make_room(bucket.size)
             slot = self._slots[bucket] = self.arena.take(bucket.size, apart)
             if self.arena.exact:
-                filled = sum(one.size for one in self._slots if one not in self.apart)
+                filled = sum(one.size for one in self._slots if one not in self.turns.apart)
                 self.filled = max(self.filled, filled)
             for gap in bucket.gaps():
                 slot[gap] = 0
@@ -216,95 +193,20 @@ class Gradients:
                 self._early.setdefault(id(parameter), deque()).append(early)
                 parameter.gradient = None
             return
-        bucket = self.storage.home[id(parameter)]
-        if bucket in self._reduced:
-            raise RuntimeError(
-                f"{parameter.name}: a gradient came after it had been reduced; what an adjoint "
-                "computes by calling backward() itself must be used nowhere else in the step"
-            )
-        self._come[bucket] = self._come.pop(bucket, 0) + 1
+        self.turns.came(parameter)
         self._reduce_what_is_ready()
 
     def _take_early(self) -> None:
-        """Take what the microbatch, whose turn it is, has brought before."""
-        for bucket in self._buckets if self._early else ():
+        """Take what the microbatch that is in backward has brought before."""
+        for bucket in self.turns.waiting() if self._early else ():
             for parameter in bucket.parameters:
                 early = self._early.get(id(parameter))
                 if early:
                     parameter.receive(early.popleft(), fresh=False)
 
     def _reduce_what_is_ready(self) -> None:
-        """All ranks do so in one order, even if a parameter is used on some of them only."""
-        for bucket in self._buckets[len(self._reduced) :]:
-            if self._come.get(bucket, 0) < self._due[bucket]:
-                break
-            self._reduced.add(bucket)
+        for bucket in self.turns.ready():
             self._reduce(bucket)
-
-    def _expect(self, coming: Iterable[Tensor | None]) -> None:
-        """Know what backward brings, so that nothing waits for what gets no gradient.
-
-        Where adjoints may bring more, all wait for gradients of all their parameters.
-        """
-        home, buckets = self.storage.home, self._orders[self._stage]
-        told, mine = list(coming), set(buckets)
-        leaves = [id(leaf) for leaf in told if leaf is not None and home.get(id(leaf)) in mine]
-        used, more = [home[leaf] for leaf in leaves], any(leaf is None for leaf in told)
-        first = self._stage not in self._learned
-        if first or (not more and self._comes_otherwise(_by_last_use(used))):
-            self._learn(used, more)
-        self._buckets = self._orders[self._stage]
-        self._reduced.clear()
-        self._come.clear()
-        self._due = Counter(home[leaf] for leaf in set(leaves))
-        if more:
-            self._due = Counter({bucket: len(bucket.parameters) for bucket in buckets})
-
-    def _comes_otherwise(self, ready: list[Bucket]) -> bool:
-        """Whether buckets come in another order than was learned, on all ranks alike."""
-        if self.sharding.whole("params"):  # ranks may use different layers
-            return False
-        known = set(ready)
-        return [one for one in self._orders[self._stage] if one in known] != ready
-
-    def _learn(self, used: Sequence[Bucket], more: bool) -> None:
-        """Agree on the order in which buckets will be ready on the first rank.
-
-        used: the bucket of each contribution of the backward that begins. more: it may bring more.
-        In the first one of a stage that shows the order, if any rank's does.
-        """
-        ready, beside = self._agreed(_by_last_use(used), self._beside_others(used))
-        self.apart.update(beside)
-        self._orders[self._stage] = _merged(ready, self._orders[self._stage])
-        if self._stage not in self._learned:
-            self._learned.add(self._stage)
-            unknown = self.groups.all.allreduce(np.array([more], np.float32), "max")
-            self._observing = bool(unknown[0])
-
-    def _agreed(self, *found: Sequence[Bucket]) -> list[list[Bucket]]:
-        """What the first rank has found. Collective."""
-        trained = self.storage.trained
-        numbers = {bucket: number for number, bucket in enumerate(trained)}
-        told = [[numbers[bucket] for bucket in buckets] for buckets in found]
-        agreed = self.groups.all.broadcast_object(told)
-        return [[trained[number] for number in some] for some in agreed]
-
-    def _beside_others(self, used: Sequence[Bucket]) -> list[Bucket]:
-        """Buckets that are filled while others come and go, for which there is no place beside.
-
-        Their parameters are used far apart, as what a model adds first and multiplies by last. One
-        other may be a part of the same layer: for the two there is a place.
-        """
-        opened = {bucket: number for number, bucket in enumerate(dict.fromkeys(used))}
-        found, before = list[Bucket](), list[Bucket]()
-        for bucket in _by_last_use(used):
-            others = [other for other in before if opened[other] > opened[bucket]]
-            if len(others) > 1 or any(
-                not self.arena.spans(bucket.size + other.size) for other in others
-            ):
-                found.append(bucket)
-            before.append(bucket)
-        return found
 
     def _reduce(self, bucket: Bucket) -> None:
         if not self.on_way:
@@ -383,17 +285,3 @@ class Gradients:
             request.wait()
             if self.on_way:
                 self.arena.give_back(source)
-
-
-def _by_last_use(used: Sequence[Bucket]) -> list[Bucket]:
-    return list(dict.fromkeys(reversed(used)))[::-1]
-
-
-def _merged(order: Sequence[Bucket], expected: Sequence[Bucket]) -> list[Bucket]:
-    """Those in order, and the others that are expected, each after the one before it there."""
-    merged, place = list(order), 0
-    for bucket in expected:
-        if bucket not in order:
-            merged.insert(place, bucket)
-        place = merged.index(bucket) + 1
-    return merged

@@ -31,6 +31,7 @@ from hpcml.parallel.norm import norm
 from hpcml.parallel.pipeline.actions import Kind
 from hpcml.parallel.rooms import rooms
 from hpcml.parallel.shards import Shards
+from hpcml.parallel.turns import Turns
 
 _SHOWING = 2
 """Steps that show what is alive at once: gradients, then the parts in which units are gathered."""
@@ -90,7 +91,9 @@ class Zero:
             rooms, storage.buckets, most=most, beside=self._beside(), overlap=overlap,
             sharded=sharded,
         )  # fmt: skip
-        self._gradients = Gradients(storage, groups, overlap, deterministic, stages, self._tied())
+        # At stage 3 all use the same layers: they gather them.
+        turns = Turns(groups.all, stages, self._tied(), alike=sharded)
+        self._gradients = Gradients(storage, groups, turns, overlap, deterministic)
         self._shards: Shards | None = None
         if sharded:
             ahead = overlap and groups.pp.size == 1  # in a pipeline passes are not alike
@@ -117,9 +120,10 @@ class Zero:
         filled, together = self._gradients.filled, shards.together if shards else 0
         if shards and self._shown:  # what is gathered has places that are alike
             filled, together = self.groups.all.broadcast_object((filled, together))
-        self._apart = len(self._gradients.apart)
+        apart = self._gradients.turns.apart
+        self._apart = len(apart)
         known = self._shown >= _SHOWING
-        room = self._rooms(self._gradients.apart, filled=filled if known else 0, together=together)
+        room = self._rooms(apart, filled=filled if known else 0, together=together)
         ahead = room.second - together
         self._exact = not known or self._tight or ahead < 0
         self._gradients.arena = Arena(alone, [room.gradients])
@@ -236,7 +240,9 @@ class Zero:
         shards, gradients = self._shards, self._gradients
         if shards is None:
             return False
-        return shards.arena.short or gradients.arena.short or len(gradients.apart) > self._apart
+        return (
+            shards.arena.short or gradients.arena.short or len(gradients.turns.apart) > self._apart
+        )
 
     def norm(self) -> float:
         """Euclidean norm of the whole gradient, in which every parameter counts once."""

@@ -135,6 +135,24 @@ def test_in_a_loop_of_ones_own(mesh: Mesh, stage: int, overlap: bool, determinis
         np.testing.assert_allclose(array, values(expected)[name], rtol=0, atol=1e-12, err_msg=name)
 
 
+@cases("stage", [2, 3])
+def test_a_backward_that_raised_is_over_when_a_step_begins(stage: int) -> None:
+    """What comes before the next one is not reduced: a pipeline may compute it early."""
+    model = KINDS["mlp"].model().double().name_parts()
+    optimizer = SGD(model.parameters(), **OPTIMIZERS["sgd"][1])
+    states = Zero(model, optimizer, groups.divide(serial_mesh(), stage))
+    x, y = KINDS["mlp"].batch(4, 0)
+    for _ in range(2):
+        states.begin()
+        loss = KINDS["mlp"].loss(model(Tensor(x)), Tensor(y))
+        assert all(p.gradient is None for p in model.parameters())
+        loss.backward()
+        assert all(p.gradient is not None for p in model.parameters())
+        states.begin()
+        loss = KINDS["mlp"].loss(model(Tensor(x)), Tensor(y))
+        states.before_backward(contributions(loss))  # and what follows raises
+
+
 # --- groups of ranks ----------------------------------------------------------------------------
 
 
