@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcml.autograd import Context, Tensor, primitive
+from hpcml.autograd import Context, Tensor, contributions, primitive
 from hpcml.autograd.ops import pointwise
 from tests.autograd.support import Array, leaf, normal, noting
 
@@ -76,3 +76,17 @@ def test_only_wanted_gradients_are_computed() -> None:
     operation(normal(2), x).sum().backward()
     assert calls == ["a", "b"]
     assert pointwise.add(normal(2), 1.0).ctx is None
+
+
+def test_of_operators_from_elsewhere_it_is_not_known_what_they_add_to() -> None:
+    """Nor of those that no module names, as what a compiler makes."""
+    x = leaf(normal(3))
+
+    def handed_on(ctx: Context, a: Array) -> Array:
+        return a
+
+    for module, known in (("hpcml.nn", True), ("elsewhere", False), (None, False)):
+        handed_on.__module__ = module  # type: ignore[assignment]
+        operation = primitive(handed_on)
+        operation.adjoint(lambda ctx, g: g)
+        assert list(contributions(operation(x))) == ([x] if known else [None, x])
