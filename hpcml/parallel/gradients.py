@@ -185,7 +185,7 @@ class Gradients:
             parameter.gradient = parameter.gradient_buffer = None
         return self._slots.pop(bucket)
 
-    def _arrived(self, parameter: Any) -> None:
+    def _arrived(self, parameter: Parameter) -> None:
         if not self._active:
             if self.on_way and self.ordered and self.groups.pp.size > 1:  # others come first
                 early = empty_like(parameter.gradient)

@@ -14,6 +14,7 @@ import numpy as np
 
 from hpcml.autograd import Tensor
 from hpcml.comm import Axis
+from hpcml.nn import Parameter
 from hpcml.optim.buckets import Bucket
 
 
@@ -68,7 +69,7 @@ class Turns:
         if more:
             self._due = Counter({bucket: len(bucket.parameters) for bucket in order})
 
-    def came(self, parameter: Tensor) -> None:
+    def came(self, parameter: Parameter) -> None:
         """The gradient of a parameter is complete, as far as this backward goes."""
         bucket = self._home[id(parameter)]
         if bucket in self._over:
