@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
 
 from hpcml.autograd import Tensor, while_alive
 from hpcml.autograd.record import empty_like
