@@ -90,13 +90,13 @@ class Turns:
     def rest(self) -> Iterator[Bucket]:
         """Those that have waited for what did not come, now that backward is over. Collective."""
         waiting, order = self.waiting(), self._orders[self._stage]
-        if self._observing:
+        self._over.update(waiting)
+        yield from waiting
+        if self._observing:  # not before: of some of them it was the turn earlier on other ranks
             seen = [bucket for bucket in self._come if bucket in order]
             others = [bucket for bucket in order if bucket not in self._come]
             (self._orders[self._stage],) = self._agreed(seen + others)
             self._observing = False
-        self._over.update(waiting)
-        yield from waiting
 
     def waiting(self) -> list[Bucket]:
         """Those whose turn is still to come in this backward."""

@@ -189,3 +189,24 @@ def test_an_order_that_one_rank_does_not_know_is_observed_by_all() -> None:
     nests = axis.rank == axis.size - 1
     go_back(turns, [None, c] if nests else [c, b, a], came=[a, c, b])
     assert [buckets.index(bucket) for bucket in turns.all()] == [0, 2, 1]
+
+
+@pytest.mark.mpi
+def test_reductions_meet_while_the_order_is_observed() -> None:
+    """A bucket has its turn in backward on a rank that uses it, at the end on one that does not."""
+    axis = Mesh()["dp"]
+    buckets, (a, b, c) = bucketed(8, 16, 24)
+    turns = turns_of(buckets, axis, alike=False)
+    sums = list[np.ndarray]()
+
+    def reduce(bucket: Bucket) -> None:
+        sums.append(axis.allreduce(np.ones(bucket.size)))
+
+    turns.expect(0, [None], anything)
+    for parameter in (c, b, a) if axis.rank == 0 else (c, a):
+        turns.came(parameter)
+        for bucket in turns.ready():
+            reduce(bucket)
+    for bucket in turns.rest():
+        reduce(bucket)
+    assert [total.tolist() for total in sums] == [[axis.size] * b.size for b in buckets[::-1]]
