@@ -111,6 +111,17 @@ def test_where_more_may_come_all_parameters_are_waited_for() -> None:
     assert when == [(1, second), (2, first)] and rest == [third]
 
 
+def test_an_order_is_observed_once() -> None:
+    """A bucket comes with its last gradient; later backwards that may bring more change nothing."""
+    (first, second), (a, b, c, d) = bucketed(8, 8, each=2)
+    turns = turns_of([first, second])
+    go_back(turns, [None], came=[a, c, d, b])
+    assert turns.all() == [second, first]
+    when, rest = go_back(turns, [None, a, c], came=[a, b, c, d])
+    assert when == [(4, second), (4, first)] and not rest
+    assert turns.all() == [second, first]
+
+
 def test_what_comes_late_is_refused() -> None:
     """Its bucket has been reduced without it."""
     (low, high), (a, b) = bucketed(8, 8)
@@ -134,6 +145,9 @@ def test_what_is_filled_beside_others_lies_apart() -> None:
     turns = turns_of([first, second, third])
     go_back(turns, [b, c, b], fits=lambda size: size < 640)
     assert turns.apart == {second}
+    turns = Turns(Axis("solo"), {0: [first, second, third]}, {first}, alike=True)
+    go_back(turns, [b, a, c, b])
+    assert turns.apart == {first, second}
 
 
 def test_stages_have_orders_of_their_own() -> None:
