@@ -27,7 +27,7 @@ from hpcml.optim.buckets import Bucket
 from hpcml.optim.flat import FlatStorage
 from hpcml.parallel.arena import Arena
 from hpcml.parallel.groups import Groups
-from hpcml.parallel.turns import Turns
+from hpcml.parallel.turns import Turns, late
 
 
 class Gradients:
@@ -115,6 +115,9 @@ class Gradients:
     def finish(self) -> None:
         """Complete the sums: each rank then has what its stage holds."""
         self._wait()
+        for parameter in self.storage.parameters if self._early else ():
+            if self._early.get(id(parameter)):  # several in one microbatch
+                raise late(parameter)
         sharding, groups, buckets = self.sharding, self.groups, self.turns.all()
         if self.on_way and sharding.stage == 0:
             for bucket in buckets:

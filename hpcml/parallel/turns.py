@@ -73,10 +73,7 @@ class Turns:
         """The gradient of a parameter is complete, as far as this backward goes."""
         bucket = self._home[id(parameter)]
         if bucket in self._over:
-            raise RuntimeError(
-                f"{parameter.name}: a gradient came after it had been reduced; what an adjoint "
-                "computes by calling backward() itself must be used nowhere else in the step"
-            )
+            raise late(parameter)
         self._come[bucket] = self._come.pop(bucket, 0) + 1
 
     def ready(self) -> Iterator[Bucket]:
@@ -132,6 +129,14 @@ class Turns:
         told = [[numbers[bucket] for bucket in buckets] for buckets in found]
         agreed = self.ranks.broadcast_object(told)
         return [[self._all[number] for number in some] for some in agreed]
+
+
+def late(parameter: Parameter) -> RuntimeError:
+    """The error of a gradient for which nothing waits any more."""
+    return RuntimeError(
+        f"{parameter.name}: a gradient came after it had been reduced; what an adjoint computes by "
+        "calling backward() itself must be used nowhere else in the step"
+    )
 
 
 def _by_last_use(used: Sequence[Bucket]) -> list[Bucket]:

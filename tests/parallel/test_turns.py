@@ -75,6 +75,9 @@ def test_nothing_waits_for_what_gets_no_gradient() -> None:
     when, rest = go_back(turns, [d, c, a])
     assert when == [(1, buckets[3]), (2, buckets[2]), (2, buckets[1]), (3, buckets[0])]
     assert not rest
+    del turns.ranks  # there is nothing to agree on, whatever else is left out
+    when, rest = go_back(turns, [d, a])
+    assert [bucket for _, bucket in when] == buckets[::-1] and not rest
     when, rest = go_back(turns, [])
     assert [bucket for _, bucket in when] == buckets[::-1] and not rest
 
@@ -136,9 +139,10 @@ def test_what_comes_late_is_refused() -> None:
 def test_what_is_filled_beside_others_lies_apart() -> None:
     """Unless there is a place for the two: more than one come and go, or one that is too large."""
     (first, second, third), (a, b, c) = bucketed(64, 64, 640)
-    turns = turns_of([first, second, third])
-    go_back(turns, [b, a, b])
-    assert not turns.apart
+    for uses in ([a, b, c], [b, a, b]):
+        turns = turns_of([first, second, third])
+        go_back(turns, uses)
+        assert not turns.apart
     turns = turns_of([first, second, third])
     go_back(turns, [b, a, c, b])
     assert turns.apart == {second}
@@ -157,6 +161,8 @@ def test_stages_have_orders_of_their_own() -> None:
     assert go_back(turns, [c, d], stage=3) == ([(1, buckets[2]), (2, buckets[3])], [])
     assert go_back(turns, [b, a], stage=0) == ([(1, buckets[1]), (2, buckets[0])], [])
     assert turns.all() == [buckets[1], buckets[0], buckets[2], buckets[3]]
+    go_back(turns, [a, d, c], stage=3)
+    assert turns.all() == [buckets[1], buckets[0], buckets[3], buckets[2]]
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -388,6 +388,53 @@ def test_backward_within_backward_to_what_is_used_beside(mesh: Mesh, stage: int)
         step((x, x))
 
 
+class Link(nn.Module):
+    """A layer that is used by two that compute it again, and one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(2):
+            x = again(x, function=lambda y: self.layer(y).tanh())
+        return x
+
+
+class Links(nn.Module):
+    """Two of them, to be cut apart."""
+
+    chain = ("links.*",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links = nn.ModuleList(Link() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for link in self.links:
+            x = link(x)
+        return x
+
+
+@cases("stage", [0, 2])
+def test_backward_within_backward_before_its_turn(stage: int) -> None:
+    """Zero-bubble takes one gradient of a parameter in each microbatch; the second was left out."""
+
+    def program() -> None:
+        step = hpcml.parallelize(
+            Links(), loss=nn.MSELoss(), optimizer=AdamW, zero=stage, microbatch=2,
+            schedule="zero-bubble", mesh=Mesh(pp=2, deterministic=True),
+        )  # fmt: skip
+        x = np.ones((4, 6), np.float32)
+        step((x, x))
+
+    with pytest.raises(
+        RuntimeError, match=r"layer\.\w+: a gradient came after it had been reduced"
+    ):
+        hpcml.run(program, ranks=2)
+
+
 class Ended(nn.Module):
     """One layer at both ends."""
 

@@ -131,9 +131,11 @@ class Runtime:
 
     def _weight(self, stage: int, microbatch: int) -> None:
         deferred = self.kept[stage, microbatch].deferred
-        assert deferred is not None, "a table has I before W"
-        self.work.before_backward(stage, microbatch, deferred.contributions())
-        deferred.compute()
+        if deferred is None:  # nothing in this stage is trained
+            self.work.before_backward(stage, microbatch, ())
+        else:
+            self.work.before_backward(stage, microbatch, deferred.contributions())
+            deferred.compute()
 
     def _back(self, stage: int, microbatch: int, defer: bool) -> Deferred | None:
         kept = self.kept[stage, microbatch]
