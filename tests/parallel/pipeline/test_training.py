@@ -231,6 +231,41 @@ def test_fewer_and_more_microbatches_than_stages(schedule: str, microbatches: in
     )
 
 
+class Detached(nn.Module):
+    """Its first part gets no gradient, though it might be trained."""
+
+    chain = ("first", "last")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.first.register_forward_hook(lambda module, inputs, output: output.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x))
+
+
+@cases("zero", [0, 2])
+@cases("schedule", ["1f1b", "zero-bubble"])
+def test_a_stage_that_gets_no_gradient(schedule: str, zero: int) -> None:
+    """Zero-bubble expected gradients of weights that are to be computed: an AssertionError."""
+
+    def program(mesh: Mesh, **options: Any) -> dict[str, np.ndarray[Any, Any]]:
+        step = hpcml.parallelize(
+            Detached().double(), loss=nn.MSELoss(), optimizer=hpcml.optim.AdamW,
+            lr=1e-2, seed=3, microbatch=1, mesh=mesh, **options,
+        )  # fmt: skip
+        for number in range(STEPS):
+            step(tuple(np.random.default_rng(number).standard_normal((2, 4, 6))))
+        return values(step)
+
+    expected = program(serial_mesh())
+    options = {"schedule": schedule, "zero": zero}
+    for found in on_threads(lambda: program(Mesh(dp=2, pp=2), **options), ranks=4):
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-12, err_msg=name)
+
+
 # --- bits ---------------------------------------------------------------------------------------
 
 BITS: list[tuple[dict[str, int], dict[str, Any]]] = [
