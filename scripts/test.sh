@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All checks: style, types, the kernels of the CPU, the serial tests (in several processes), then
-# the tests under mpiexec with 2, 3 and 4 ranks.
+# All checks: style, types, the serial tests (in several processes), then the tests under mpiexec
+# with 2, 3 and 4 ranks.
 # With --peer also the comparisons with PyTorch, which it installs. Every step runs even if one
 # before it has failed; the last line says which did. See _setup.sh for what can be set.
 set -uo pipefail
@@ -28,8 +28,6 @@ step() {
 step style ruff check
 step format ruff format --check
 step types mypy
-# Compiled once, here: else the first tests of all processes would wait for it within their limits.
-step kernels python -c 'from hpcml.kernels import cpu; cpu.load("float32"); cpu.load("float64")'
 step "serial tests" python -m tests.harness -j 0 --limit 1200 -m "not mpi"
 for ranks in 2 3 4; do
     step "tests with $ranks ranks" python -m tests.harness -n "$ranks" -m mpi

@@ -233,9 +233,7 @@ class Framed(nn.Module):
         return x * self.scale
 
 
-@cases("layers", [1, 4])
-@cases("overlap", [False, True])
-@cases("stage", [2, 3])
+@cases(("stage", "overlap", "layers"), [(2, False, 4), (2, True, 1), (3, False, 1), (3, True, 4)])
 def test_a_small_bucket_that_is_long_in_use(
     mesh: Mesh, stage: int, overlap: bool, layers: int
 ) -> None:
@@ -318,9 +316,13 @@ class Heads(nn.Module):
         return out[0] + out[1]
 
 
-@cases("tied", [False, True])
-@cases("first", ["words", "pool"])
-@cases("overlap", [False, True])
+@cases(
+    ("overlap", "first", "tied"),
+    [
+        (False, "words", True), (False, "pool", False),
+        (True, "words", False), (True, "pool", True),
+    ],
+)  # fmt: skip
 def test_units_that_are_used_together(
     mesh: Mesh, overlap: bool, first: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,8 +387,7 @@ class Changing(nn.Module):
         return sum((head(x) for head in heads[1:]), heads[0](x)).reshape(-1, 8, 96).sum(1)
 
 
-@cases("overlap", [False, True])
-@cases("stage", [2, 3])
+@cases(("stage", "overlap"), [(2, True), (3, False), (3, True)])
 @cases(
     ("changes", "values"),
     [
@@ -538,8 +539,7 @@ def test_a_list_that_is_a_unit(mesh: Mesh, overlap: bool) -> None:
     assert held <= layer + 4 * 128 + 2 * unit + scratch(layer, 4, mesh.size)
 
 
-@cases("overlap", [False, True])
-@cases("stage", STAGES)
+@cases(("stage", "overlap"), [(0, False), (1, True), (2, False), (3, True)])
 def test_a_model_that_is_distributed_again(mesh: Mesh, stage: int, overlap: bool) -> None:
     """Hooks of the modules and parameters kept all that had been made for it before."""
     gc.collect()
@@ -567,12 +567,13 @@ def test_nothing_is_held_for_a_moment_where_ranks_hold_all(
     assert made(mesh, stage, overlap=overlap).buffers() <= 16 << 10  # messages
 
 
-@cases("tied", [False, True])
 @cases(
-    ("overlap", "precision", "vocab", "width", "bucket_mb"),
+    ("tied", "overlap", "precision", "vocab", "width", "bucket_mb"),
     [
-        (False, "fp32", 4096, 64, 0.4), (True, "fp32", 4096, 64, 0.4), (True, "fp32", 300, 64, 0.4),
-        (True, "fp32", 301, 64, 0.05), (True, "fp32", 65, 96, 0.15), (True, "bf16", 4099, 128, 0.6),
+        (True, False, "fp32", 4096, 64, 0.4), (True, True, "fp32", 4096, 64, 0.4),
+        (True, True, "fp32", 301, 64, 0.05), (True, True, "fp32", 65, 96, 0.15),
+        (True, True, "bf16", 4099, 128, 0.6), (False, True, "fp32", 4096, 64, 0.4),
+        (False, True, "fp32", 300, 64, 0.4), (False, True, "bf16", 4099, 128, 0.6),
     ],
 )  # fmt: skip
 def test_never_more_than_a_bucket_and_two_units(

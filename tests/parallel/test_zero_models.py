@@ -348,8 +348,7 @@ def forgetting(mesh: Mesh, since: int, **options: Any) -> dict[str, Any]:
     return found
 
 
-@cases(("since", "bucket_mb"), [(0, 25), (5, 1e-4)])
-@cases("overlap", [False, True])
+@cases(("overlap", "since", "bucket_mb"), [(False, 0, 25), (True, 0, 25), (True, 5, 1e-4)])
 @cases("stage", [0, 1, 2, 3])
 def test_backward_within_backward(
     mesh: Mesh, stage: int, overlap: bool, since: int, bucket_mb: float
