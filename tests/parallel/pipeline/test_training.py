@@ -197,9 +197,9 @@ def fits(kind: str, layout: dict[str, int], options: dict[str, Any]) -> bool:
     return kind == "gpt" or "tp" not in layout
 
 
-# Every way with two models: with one on threads, with another on processes.
-TOGETHER = in_turn(WAYS, fits, ["untied", "mlp", "own"])
-WITH_MPI = in_turn(WAYS, fits, ["gpt"])
+# Every way with GPT and with another model, on threads; with one model each on processes.
+TOGETHER = [*(("gpt", *way) for way in WAYS), *in_turn(WAYS, fits, ["untied", "mlp", "own"])]
+WITH_MPI = in_turn(WAYS, fits, MODELS)
 
 
 def _go(kind: str, layout: dict[str, int], options: dict[str, Any]) -> None:
