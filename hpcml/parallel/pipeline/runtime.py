@@ -131,7 +131,7 @@ class Runtime:
 
     def _weight(self, stage: int, microbatch: int) -> None:
         deferred = self.kept[stage, microbatch].deferred
-        if deferred is None:  # nothing in this stage is trained
+        if deferred is None:  # no gradient went through this stage
             self.work.before_backward(stage, microbatch, ())
         else:
             self.work.before_backward(stage, microbatch, deferred.contributions())
